@@ -1,0 +1,31 @@
+# Every target makes its own virtual environment in .venv; nothing else on the machine is touched.
+PYTHON ?= python3
+BIN    := .venv/bin
+CODE   := s3_bulk_convert.py tests
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## say what can be made
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+.venv/ready: requirements.txt tests/requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+	@touch $@
+
+demo: .venv/ready  ## convert about 60 real files from a real S3 server, twice, on this machine only
+	$(BIN)/python -m tests.demo
+
+test: .venv/ready  ## all tests but the slow ones
+	$(BIN)/python -m pytest -c tests/pytest.ini tests
+
+lint: .venv/ready  ## style, complexity and size of functions, types
+	$(BIN)/ruff check --config tests/ruff.toml $(CODE)
+	$(BIN)/ruff format --check --config tests/ruff.toml $(CODE)
+	$(BIN)/mypy --config-file tests/mypy.ini $(CODE)
+	$(BIN)/python -m tests.size_budget s3_bulk_convert.py
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

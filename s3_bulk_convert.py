@@ -1,0 +1,2874 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["boto3>=1.36", "requests>=2.31", "tqdm>=4.60", "urllib3>=2.0"]
+# ///
+"""Convert every object of an S3 bucket once through the ChangeThisFile API and put the results back into S3.
+
+How data flows; each word is a function below, in this order:
+
+    list_pages -> select -> unfinished -> claim -> begin -> | queue | -> convert -> store -> Outcome
+    `----------- one feeder thread, page by page ---------'          `- worker threads -'      |
+                                                              record: journal, failures file, report
+
+Memory does not depend on the size of the bucket: at most one page of the listing and a bounded queue exist at a time.
+
+Files written: the checkpoint (SQLite, with its `-wal` and `-shm`, and a `.lock` beside it), the failures file (JSON
+lines, appended), and a run summary (JSON) where `run.summary` names one.
+
+Exit codes: 0 every eligible object is converted; 1 finished, but some objects failed; 2 usage or configuration error,
+nothing was started; 3 stopped early, work is left; 4 another run holds the checkpoint; 130, 143 interrupted.
+
+SIGINT, SIGTERM, SIGHUP: nothing new is sent, what is in flight gets `run.shutdown_grace` to finish. A second signal
+ends the program at once. Nothing is lost either way: what was sent is in the checkpoint and is resumed by the next run.
+"""
+
+import sys
+
+if sys.version_info < (3, 10):
+    sys.stderr.write("error: s3_bulk_convert.py needs Python 3.10 or newer; start it with one, e.g. python3.11\n")
+    raise SystemExit(2)
+
+import argparse
+import configparser
+import contextlib
+import difflib
+import email.utils
+import fnmatch
+import hashlib
+import io
+import itertools
+import json
+import logging
+import mimetypes
+import os
+import queue
+import random
+import re
+import signal
+import sqlite3
+import stat
+import statistics
+import tempfile
+import threading
+import time
+import traceback
+import urllib.parse
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import Field, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from enum import Enum, IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
+
+try:
+    import boto3
+    import botocore.config
+    import requests
+    import urllib3
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from requests.adapters import HTTPAdapter
+    from tqdm import tqdm
+    from urllib3.filepost import encode_multipart_formdata
+    from urllib3.util.retry import Retry
+except ImportError as missing:
+    sys.stderr.write(f"error: the package {missing.name} is missing; type: {sys.executable} -m pip install ")
+    sys.stderr.write("boto3 requests tqdm urllib3\n")
+    raise SystemExit(2) from None
+
+if sys.platform != "win32":
+    import fcntl
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("s3_bulk_convert")
+
+########################################################################################################################
+# Limits and names. Every number that is not an option of the user's, with its reason.
+########################################################################################################################
+
+CONNECT_TIMEOUT_SECONDS = 10
+BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
+RETRY_AFTER_CAP_SECONDS = 300  # its windows last a minute: more is a mistake or an attack
+WAIT_DEADLINE_SECONDS = 30 * 60  # 429 and 409 cost no attempts, but not for ever; the API's own cap on a call is 120 s
+IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer for free
+URL_LIFE_SECONDS = IDEMPOTENCY_WINDOW_SECONDS  # a resumed request carries the same URL, so it lives as long
+JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
+JOB_DEADLINE_SECONDS = 6 * 3600
+ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
+CHUNK_BYTES = 256 * 1024
+MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
+MULTIPART_BYTES = 16 << 20  # a larger output is put in parts
+PAGE_KEYS = 1000  # what S3 lists at once
+SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
+LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
+FAILURES_BEFORE_RATE_COUNTS = 50
+METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
+S3_KEY_BYTES = 1_024
+SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
+
+FORMAT_ALIASES = {
+    "jpeg": "jpg",
+    "jpe": "jpg",
+    "tif": "tiff",
+    "htm": "html",
+    "mpg": "mpeg",
+    "yml": "yaml",
+    "markdown": "md",
+}
+TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
+UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
+SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE = "same_format", "own_output", "failed_before"
+
+# What a file of a format begins with: (offset, bytes). A format that is not here is judged by its media type alone.
+SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
+    "jpg": [(0, b"\xff\xd8\xff")],
+    "png": [(0, b"\x89PNG\r\n\x1a\n")],
+    "gif": [(0, b"GIF87a"), (0, b"GIF89a")],
+    "webp": [(8, b"WEBP")],
+    "avif": [(4, b"ftypavif"), (4, b"ftypavis")],
+    "heic": [(4, b"ftyphei"), (4, b"ftyphev"), (4, b"ftypmif1"), (4, b"ftypmsf1")],
+    "tiff": [(0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")],
+    "bmp": [(0, b"BM")],
+    "ico": [(0, b"\0\0\1\0")],
+    "pdf": [(0, b"%PDF-")],
+    "zip": [(0, b"PK\3\4"), (0, b"PK\5\6")],
+    "gz": [(0, b"\x1f\x8b")],
+    "mp4": [(4, b"ftyp")],
+    "mov": [(4, b"ftypqt"), (4, b"moov"), (4, b"wide"), (4, b"free"), (4, b"mdat")],
+    "m4a": [(4, b"ftyp")],
+    "mp3": [(0, b"ID3"), (0, b"\xff\xfb"), (0, b"\xff\xfa"), (0, b"\xff\xf3"), (0, b"\xff\xf2"), (0, b"\xff\xe3")],
+    "wav": [(8, b"WAVE")],
+    "avi": [(8, b"AVI ")],
+    "flac": [(0, b"fLaC")],
+    "ogg": [(0, b"OggS")],
+    "webm": [(0, b"\x1a\x45\xdf\xa3")],
+    "mkv": [(0, b"\x1a\x45\xdf\xa3")],
+    "rtf": [(0, b"{\\rtf")],
+}
+ZIP_BASED = frozenset({"zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz"})
+MARKUP = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "mhtml"})
+EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
+
+
+########################################################################################################################
+# Failures. UserError is for people: what happened, and what to do. ObjectFailed is one object's; RunStopped ends the
+# run without blaming an object. Anything else is a bug of this script and keeps its traceback.
+########################################################################################################################
+
+
+class ExitCode(IntEnum):
+    """What the shell, cron and an array-job engine see."""
+
+    DONE = 0
+    SOME_FAILED = 1
+    USAGE = 2
+    STOPPED = 3
+    LOCKED = 4
+    SIGINT = 130
+    SIGTERM = 143
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a run ends before its work does: one sentence why, one sentence what to do."""
+
+    because: str
+    hint: str
+    exit_code: ExitCode = ExitCode.STOPPED
+
+
+class UserError(Exception):
+    """An expected failure: `hint` tells the person what to do, `exit_code` tells the shell."""
+
+    def __init__(self, message: str, hint: str, exit_code: ExitCode = ExitCode.USAGE) -> None:
+        super().__init__(message, hint, exit_code)
+        self.message, self.hint, self.exit_code = message, hint, exit_code
+
+
+class ConfigError(UserError):
+    """Every problem of the configuration at once, one a line."""
+
+    def __init__(self, origin: str, problems: Sequence[str]) -> None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        super().__init__(
+            f"{origin} has {count}{lines}", "compare it with config.example.ini; nothing was listed or converted"
+        )
+
+
+class RunStopped(Exception):
+    """The whole run must end; the object in hand is not to blame."""
+
+    def __init__(self, because: str, hint: str) -> None:
+        super().__init__(because, hint)
+        self.stop = Stop(because, hint)
+
+
+class Interrupted(Exception):
+    """A wait ended because the run is stopping. The object stays to do."""
+
+
+class ObjectFailed(Exception):
+    """One object could not be converted. `permanent`: not tried again before it changes. `status`: HTTP, 0 for none."""
+
+    def __init__(self, code: str, message: str, *, permanent: bool, status: int = 0) -> None:
+        super().__init__(code, message)
+        self.code, self.message, self.permanent, self.status = code, message, permanent, status
+
+
+class BadAnswer(Exception):
+    """A 200 whose body is not the result: cut, empty, an error page. Asking again with the same key costs nothing."""
+
+    def __init__(self, code: str, message: str, *, permanent: bool = False) -> None:
+        super().__init__(code, message)
+        self.code, self.message, self.permanent = code, message, permanent
+
+
+########################################################################################################################
+# Records. What crosses a border between rooms: frozen, and made of strings and numbers only.
+########################################################################################################################
+
+
+@dataclass(frozen=True)
+class S3Object:
+    """One line of a listing. `modified` in Unix seconds, `etag` without quotes."""
+
+    key: str
+    etag: str
+    size: int
+    modified: float
+    archived: bool = False  # in GLACIER or DEEP_ARCHIVE, and not restored at the moment
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An object that a job wants."""
+
+    job: "Job"
+    source: S3Object
+
+
+@dataclass(frozen=True)
+class Task:
+    """One conversion to make, with everything that must be the same when it is sent again after a crash."""
+
+    job: str
+    fingerprint: str
+    key: str
+    etag: str
+    size: int
+    target: str
+    quality: int | None
+    output_key: str
+    idempotency_key: str
+    url: str = ""  # presigned; empty: the bytes are uploaded
+    copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
+    resumed: bool = False  # a run before this one may have sent it already
+    overdue: bool = False  # so long ago that the API has forgotten it: the output tells whether it was done
+
+
+@dataclass(frozen=True)
+class Sent:
+    """An unsettled request of an earlier run, as the journal has it. `sent_at` in Unix seconds."""
+
+    etag: str
+    idempotency_key: str
+    url: str
+    sent_at: float
+
+
+@dataclass(frozen=True)
+class State:
+    """The newest journal row of an object."""
+
+    event: str
+    etag: str
+    permanent: bool
+
+
+class Event(str, Enum):
+    """How a task ended. The first three are journal events; LEFT is to do, for the next run."""
+
+    CONVERTED = "converted"
+    FAILED = "failed"
+    FOUND = "found"
+    LEFT = "left"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one task ended, with what it took. `unsettled`: the API may have done the work, so the request is kept."""
+
+    task: Task
+    event: Event
+    code: str = ""
+    message: str = ""
+    status: int = 0
+    permanent: bool = False
+    unsettled: bool = False
+    output_key: str = ""
+    bytes_out: int = 0
+    seconds: float = 0.0
+    requests: int = 0
+    throttled: int = 0
+    replayed: bool = False
+    maybe_paid_twice: bool = False
+    remaining: int | None = None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the feeder disposed of without a worker: name of the count -> how many."""
+
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class FeedEnded:
+    """The feeder has handed out all it will. `stop` says why, if that was not all there is."""
+
+    stop: Stop | None
+
+
+class Verdict(Enum):
+    """What an error reply means for a batch."""
+
+    RETRY = "the same request again, it uses up an attempt"
+    WAIT = "the same request again later, free of charge"
+    NEW_KEY = "the idempotency key is taken by another body"
+    GIVE_UP = "this object cannot be converted"
+    STOP_RUN = "no object can be converted"
+
+
+@dataclass
+class Exchange:
+    """What one task's requests have come to so far. Belongs to one worker; carried through every retry."""
+
+    requests: int = 0
+    throttled: int = 0
+    maybe_done: bool = False  # the API may have converted it, and this program does not have the answer
+    replayed: bool = False
+    maybe_paid_twice: bool = False
+    remaining: int | None = None
+
+
+@dataclass
+class Result:
+    """A whole, judged answer of the API, ready to be stored. `body` is positioned at its start."""
+
+    body: IO[bytes]
+    size: int
+    media_type: str
+    suffix: str = ""  # ".zip" for an archive of pages
+
+
+########################################################################################################################
+# Settings. An option is declared once, as a field of one of the four sections; the INI file, the environment, the
+# command line, the checks and the tests of the documentation all read those declarations.
+########################################################################################################################
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """How an option is read from text, and what it is for. `reader` raises ValueError with what it accepts."""
+
+    reader: Callable[[str], Any]
+    purpose: str
+    required: bool = False
+    secret: bool = False
+
+
+def option(
+    reader: Callable[[str], Any], purpose: str, *, default: T, required: bool = False, secret: bool = False
+) -> T:
+    """Declare a field of a section as an option."""
+    declared: Any = field(default=default, metadata={"spec": OptionSpec(reader, purpose, required, secret)})
+    return cast(T, declared)
+
+
+def text(given: str) -> str:
+    """Any text."""
+    return given
+
+
+def words(given: str) -> tuple[str, ...]:
+    """Words separated by white space."""
+    return tuple(given.split())
+
+
+def boolean(given: str) -> bool:
+    """What configparser takes for a boolean."""
+    states = configparser.ConfigParser.BOOLEAN_STATES
+    if given.lower() not in states:
+        raise ValueError("expected yes or no")
+    return states[given.lower()]
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` to `most`."""
+    expected = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
+
+    def read(given: str) -> int:
+        if not re.fullmatch(r"\d{1,12}", given) or int(given) < least or (most is not None and int(given) > most):
+            raise ValueError(f"expected {expected}")
+        return int(given)
+
+    return read
+
+
+def size(given: str) -> int:
+    """Bytes, from `500`, `100MB` (10^6) or `5 GiB` (2^30)."""
+    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", given.lower())
+    if match is None or match[2] not in units:
+        raise ValueError("expected a size such as 500, 100MB or 5GiB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def duration(given: str) -> float:
+    """Seconds, from `150s`, `10m`, `2h` or `7d`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", given.lower())
+    if match is None:
+        raise ValueError("expected a duration such as 150s, 10m, 2h or 7d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def rate(given: str) -> float:
+    """A fraction of 1, from `2%`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", given)
+    if match is None or float(match[1]) > 100:
+        raise ValueError("expected a rate such as 2%")
+    return float(match[1]) / 100
+
+
+def file_format(given: str) -> str:
+    """A format by its extension, in lower case and without a dot."""
+    name = given.lower().lstrip(".")
+    if not re.fullmatch(r"[a-z0-9]{1,10}", name):
+        raise ValueError("expected a file extension such as jpg or pdf")
+    return name
+
+
+def url(given: str) -> str:
+    """The address of a server, without a slash at its end."""
+    parts = urllib.parse.urlsplit(given)
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("expected an address such as https://changethisfile.com")
+    return given.rstrip("/")
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """A reader of one of some words."""
+
+    def read(given: str) -> str:
+        if given.lower() not in choices:
+            raise ValueError(f"expected one of {', '.join(choices)}")
+        return given.lower()
+
+    return read
+
+
+def unless(word: str, reader: Callable[[str], T]) -> Callable[[str], T | None]:
+    """A reader that reads `word`, and an empty value, as None."""
+
+    def read(given: str) -> T | None:
+        if given.lower() in {word, ""}:
+            return None
+        try:
+            return reader(given)
+        except ValueError as problem:
+            raise ValueError(f"{problem}, or {word}") from None
+
+    return read
+
+
+@dataclass(frozen=True)
+class S3Options:
+    """The options of [s3]."""
+
+    bucket: str = option(text, "bucket to read from", default="", required=True)
+    prefix: str = option(text, "only keys that begin so", default="")
+    output_bucket: str = option(text, "bucket to write to, if it is another", default="")
+    output_key: str = option(
+        text,
+        "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
+        default="converted/{dir}{stem}.{target}",
+    )
+    endpoint_url: str | None = option(unless("none", url), "any S3-compatible store", default=None)
+    region: str | None = option(unless("none", text), "region, if boto3 does not know it", default=None)
+    profile: str | None = option(unless("none", text), "profile of the AWS configuration", default=None)
+    storage_class: str | None = option(unless("none", text), "storage class of outputs", default=None)
+    sse: str | None = option(unless("none", text), "server-side encryption: AES256 or aws:kms", default=None)
+    sse_kms_key_id: str | None = option(unless("none", text), "key for aws:kms", default=None)
+    acl: str | None = option(unless("none", text), "canned ACL of outputs", default=None)
+    cache_control: str | None = option(unless("none", text), "Cache-Control of outputs", default=None)
+    requester_pays: bool = option(boolean, "the requester pays for S3 requests", default=False)
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The options of [convert], which a [job NAME] may override."""
+
+    target: str = option(file_format, "format to convert to", default="", required=True)
+    include: tuple[str, ...] = option(words, "globs of what to convert", default=("*",))
+    exclude: tuple[str, ...] = option(words, "globs of what to leave out", default=())
+    min_size: int | None = option(unless("none", size), "only objects of at least this size", default=None)
+    max_size: int | None = option(unless("none", size), "only objects of at most this size", default=None)
+    newer_than: float | None = option(unless("none", duration), "only objects changed within this time", default=None)
+    older_than: float | None = option(unless("none", duration), "only objects not changed for this time", default=None)
+    quality: int | None = option(unless("none", whole(1, 100)), "quality, for lossy formats", default=None)
+    same_format: str = option(
+        one_of("skip", "copy", "convert"), "a source that is in the target format already", default="skip"
+    )
+
+
+@dataclass(frozen=True)
+class ApiOptions:
+    """The options of [api]."""
+
+    url: str = option(url, "address of the API", default="https://changethisfile.com")
+    key: str = option(text, "API key; better in the environment as CTF_API_KEY", default="", secret=True)
+    key_file: str = option(text, "file that holds the API key", default="")
+    transfer: str = option(
+        one_of("auto", "url", "upload"),
+        "send a presigned URL, or the bytes; auto: URL if the API takes it",
+        default="auto",
+    )
+    requests_per_minute: int | None = option(
+        unless("auto", whole(1)), "cap on the rate; auto: what the API allows", default=None
+    )
+    max_conversions: int | None = option(unless("none", whole(1)), "conversions to pay for in one run", default=None)
+    keep_remaining: int = option(whole(0), "stop when the month has so many conversions left", default=0)
+    timeout: float = option(duration, "how long to wait for an answer", default=150.0)
+    retries: int = option(whole(0, 20), "transient failures that one object may have", default=5)
+    jobs_above: int | None = option(unless("never", size), "larger objects go through /v1/jobs", default=100 * 10**6)
+    max_size: int = option(size, "larger objects are not sent", default=5 * 10**9)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options of [run]."""
+
+    workers: int = option(whole(1, 1000), "conversions at a time", default=10)
+    checkpoint: str = option(text, "SQLite file that remembers what is done", default="s3_bulk_convert.sqlite3")
+    failures: str = option(
+        text, "file that failures are appended to, a JSON line each", default="conversion_failures.jsonl"
+    )
+    max_failure_rate: float | None = option(
+        unless("never", rate), "stop when more fail, after 50 finished objects", default=0.02
+    )
+    skip_existing: bool = option(boolean, "an output newer than its source counts as done", default=True)
+    shutdown_grace: float = option(duration, "time for what is in flight after SIGINT or SIGTERM", default=30.0)
+    max_runtime: float | None = option(unless("none", duration), "take no new objects after this", default=None)
+    summary: str | None = option(unless("none", text), "file for a JSON summary of the run", default=None)
+    log_every: int = option(whole(1), "a line of progress every so many objects, without a terminal", default=100)
+
+
+SECTIONS: Mapping[str, Any] = {"s3": S3Options, "convert": ConvertOptions, "api": ApiOptions, "run": RunOptions}
+JOB_OPTIONS = (*(part.name for part in fields(ConvertOptions)), "prefix", "output_key")
+ENVIRONMENT = {
+    "CTF_API_KEY": ("api", "key"),
+    "S3_BUCKET": ("s3", "bucket"),
+    "SOURCE_PREFIX": ("s3", "prefix"),
+    "TARGET_FORMAT": ("convert", "target"),
+    "CONCURRENCY": ("run", "workers"),
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value as a person wrote it. `named`: how the place it came from is called in messages."""
+
+    section: str
+    name: str
+    value: str
+    named: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One route: which objects, to which format, under which keys.
+
+    `fingerprint` stands for everything that makes the output another one: target, options, where it is put. The name
+    of a job counts only where it is part of the output key.
+    """
+
+    name: str
+    prefix: str
+    output_key: str
+    options: ConvertOptions
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A complete and checked configuration."""
+
+    s3: S3Options
+    api: ApiOptions
+    run: RunOptions
+    jobs: tuple[Job, ...]
+    retry_failed: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    @property
+    def output_bucket(self) -> str:
+        """The bucket that outputs go to."""
+        return self.s3.output_bucket or self.s3.bucket
+
+
+def specs_of(section: str) -> dict[str, OptionSpec]:
+    """The options of a section, by name."""
+    parts: Sequence[Field[Any]] = fields(SECTIONS[section])
+    return {part.name: part.metadata["spec"] for part in parts}
+
+
+def read_ini(path: Path, *, required: bool) -> list[Given]:
+    """The values in an INI file, without interpolation. Raises UserError if it cannot be read."""
+    parser = configparser.ConfigParser(interpolation=None, default_section="\0")
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            parser.read_file(lines)
+            refuse_exposed_key(path, os.fstat(lines.fileno()).st_mode, parser)
+    except FileNotFoundError:
+        if not required:
+            return []
+        raise UserError(f"{path} does not exist", "give the INI file with -c, or copy config.example.ini") from None
+    except (OSError, UnicodeDecodeError, configparser.Error) as problem:
+        # configparser's own message may quote the line, and the line may be the one with the key.
+        what = type(problem).__name__ if isinstance(problem, configparser.Error) else str(problem)
+        line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), None)
+        where = f" in line {line}" if line else ""
+        raise UserError(f"{path} cannot be read: {what}{where}", "compare it with config.example.ini") from None
+    return [
+        Given(section, name, value.strip(), f"[{section}] {name}")
+        for section in parser.sections()
+        for name, value in parser.items(section)
+    ]
+
+
+def refuse_exposed_key(path: Path, mode: int, parser: configparser.ConfigParser) -> None:
+    """Raise UserError if the file holds the API key and others can read it."""
+    if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise UserError(
+            f"{path} holds the API key and others can read it (mode {stat.S_IMODE(mode):04o})",
+            f"type: chmod 600 {path}",
+        )
+
+
+def read_environment(environ: Mapping[str, str]) -> list[Given]:
+    """The values in the environment variables whose names are fixed."""
+    return [
+        Given(section, name, environ[variable].strip(), f"{variable} ([{section}] {name})")
+        for variable, (section, name) in ENVIRONMENT.items()
+        if environ.get(variable)
+    ]
+
+
+def unknown_name_problem(given: Given) -> str | None:
+    """What is wrong with the name of an option, with the name that was probably meant."""
+    if given.section.startswith("job "):
+        names: Sequence[str] = JOB_OPTIONS
+    elif given.section in SECTIONS:
+        names = list(specs_of(given.section))
+    else:
+        return f"[{given.section}] is not a section{did_you_mean(given.section, [*SECTIONS, 'job NAME'])}"
+    if given.name not in names:
+        return f"[{given.section}] {given.name} is not an option{did_you_mean(given.name, names)}"
+    return None
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The rest of a sentence that names what is probably meant."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+
+
+@contextlib.contextmanager
+def noting_problem(problems: list[str], given: Given, spec: OptionSpec) -> Iterator[None]:
+    """Turn what a reader refuses into a line of `problems`. A secret is not shown."""
+    try:
+        yield
+    except ValueError as expected:
+        shown = "(not shown)" if spec.secret else given.value
+        problems.append(f"{given.named} = {shown}: {expected}")
+
+
+def read_values(specs: Mapping[str, OptionSpec], given: Iterable[Given], problems: list[str]) -> dict[str, Any]:
+    """The values of the options that are given; where one is given twice, the later one counts."""
+    values: dict[str, Any] = {}
+    for name, entry in {entry.name: entry for entry in given if entry.name in specs}.items():
+        with noting_problem(problems, entry, specs[name]):
+            values[name] = specs[name].reader(entry.value)
+    return values
+
+
+def in_section(section: str, given: Iterable[Given]) -> list[Given]:
+    """The values that belong to a section."""
+    return [entry for entry in given if entry.section == section]
+
+
+def read_jobs(given: Sequence[Given], s3: S3Options, problems: list[str]) -> tuple[Job, ...]:
+    """The routes of the run: one for each [job NAME], or the one named default."""
+    shared = read_values(specs_of("convert"), in_section("convert", given), problems)
+    sections = sorted({entry.section for entry in given if entry.section.startswith("job ")}) or ["convert"]
+    jobs = []
+    for section in sections:
+        own = in_section(section, given) if section != "convert" else []
+        options = ConvertOptions(**{**shared, **read_values(specs_of("convert"), own, problems)})
+        placed = read_values({name: specs_of("s3")[name] for name in ("prefix", "output_key")}, own, problems)
+        target_is_given = any(entry.name == "target" and entry.value for entry in own + in_section("convert", given))
+        if not target_is_given:
+            problems.append(f"[{section}] target is missing")
+        name = section.removeprefix("job ").strip() if own else "default"
+        jobs.append(make_job(name, replace(s3, **placed), options))
+        problems.extend(template_problems(jobs[-1], s3))
+    return tuple(jobs)
+
+
+def make_job(name: str, s3: S3Options, options: ConvertOptions) -> Job:
+    """A job with the fingerprint of all that decides what its outputs are and where they lie."""
+    place = [s3.output_bucket or s3.bucket, s3.output_key.replace("{job}", name)]
+    return Job(name, s3.prefix, s3.output_key, options, digest([options.target, options.quality, *place]))
+
+
+def digest(parts: Sequence[str | int | None]) -> str:
+    """32 hex digits of SHA-256 over values whose borders cannot be confused."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def template_problems(job: Job, s3: S3Options) -> list[str]:
+    """What is wrong with a job's output key template."""
+    template = job.output_key
+    problems: list[str] = []
+    named = set(re.findall(r"\{(\w+)\}", template))
+    problems += [
+        f"[s3] output_key = {template}: {{{unknown}}} is not a field{did_you_mean(unknown, TEMPLATE_FIELDS)}"
+        for unknown in sorted(named - set(TEMPLATE_FIELDS))
+    ]
+    if not named & {"key", "name", "stem"}:
+        problems.append(
+            f"[s3] output_key = {template}: every output would get the same key; expected {{stem}}, {{name}} or {{key}}"
+        )
+    literal = literal_prefix(template)
+    if literal and job.prefix.startswith(literal) and s3.output_bucket in {"", s3.bucket}:
+        problems.append(
+            f"[s3] prefix = {job.prefix}: lies under the outputs ({literal}), and outputs are never converted"
+        )
+    return problems
+
+
+def literal_prefix(template: str) -> str:
+    """What every key that a template makes begins with."""
+    return template.partition("{")[0]
+
+
+def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
+    """The options with the API key from its file, if that is where it is."""
+    key = api.key
+    if not key and api.key_file:
+        try:
+            key = Path(api.key_file).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as problem:
+            problems.append(
+                f"[api] key_file = {api.key_file}: {getattr(problem, 'strerror', None) or 'not a text file'}"
+            )
+            return api
+    if not key:
+        problems.append("[api] key is missing: set CTF_API_KEY, or api.key or api.key_file")
+    elif not re.fullmatch(r"[!-~]+", key):
+        problems.append("[api] key = (not shown): expected printable ASCII without spaces")
+    return replace(api, key=key)
+
+
+def load_settings(path: Path | None, environ: Mapping[str, str], command_line: Sequence[Given]) -> Settings:
+    """The configuration: command line over environment over INI file over defaults.
+
+    Raises ConfigError with every problem at once, UserError if the file cannot be read.
+    """
+    ini = read_ini(path or Path("config.ini"), required=path is not None)
+    given = [*ini, *read_environment(environ), *command_line]
+    problems = [problem for problem in map(unknown_name_problem, given) if problem]
+    sections = {name: read_values(specs_of(name), in_section(name, given), problems) for name in ("s3", "api", "run")}
+    s3, api, run = S3Options(**sections["s3"]), ApiOptions(**sections["api"]), RunOptions(**sections["run"])
+    if not s3.bucket:
+        problems.insert(0, "[s3] bucket is missing")
+    jobs = read_jobs(given, s3, problems)
+    api = read_key(api, problems)
+    if problems:
+        origin = str(path or "config.ini") if ini else "the configuration"
+        raise ConfigError(origin, list(dict.fromkeys(problems)))
+    return Settings(s3, api, run, jobs)
+
+
+########################################################################################################################
+# Rules. Pure: no files, no network, no clock. Everything that decides what is paid for and what is stored.
+########################################################################################################################
+
+
+@dataclass(frozen=True)
+class KeyParts:
+    """A key taken apart as text. Keys are not paths: nothing is normalised."""
+
+    folder: str  # ends in "/" or is empty
+    name: str
+    stem: str
+    ext: str  # without the dot, as written
+
+
+def split_key(key: str) -> KeyParts:
+    """Take a key apart; only a short alphanumeric end after a dot is an extension."""
+    folder, slash, name = key.rpartition("/")
+    stem, _, ext = name.rpartition(".")
+    if not stem or not re.fullmatch(r"[A-Za-z0-9]{1,10}", ext):
+        stem, ext = name, ""
+    return KeyParts(folder + slash, name, stem, ext)
+
+
+def canonical(ext: str) -> str:
+    """One name for each format: jpeg is jpg."""
+    return FORMAT_ALIASES.get(ext.lower(), ext.lower())
+
+
+def source_format(key: str) -> str:
+    """The format that a key's extension names, in lower case; empty if it has none."""
+    return split_key(key).ext.lower()
+
+
+def output_key(job: Job, key: str) -> str:
+    """The key that the output of an object is planned to have."""
+    parts = split_key(key)
+    values = {
+        "key": key,
+        "dir": parts.folder,
+        "name": parts.name,
+        "stem": parts.stem,
+        "ext": parts.ext,
+        "target": job.options.target,
+        "job": job.name,
+    }
+    # One pass over the template: braces inside a key are a part of the key.
+    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], job.output_key)
+
+
+def claim_of(planned_key: str) -> str:
+    """The name under which an output key is claimed: an archive of pages may get `.zip` behind the planned key."""
+    return planned_key.removesuffix(".zip")
+
+
+def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None) -> str:
+    """The API's key for one conversion: another object, version, target or option has another one (contract: 24 h)."""
+    return digest(["s3_bulk_convert/1", bucket, source.key, source.etag, source.size, target, quality])
+
+
+def has_dot_segments(key: str) -> bool:
+    """Whether HTTP clients would normalise the key's path, so that a presigned URL for it cannot be fetched."""
+    return any(segment in {".", ".."} for segment in key.split("/"))
+
+
+def upload_filename(key: str) -> str:
+    """A file name for the multipart form: plain ASCII with the right extension."""
+    parts = split_key(key)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", parts.stem)[-60:] or "file"
+    return f"{stem}.{parts.ext}" if parts.ext else stem
+
+
+def glob_pattern(patterns: Sequence[str], *, with_slash: bool) -> re.Pattern[str] | None:
+    """One expression for the globs with a slash (matched against keys), or for those without (against names)."""
+    chosen = [fnmatch.translate(pattern) for pattern in patterns if ("/" in pattern) is with_slash]
+    return re.compile("|".join(chosen), re.IGNORECASE) if chosen else None
+
+
+def globs_match(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """A predicate on keys: any of the globs matches, without regard to case."""
+    on_key, on_name = glob_pattern(patterns, with_slash=True), glob_pattern(patterns, with_slash=False)
+
+    def matches(key: str) -> bool:
+        name = key.rpartition("/")[2]
+        return bool((on_name and on_name.match(name)) or (on_key and on_key.match(key)))
+
+    return matches
+
+
+def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
+    """A predicate on listed objects: the job wants it, by prefix, globs, size and age. `now` in Unix seconds."""
+    wanted = job.options
+    included, excluded = globs_match(wanted.include), globs_match(wanted.exclude)
+    takes_all = "*" in wanted.include
+    least = wanted.min_size or 0
+    most = float("inf") if wanted.max_size is None else wanted.max_size
+    oldest = float("-inf") if wanted.newer_than is None else now - wanted.newer_than
+    newest = float("inf") if wanted.older_than is None else now - wanted.older_than
+
+    def wants(source: S3Object) -> bool:
+        if not (least <= source.size <= most and oldest <= source.modified <= newest):
+            return False
+        return (takes_all or included(source.key)) and not excluded(source.key)
+
+    return wants
+
+
+def media_kind(media_type: str) -> str:
+    """The format that a media type names; empty if it says nothing."""
+    plain = media_type.partition(";")[0].strip().lower()
+    if plain in {"", "application/octet-stream", "binary/octet-stream"}:
+        return ""
+    for ext, extra in EXTRA_MEDIA_TYPES.items():
+        if extra == plain:
+            return ext
+    return canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
+
+
+def media_type_of(target: str) -> str:
+    """The usual media type of a format."""
+    return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
+
+
+def begins_like(kind: str, head: bytes) -> bool:
+    """Whether the first bytes of a body can begin a file of a format that has a signature."""
+    signatures = SIGNATURES["zip" if kind in ZIP_BASED else kind]
+    return any(head[offset : offset + len(magic)] == magic for offset, magic in signatures)
+
+
+def looks_like_html(head: bytes) -> bool:
+    """Whether a body begins as an error page does."""
+    return re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)\b", head, re.IGNORECASE) is not None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a body is: the media type to store it under, and what its key gets at the end."""
+
+    media_type: str
+    suffix: str = ""
+
+
+def identify_result(target: str, media_type: str, disposition: str, head: bytes) -> Identity:
+    """What the body of a 200 is, from its headers and first bytes, never from the target alone (contract section 3).
+
+    Raises BadAnswer if it cannot be a file of the target format: an error page, a JSON error, another format.
+    """
+    kind, declared = canonical(target), media_kind(media_type)
+    if kind not in MARKUP and (declared == "html" or looks_like_html(head)):
+        raise BadAnswer("html_answer", "the API answered with an HTML page instead of the file")
+    if declared == "json" and kind != "json":
+        raise BadAnswer("json_answer", "the API answered with JSON instead of the file", permanent=True)
+    if is_archive_of_pages(kind, declared, disposition, head):
+        return Identity("application/zip", ".zip")
+    has_signature = kind in SIGNATURES or kind in ZIP_BASED
+    if has_signature and not begins_like(kind, head):
+        raise BadAnswer("wrong_type", f"the answer does not begin as a {target} file does", permanent=True)
+    if not has_signature and any(begins_like(other, head) for other in ("png", "jpg", "pdf", "zip", "gif")):
+        raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
+    contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
+    plain = media_type.partition(";")[0].strip()
+    return Identity(media_type_of(kind) if contradicts or not declared else media_type if kind in MARKUP else plain)
+
+
+def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
+    """Whether the answer is a ZIP of one file a page, as for a PDF with several pages to jpg."""
+    said = declared in {"zip", ""} or disposition.lower().rstrip('"; ').endswith(".zip")
+    return said and kind not in ZIP_BASED and begins_like("zip", head)
+
+
+def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
+    """What an error reply means. The status comes first, then the code.
+
+    `looks_up`: the request asked for a job or its result, so that 403, 404 and 410 are about that one thing.
+    """
+    if looks_up and status in {403, 404, 410}:
+        return Verdict.GIVE_UP
+    if status == 409 or (status == 429 and code != "quota_exceeded"):
+        return Verdict.WAIT
+    if status == 422 and code == "bad_request":
+        return Verdict.NEW_KEY
+    # A redirect, a 404 or a 405 for the endpoint itself is about the address, not about the object.
+    if status in {401, 402, 403, 404, 405, 429} or 300 <= status < 400:
+        return Verdict.STOP_RUN
+    if status in {408, 425} or status >= 500 or status < 300:
+        return Verdict.RETRY
+    return Verdict.GIVE_UP
+
+
+def parse_error(body: bytes) -> tuple[str, str]:
+    """Code and message of an error body; empty where it is HTML, cut, or in another form."""
+    try:
+        error = json.loads(body).get("error")
+    except (ValueError, AttributeError, RecursionError):
+        return "", ""
+    if isinstance(error, str):
+        return "", error
+    if not isinstance(error, dict):
+        return "", ""
+    return str(error.get("code") or ""), str(error.get("message") or "")
+
+
+def retry_after_seconds(header: str | None, now: float) -> float | None:
+    """What `Retry-After` asks for, capped: seconds or an HTTP date; None if it is absent or makes no sense."""
+    if not header:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
+        except (ValueError, OverflowError, OSError):
+            return None
+    # NaN fails both comparisons.
+    return min(max(seconds, 0.0), RETRY_AFTER_CAP_SECONDS) if seconds >= 0 or seconds < 0 else None
+
+
+def seconds_to_wait(attempt: int, asked: float | None, jitter: float) -> float:
+    """How long to wait before the next attempt: what the server asked plus 0 to 50 %, else 2^attempt, capped.
+
+    `jitter` from 0 to 1. After many waits in a row the server's word is not enough: it would be asked too often.
+    """
+    patience = min(2.0 ** min(attempt, 20), BACKOFF_CAP_SECONDS)
+    if asked is None:
+        return patience * (0.5 + jitter / 2)
+    return max(asked, patience if attempt > 8 else 0.0) * (1 + jitter / 2)
+
+
+def redacted(message: str) -> str:
+    """A text without API keys and without what stands behind the `?` of a URL (a presigned URL's signature)."""
+    message = re.sub(r"(https?://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
+    message = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token))=[^\s&\"'<>]*", r"\1=...", message)
+    return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
+
+
+########################################################################################################################
+# Stopping. A signal handler only sets a flag; whoever waits, waits on the flag.
+########################################################################################################################
+
+
+class StopFlag:
+    """The one way in which a run is asked to end. The first reason counts."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.stop: Stop | None = None
+        self.since = 0.0
+
+    @property
+    def requested(self) -> bool:
+        """Whether the run is to end."""
+        return self._event.is_set()
+
+    def request(self, stop: Stop) -> None:
+        """Ask the run to end."""
+        if not self._event.is_set():
+            self.stop, self.since = stop, time.monotonic()
+            self._event.set()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait. Raises Interrupted as soon as the run is to end."""
+        if self._event.wait(seconds):
+            raise Interrupted
+
+    def install(self) -> None:
+        """Handle SIGINT, SIGTERM and SIGHUP; a second one ends the process at once."""
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
+        if self.requested:
+            os._exit(code)
+        name = signal.Signals(number).name
+        self.request(Stop(f"interrupted by {name}", "run it again: it goes on where this run ended", code))
+
+
+########################################################################################################################
+# Journal. The checkpoint, and the only SQL. Invariants:
+#   - `log` is only ever appended to; the newest row of a (bucket, key, fingerprint) is that object's state.
+#   - A request is sent only after its `in_flight` row is on the disk, and that row leaves in the transaction that
+#     appends the outcome. Whatever is in `in_flight` at the start of a run may have been paid for.
+#   - An outcome that leaves the API's part unknown keeps its row, so that the same request can be sent again.
+#   - An output key belongs to the first source that claims it, by a row of `log` or of `in_flight`.
+########################################################################################################################
+
+JOURNAL_VERSION = 1
+APPLICATION_ID = 0x53334243  # "S3BC"
+SCHEMA = """
+CREATE TABLE log (
+    id INTEGER PRIMARY KEY, time REAL NOT NULL, bucket TEXT NOT NULL, key TEXT NOT NULL, etag TEXT NOT NULL,
+    size INTEGER NOT NULL, job TEXT NOT NULL, target TEXT NOT NULL, fingerprint TEXT NOT NULL,
+    event TEXT NOT NULL CHECK (event IN ('converted', 'failed', 'found')), output_bucket TEXT NOT NULL,
+    output_key TEXT NOT NULL, claim TEXT NOT NULL, idempotency_key TEXT NOT NULL, requests INTEGER NOT NULL,
+    seconds REAL NOT NULL, bytes_out INTEGER NOT NULL, code TEXT NOT NULL, message TEXT NOT NULL,
+    permanent INTEGER NOT NULL
+);
+CREATE INDEX log_state ON log (bucket, fingerprint, key);
+CREATE INDEX log_claim ON log (output_bucket, claim) WHERE event IN ('converted', 'found');
+CREATE TRIGGER log_keeps_its_rows BEFORE DELETE ON log BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;
+CREATE TRIGGER log_keeps_its_values BEFORE UPDATE ON log BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;
+CREATE TABLE in_flight (
+    bucket TEXT NOT NULL, key TEXT NOT NULL, fingerprint TEXT NOT NULL, etag TEXT NOT NULL, output_bucket TEXT NOT NULL,
+    claim TEXT NOT NULL, idempotency_key TEXT NOT NULL, url TEXT NOT NULL, sent_at REAL NOT NULL,
+    PRIMARY KEY (bucket, fingerprint, key)
+) WITHOUT ROWID;
+CREATE INDEX in_flight_claim ON in_flight (output_bucket, claim);
+"""
+
+
+class RunLock:
+    """An exclusive lock beside the checkpoint, held as long as the process lives, whatever ends it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.path = checkpoint.with_name(checkpoint.name + ".lock")
+        self._handle: IO[str] | None = None
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._handle = self.path.open("a+", encoding="ascii")
+        except OSError as problem:
+            raise UserError(
+                f"{self.path} cannot be written: {problem.strerror}",
+                "make the directory writable, or set run.checkpoint to a path that is",
+            ) from None
+        self._acquire(self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle:
+            self._handle.close()
+
+    def _acquire(self, handle: IO[str]) -> None:
+        if sys.platform == "win32":
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run holds {self.path} ({self._holder(handle)})",
+                "wait for it to end, or give this run another run.checkpoint",
+                ExitCode.LOCKED,
+            ) from None
+        handle.seek(0)
+        handle.truncate()
+        handle.write(f"{os.getpid()} {int(time.time())}\n")
+        handle.flush()
+
+    @staticmethod
+    def _holder(handle: IO[str]) -> str:
+        handle.seek(0)
+        match = re.fullmatch(r"(\d+) (\d+)\n", handle.read(100))
+        if match is None:
+            return "it has only just started"
+        return f"process {match[1]}, for {max(0, int(time.time()) - int(match[2]))} s"
+
+
+@contextlib.contextmanager
+def explaining_sqlite(path: Path) -> Iterator[None]:
+    """Say what an SQLite error means for a person. A full disk stops the run; nothing is overwritten."""
+    try:
+        yield
+    except sqlite3.Error as problem:
+        said = str(problem)
+        if "not a database" in said or "malformed" in said:
+            hint = "move it away to start over: with run.skip_existing, finished objects are found in the output bucket"
+            raise UserError(f"the checkpoint {path} is damaged: {said}", hint, ExitCode.STOPPED) from None
+        if "full" in said or "disk I/O" in said:
+            raise RunStopped(
+                f"the checkpoint {path} cannot be written: {said}", "free some space and run it again"
+            ) from None
+        hint = "make it and its directory readable and writable, or set run.checkpoint to another path"
+        raise UserError(f"the checkpoint {path} cannot be used: {said}", hint) from None
+
+
+def chunks(values: Sequence[T], length: int) -> Iterator[Sequence[T]]:
+    """A sequence in parts."""
+    for start in range(0, len(values), length):
+        yield values[start : start + length]
+
+
+class Journal:
+    """The checkpoint of one source bucket and one output bucket. Safe to use from several threads."""
+
+    def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
+        self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
+        self._lock = threading.Lock()
+        with explaining_sqlite(path):
+            self._make_private()
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+            self._open_schema()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock, contextlib.suppress(sqlite3.Error):
+            self._db.close()
+
+    def _make_private(self) -> None:
+        # It holds presigned URLs. SQLite gives its -wal and -shm files the mode of the database.
+        try:
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
+            if os.name == "posix" and stat.S_IMODE(self.path.stat().st_mode) != 0o600:
+                self.path.chmod(0o600)
+        except OSError as problem:
+            raise sqlite3.OperationalError(problem.strerror) from None
+
+    def _open_schema(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        owner = self._db.execute("PRAGMA application_id").fetchone()[0]
+        is_new = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+        if not is_new and owner != APPLICATION_ID:
+            raise UserError(f"{self.path} is not a checkpoint of this program", "set run.checkpoint to another path")
+        if version > JOURNAL_VERSION:
+            raise UserError(
+                f"the checkpoint {self.path} has version {version}, this program knows {JOURNAL_VERSION}",
+                "use the newer s3_bulk_convert.py that made it",
+            )
+        # On a file system without shared memory SQLite stays with the rollback journal, which is as safe.
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("PRAGMA journal_size_limit = 67108864")
+        if is_new:
+            with self._transaction() as db:
+                for statement in filter(None, map(str.strip, re.split(r";\n(?=CREATE|$)", SCHEMA))):
+                    db.execute(statement)
+                db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                db.execute(f"PRAGMA user_version = {JOURNAL_VERSION}")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, explaining_sqlite(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                # The commit itself may have failed and ended the transaction.
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def _rows_about(
+        self, columns: str, table: str, where: str, scope: Sequence[str], keys: Sequence[str]
+    ) -> Iterator[Any]:
+        """Rows of a table whose last column of `where` is one of `keys`, in the order in which they were appended."""
+        for part in chunks(keys, SQL_VARIABLES):
+            marks = ",".join("?" * len(part))
+            order = "ORDER BY id" if table.startswith("log") else ""
+            query = f"SELECT {columns} FROM {table} WHERE {where} IN ({marks}) {order}"
+            with self._lock, explaining_sqlite(self.path):
+                rows = self._db.execute(query, (*scope, *part)).fetchall()
+            yield from rows
+
+    def states(self, fingerprint: str, keys: Sequence[str]) -> dict[str, State]:
+        """What the log says last about those of the keys that it knows."""
+        where = "bucket = ? AND fingerprint = ? AND key"
+        rows = self._rows_about("key, event, etag, permanent", "log", where, (self.bucket, fingerprint), keys)
+        return {key: State(event, etag, bool(permanent)) for key, event, etag, permanent in rows}
+
+    def sent(self, fingerprint: str, keys: Sequence[str]) -> dict[str, Sent]:
+        """The unsettled requests of earlier runs for those of the keys that have one."""
+        where = "bucket = ? AND fingerprint = ? AND key"
+        columns = "key, etag, idempotency_key, url, sent_at"
+        rows = self._rows_about(columns, "in_flight", where, (self.bucket, fingerprint), keys)
+        return {key: Sent(*row) for key, *row in rows}
+
+    def owners(self, claims: Sequence[str]) -> dict[str, str]:
+        """The source keys that those of the claims belong to that are taken."""
+        where, scope = "output_bucket = ? AND claim", (self.output_bucket,)
+        logged = "log INDEXED BY log_claim"
+        event = "event IN ('converted', 'found') AND "
+        taken = dict(self._rows_about("claim, key", "in_flight", where, scope, claims))
+        taken.update(dict(self._rows_about("claim, key", logged, event + where, scope, claims)))
+        return taken
+
+    def begin(self, tasks: Sequence[Task], now: float) -> None:
+        """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
+        rows = [self._in_flight_row(task, now) for task in tasks if not task.resumed]
+        with self._transaction() as db:
+            db.executemany("INSERT OR REPLACE INTO in_flight VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def end(self, outcomes: Sequence[Outcome], now: float) -> None:
+        """Append outcomes and settle their requests, in one transaction. Raises RunStopped on a full disk."""
+        with self._transaction() as db:
+            db.executemany(
+                f"INSERT INTO log VALUES (NULL{', ?' * 19})",
+                [self._log_row(outcome, now) for outcome in outcomes if outcome.event is not Event.LEFT],
+            )
+            db.executemany(
+                "DELETE FROM in_flight WHERE bucket = ? AND fingerprint = ? AND key = ?",
+                [(self.bucket, o.task.fingerprint, o.task.key) for o in outcomes if not o.unsettled],
+            )
+
+    def _in_flight_row(self, task: Task, now: float) -> tuple[object, ...]:
+        claim = (self.output_bucket, claim_of(task.output_key))
+        return (self.bucket, task.key, task.fingerprint, task.etag, *claim, task.idempotency_key, task.url, now)
+
+    def _log_row(self, outcome: Outcome, now: float) -> tuple[object, ...]:
+        task = outcome.task
+        made = outcome.output_key or task.output_key
+        return (
+            *(now, self.bucket, task.key, task.etag, task.size, task.job, task.target, task.fingerprint),
+            *(outcome.event.value, self.output_bucket, made, claim_of(made), task.idempotency_key),
+            *(outcome.requests, round(outcome.seconds, 3), outcome.bytes_out),
+            *(outcome.code, outcome.message, int(outcome.permanent)),
+        )
+
+
+########################################################################################################################
+# S3. Errors come out as what they mean: RunStopped for what would meet every object, ObjectFailed for one object.
+########################################################################################################################
+
+REFUSED_BY_S3 = frozenset(
+    {
+        *("401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException"),
+        *("InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidTokenId", "NoSuchBucket", "NotSignedUp"),
+        *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
+    }
+)
+
+
+def refused(error: Exception, doing: str) -> RunStopped:
+    """The end of the run for an S3 error that would meet every object."""
+    if isinstance(error, ClientError):
+        said = error.response.get("Error", {})
+        because = f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()
+    else:
+        because = f"S3 could not be reached {doing}: {redacted(str(error))}"
+    return RunStopped(
+        redacted(because), "check the bucket's name, the AWS credentials and their permissions, and run it again"
+    )
+
+
+def error_code(error: Exception) -> str:
+    """S3's code for an error; for a failed connection, the name of the exception."""
+    if isinstance(error, ClientError):
+        return str(error.response.get("Error", {}).get("Code", ""))
+    return type(error).__name__
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the credentials or the bucket are refused, rather than one object."""
+    return error_code(error) in REFUSED_BY_S3 or isinstance(error, NoCredentialsError | PartialCredentialsError)
+
+
+def make_s3_client(options: S3Options, region: str | None, connections: int) -> "S3Client":
+    """The one client, shared by all threads. boto3's usual chain gives the credentials.
+
+    Raises UserError if the profile does not exist or there are no credentials at all.
+    """
+    # Other S3 servers refuse boto3's default integrity trailers; on Amazon they stay.
+    lenient = bool(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
+    checksums = {
+        name: "when_required"
+        for name in ("request_checksum_calculation", "response_checksum_validation")
+        if lenient and f"AWS_{name.upper()}" not in os.environ
+    }
+    config = botocore.config.Config(
+        signature_version="s3v4",
+        retries={"mode": "standard", "total_max_attempts": 5},
+        max_pool_connections=connections,
+        connect_timeout=CONNECT_TIMEOUT_SECONDS,
+        read_timeout=60,
+        user_agent_extra=f"s3_bulk_convert/{__version__}",
+        **checksums,  # type: ignore[arg-type]
+    )
+    try:
+        session = boto3.session.Session(profile_name=options.profile, region_name=region or options.region)
+        if session.get_credentials() is None:
+            raise UserError(
+                "there are no AWS credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
+            )
+        return session.client("s3", endpoint_url=options.endpoint_url, config=config)
+    except (BotoCoreError, ValueError) as problem:
+        raise UserError(
+            f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
+        ) from None
+
+
+class Bucket:
+    """The source bucket and the output bucket."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.output_bucket
+        self._connections = settings.run.workers + 4
+        self.client = make_s3_client(settings.s3, None, self._connections)
+        self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
+        self._has_read = False
+
+    def check(self) -> None:
+        """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
+        for name in dict.fromkeys((self.name, self.output_name)):
+            try:
+                reply = self.client.head_bucket(Bucket=name)
+                headers = reply["ResponseMetadata"]["HTTPHeaders"]
+            except ClientError as error:
+                headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+                # 403 is not the last word: a policy may allow listing below a prefix only, or writing only.
+                if error_code(error) in {"404", "NoSuchBucket"}:
+                    raise RunStopped(
+                        f"the bucket {name} does not exist", "correct s3.bucket or s3.output_bucket"
+                    ) from None
+            except BotoCoreError as error:
+                raise refused(error, f"when asked for the bucket {name}") from None
+            self._use_region(headers.get("x-amz-bucket-region"), name)
+
+    def _use_region(self, region: str | None, name: str) -> None:
+        # A URL signed for another region is refused by Amazon, where a client's own requests are redirected.
+        if region and name == self.name and region != self.client.meta.region_name and not self.options.endpoint_url:
+            self.client = make_s3_client(self.options, region, self._connections)
+
+    def list_pages(self, prefix: str) -> Iterator[list[S3Object]]:
+        """The objects whose keys begin with `prefix`, a page at a time, in the order of their keys' bytes.
+
+        Raises RunStopped if the listing is refused or breaks off.
+        """
+        request: Any = {"Bucket": self.name, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **self._payer}
+        paginator = self.client.get_paginator("list_objects_v2")
+        try:
+            for page in paginator.paginate(**request, OptionalObjectAttributes=["RestoreStatus"]):
+                yield [listed_object(line) for line in page.get("Contents", [])]
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"the listing of {self.name}") from None
+
+    def presign(self, key: str) -> str:
+        """A URL that reads one object."""
+        request = {"Bucket": self.name, "Key": key, **self._payer}
+        return self.client.generate_presigned_url("get_object", Params=request, ExpiresIn=URL_LIFE_SECONDS)
+
+    def open_source(self, task: Task) -> IO[bytes]:
+        """A stream over the very version of the object that was listed.
+
+        Raises ObjectFailed if it is gone, changed or unreadable, RunStopped if nothing can be read.
+        """
+        try:
+            reply = self.client.get_object(Bucket=self.name, Key=task.key, IfMatch=f'"{task.etag}"', **self._payer)
+        except (ClientError, BotoCoreError) as error:
+            raise self._read_failure(error) from None
+        self._has_read = True
+        return cast(IO[bytes], reply["Body"])
+
+    def _read_failure(self, error: Exception) -> RunStopped | ObjectFailed:
+        code = error_code(error)
+        if code in {"NoSuchKey", "404"}:
+            return ObjectFailed("source_gone", "the object was deleted after it was listed", permanent=False)
+        if code in {"PreconditionFailed", "412"}:
+            return ObjectFailed("source_changed", "the object was overwritten after it was listed", permanent=False)
+        # While others can be read, a refusal is about this object: its own ACL, its KMS key.
+        if is_refusal(error) and not (self._has_read and code == "AccessDenied"):
+            return refused(error, f"to read from {self.name}")
+        unreadable = code in {"AccessDenied", "InvalidObjectState"}
+        return ObjectFailed("source_unreadable", f"S3: {redacted(str(error))}", permanent=unreadable)
+
+    def is_our_output(self, key: str) -> bool:
+        """Whether an object of the source bucket carries the metadata of an output of this program."""
+        try:
+            found = self.client.head_object(Bucket=self.name, Key=key, **self._payer)["Metadata"]
+        except (ClientError, BotoCoreError):
+            return False
+        return "source-etag" in found and "job" in found
+
+    def has_output(self, task: Task) -> str:
+        """The key under which this very version's output lies already; empty if it does not."""
+        for key in (task.output_key, task.output_key + ".zip"):
+            with contextlib.suppress(ClientError, BotoCoreError):
+                found = self.client.head_object(Bucket=self.output_name, Key=key, **self._payer)["Metadata"]
+                if found.get("source-etag") == task.etag and source_key_metadata(task.key).items() <= found.items():
+                    return key
+        return ""
+
+    def store(self, task: Task, result: Result) -> str:
+        """Put an answer into the output bucket and return its key. A broken transfer leaves nothing there."""
+        key = task.output_key + result.suffix
+        extra = {**self._output_arguments(task), "ContentType": result.media_type}
+        with self._explaining_writes(key):
+            if result.size > MULTIPART_BYTES:
+                parts = TransferConfig(use_threads=False, multipart_chunksize=MULTIPART_BYTES)
+                self.client.upload_fileobj(result.body, self.output_name, key, ExtraArgs=extra, Config=parts)
+            else:
+                self.client.put_object(Bucket=self.output_name, Key=key, Body=result.body, **extra)
+        return key
+
+    def copy(self, task: Task) -> None:
+        """Copy an object that is in the target format already, within S3."""
+        source: Any = {"Bucket": self.name, "Key": task.key}
+        extra = {
+            **self._output_arguments(task),
+            "MetadataDirective": "REPLACE",
+            "ContentType": media_type_of(task.target),
+        }
+        with self._explaining_writes(task.output_key):
+            parts = TransferConfig(use_threads=False)
+            self.client.copy(source, self.output_name, task.output_key, ExtraArgs=extra, Config=parts)
+
+    def _output_arguments(self, task: Task) -> Any:
+        options = self.options
+        named = {
+            "StorageClass": options.storage_class,
+            "ServerSideEncryption": options.sse,
+            "SSEKMSKeyId": options.sse_kms_key_id,
+            "ACL": options.acl,
+            "CacheControl": options.cache_control,
+        }
+        metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
+        return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
+
+    @contextlib.contextmanager
+    def _explaining_writes(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
+            # upload_fileobj wraps the error that says what happened.
+            cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
+            if isinstance(cause, Exception) and is_refusal(cause):
+                raise refused(cause, f"to write to {self.output_name}") from None
+            raise ObjectFailed("store_failed", f"S3: {redacted(str(error))}", permanent=False) from None
+
+
+def listed_object(line: Any) -> S3Object:
+    """One entry of a listing."""
+    archived = line.get("StorageClass") in {"GLACIER", "DEEP_ARCHIVE"}
+    restore = line.get("RestoreStatus", {})
+    restored = bool(restore.get("RestoreExpiryDate")) and not restore.get("IsRestoreInProgress")
+    modified = line["LastModified"].timestamp()
+    return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], modified, archived and not restored)
+
+
+def source_key_metadata(key: str) -> dict[str, str]:
+    """The metadata that names an output's source; a key too long for S3's 2 KB of metadata is named by its digest."""
+    quoted = urllib.parse.quote(key, safe="/")
+    if len(quoted) > METADATA_KEY_BYTES:
+        return {"source-key-sha256": hashlib.sha256(key.encode()).hexdigest()}
+    return {"source-key": quoted}
+
+
+########################################################################################################################
+# Pace. One pace for all workers: the feeder takes a slot for each object, and what a worker sends beside that (a retry,
+# a poll) is taken off the next slots. A pause that one worker learns of holds for all.
+########################################################################################################################
+
+
+class Pacer:
+    """Spreads requests evenly over time. Safe to use from several threads."""
+
+    def __init__(self, requests_per_minute: int | None) -> None:
+        self._cap = requests_per_minute
+        self._lock = threading.Lock()
+        self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._next = 0.0
+        self._paused_until = 0.0
+
+    def take(self, stop: StopFlag) -> None:
+        """Wait for the next slot. Raises Interrupted when the run is to end."""
+        with self._lock:
+            slot = max(self._next, time.monotonic())
+            self._next = slot + self._interval
+        stop.sleep(max(0.0, slot - time.monotonic()))
+
+    def spend(self) -> None:
+        """Take a slot for a request that is sent without waiting."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic()) + self._interval
+
+    def pause(self, seconds: float) -> None:
+        """Let nobody send for a while."""
+        with self._lock:
+            self._paused_until = max(self._paused_until, time.monotonic() + seconds)
+            self._next = max(self._next, self._paused_until)
+
+    def wait_while_paused(self, stop: StopFlag) -> None:
+        """Wait until nobody asks for a pause. Raises Interrupted when the run is to end."""
+        while self._paused_until > time.monotonic():
+            stop.sleep(self._paused_until - time.monotonic())
+
+    def learn(self, headers: Mapping[str, str], now: float) -> None:
+        """Take the limit per minute from an answer's headers; those of a replay may be a day old and do not count."""
+        limit, reset = headers.get("X-RateLimit-Limit", ""), headers.get("X-RateLimit-Reset", "")
+        if not (limit.isdigit() and int(limit) > 0 and reset.isdigit() and int(reset) >= now):
+            return
+        allowed = min(int(limit), self._cap or int(limit))
+        with self._lock:
+            self._interval = 60 / allowed
+
+
+########################################################################################################################
+# Service. The API client: one Session per worker, one retry policy, bodies streamed in both directions. The API key
+# goes to the API's own address only, and no redirect is followed.
+########################################################################################################################
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all workers share."""
+
+    settings: Settings
+    stop: StopFlag
+    pacer: Pacer
+    bucket: Bucket
+    address: "AddressTrust"
+
+
+class AddressTrust:
+    """Whether the API takes presigned URLs, learned from its first replies (contract section 2: pages disagree)."""
+
+    REFUSALS_NEEDED = 3
+
+    def __init__(self) -> None:
+        self._accepted = False
+        self._refused = 0
+
+    def accepted(self) -> None:
+        """One URL was taken: later refusals are about their object."""
+        self._accepted = True
+
+    def refused(self) -> None:
+        """One URL was refused, and the same object's bytes were taken."""
+        self._refused += 1
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether to upload from now on."""
+        return not self._accepted and self._refused >= self.REFUSALS_NEEDED
+
+
+class RetryPolicy(Retry):
+    """The one retry policy: which reply means what, how long to wait, when to give up.
+
+    It never changes; `increment` returns the next one, or raises ObjectFailed or RunStopped. `total` is the number of
+    transient failures left. Waiting for 429 and 409 leaves it alone, but `deadline` (monotonic seconds) holds.
+    """
+
+    def __init__(self, total: Any, *, shared: Shared, exchange: Exchange, deadline: float, **more: Any) -> None:
+        self.shared, self.exchange, self.deadline = shared, exchange, deadline
+        self.looks_up: bool = more.pop("looks_up", False)
+        self.attempt: int = more.pop("attempt", 0)
+        self.wait_seconds: float = more.pop("wait_seconds", 0.0)
+        super().__init__(total, **{**more, "allowed_methods": None, "redirect": False})
+
+    def new(self, **changes: Any) -> "RetryPolicy":
+        """A copy with some fields replaced; urllib3 does not know this class's own."""
+        own = {
+            name: getattr(self, name)
+            for name in ("shared", "exchange", "deadline", "looks_up", "attempt", "wait_seconds")
+        }
+        return super().new(**{**own, **changes})
+
+    def is_retry(self, method: str, status_code: int, *_: Any, **__: Any) -> bool:
+        """Every reply that is no answer goes to `increment`, which reads its body; most end there."""
+        return status_code not in {200, 202}
+
+    def increment(
+        self, method: Any = None, url: Any = None, response: Any = None, error: Any = None, *_: Any, **__: Any
+    ) -> "RetryPolicy":
+        """The policy for the next attempt, after an error reply or a broken exchange."""
+        if response is None:
+            return self._after_broken_exchange(error)
+        self.exchange.requests += 1
+        asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
+        code, message = parse_error(error_body(response))
+        verdict = judge_reply(response.status, code, looks_up=self.looks_up)
+        # A refusal is proof that nothing was made. A 5xx may come from a gateway that lost patience, a 409 says that
+        # an earlier attempt is at work, a 429 is said before the key is looked up.
+        if response.status != 429 and not self.looks_up:
+            self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
+        if verdict is Verdict.STOP_RUN:
+            raise refusal_by_api(response.status, code, message)
+        status: int = response.status
+        failure = ObjectFailed(
+            code or f"http_{status}", redacted(message), permanent=verdict is Verdict.GIVE_UP, status=status
+        )
+        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY}:
+            raise failure
+        return self._again(failure, costs_attempt=verdict is Verdict.RETRY, asked=asked)
+
+    def _after_broken_exchange(self, error: Exception) -> "RetryPolicy":
+        if isinstance(error, BadAnswer):
+            failure = ObjectFailed(error.code, error.message, permanent=error.permanent, status=200)
+            return self._again(failure, costs_attempt=True, asked=None)
+        self.exchange.requests += 1
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise RunStopped(
+                "the API's certificate is not trusted", "for a private CA, set REQUESTS_CA_BUNDLE to its file"
+            )
+        # When no connection was made, the server cannot have seen the request; else it may have done the work.
+        if not isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.NewConnectionError):
+            self.exchange.maybe_done = True
+        failure = ObjectFailed("network", redacted(f"{type(error).__name__}: {error}"), permanent=False)
+        return self._again(failure, costs_attempt=True, asked=None)
+
+    def _again(self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None) -> "RetryPolicy":
+        left = cast(int, self.total) - costs_attempt
+        seconds = seconds_to_wait(self.attempt, asked, random.random())
+        is_late = time.monotonic() + seconds > self.deadline
+        if failure.status == 429:
+            self.exchange.throttled += 1
+            self.shared.pacer.pause(seconds)
+            if is_late:
+                raise RunStopped(
+                    f"the API has answered 429 for {WAIT_DEADLINE_SECONDS // 60} minutes",
+                    "run it again later, or set a lower api.requests_per_minute",
+                )
+        if left < 0 or is_late:
+            raise failure
+        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds)
+
+    def sleep(self, response: Any = None) -> None:
+        """Wait before the next attempt. Raises Interrupted at once when the run is to end."""
+        self.shared.stop.sleep(self.wait_seconds)
+        self.shared.pacer.wait_while_paused(self.shared.stop)
+        self.shared.pacer.spend()
+        # From here on an answer may be a replay of one that was made before.
+        self.exchange.replayed = self.exchange.maybe_done
+
+
+def error_body(response: urllib3.BaseHTTPResponse) -> bytes:
+    """The beginning of an error reply's body; empty if it cannot be read."""
+    try:
+        return response.read(ERROR_BODY_BYTES, decode_content=True)
+    except (urllib3.exceptions.HTTPError, OSError):
+        return b""
+    finally:
+        response.close()
+
+
+def refusal_by_api(status: int, code: str, message: str) -> RunStopped:
+    """The end of the run for a reply that every object would get."""
+    said = redacted(f"{status} {code} {message}".strip())
+    if code == "quota_exceeded" or status == 402:
+        return RunStopped(f"the quota is used up: {said}", "run it again next month, or after an upgrade of the plan")
+    if status == 401:
+        return RunStopped(f"the API refused the key: {said}", "check CTF_API_KEY, api.key or api.key_file")
+    if status == 403:
+        return RunStopped(f"the API refused the account: {said}", "check the API key and the plan")
+    return RunStopped(f"the API is not at this address: {said}", "check api.url; redirects are not followed")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request to the API, the same in every byte each time it is sent. `open_file` is None in URL mode."""
+
+    path: str
+    idempotency_key: str
+    fields: tuple[tuple[str, str], ...]
+    filename: str = ""
+    file_size: int = 0
+    open_file: Callable[[], IO[bytes]] | None = None
+
+
+class FormBody(io.RawIOBase):
+    """The multipart body of a call: form fields, then the file, streamed. Rewinding opens the file anew.
+
+    The boundary is derived from the idempotency key, so that a request that is sent again is the same to the byte.
+    """
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self._call = call
+        fields: list[Any] = list(call.fields)
+        if call.open_file:
+            media_type = media_type_of(source_format(call.filename) or "bin")
+            fields.append(("file", (call.filename, b"", media_type)))
+        boundary = "s3bc-" + call.idempotency_key.replace(":", "-")
+        form, self.content_type = encode_multipart_formdata(fields, boundary)
+        # The file is the last part and stands here with no bytes: they go before the closing boundary.
+        end = len(form) - len(f"\r\n--{boundary}--\r\n") if call.open_file else len(form)
+        self._head, self._tail = form[:end], form[end:]
+        self._parts: list[IO[bytes]] = []
+        self._at_start = False
+        self.seek(0)
+
+    def __len__(self) -> int:
+        return len(self._head) + self._call.file_size + len(self._tail)
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def tell(self) -> int:
+        """Only the start is a position that can be returned to."""
+        return 0 if self._at_start else 1
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go back to the start."""
+        if offset or whence:
+            raise io.UnsupportedOperation("only the start of the body can be sought")
+        if not self._at_start:
+            self._close_parts()
+            self._parts, self._at_start = [io.BytesIO(self._head), io.BytesIO(self._tail)], True
+        return 0
+
+    def read(self, length: int = -1) -> bytes:
+        """The next bytes. Raises what opening the file raises; ConnectionError if it breaks off."""
+        if self._at_start and self._call.open_file:
+            self._parts.insert(1, self._call.open_file())
+        self._at_start = False
+        while self._parts:
+            piece = self._read_part(length)
+            if piece:
+                return piece
+            self._parts.pop(0).close()
+        return b""
+
+    def _read_part(self, length: int) -> bytes:
+        try:
+            return self._parts[0].read(CHUNK_BYTES if length < 0 else length)
+        except BotoCoreError as error:
+            # An OSError is what urllib3 takes for a broken exchange, and tries again.
+            raise ConnectionError(f"reading the source broke off: {type(error).__name__}") from None
+
+    def _close_parts(self) -> None:
+        for part in self._parts:
+            part.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._close_parts()
+        super().close()
+
+
+class ConvertClient:
+    """The API as one worker sees it."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared, self._api = shared, shared.settings.api
+        self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=1)
+        self._session = requests.Session()
+        self._session.mount("https://", self._adapter)
+        self._session.mount("http://", self._adapter)
+        # Without `auth`, requests would take credentials for the host from ~/.netrc and replace the key.
+        self._session.auth = self._authorize
+        self._session.headers.update({"User-Agent": f"s3_bulk_convert/{__version__}", "Accept-Encoding": "identity"})
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        own, asked = urllib.parse.urlsplit(self._api.url), urllib.parse.urlsplit(str(request.url))
+        if (own.scheme, own.netloc.lower()) == (asked.scheme, asked.netloc.lower()):
+            request.headers["Authorization"] = f"Bearer {self._api.key}"
+        return request
+
+    def convert(self, task: Task, exchange: Exchange) -> Result:
+        """Have one object converted. Raises ObjectFailed, RunStopped or Interrupted.
+
+        With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
+        a refusal in URL mode is no proof that the object is bad (contract section 2).
+        """
+        trust = self.shared.address
+        if not task.url or (trust.is_lost and not task.resumed):
+            return self._exchange(self._upload_call(task), task, exchange)
+        try:
+            result = self._exchange(self._url_call(task), task, exchange)
+        except ObjectFailed as refusal:
+            if not self._is_worth_an_upload(refusal):
+                raise
+            exchange.maybe_paid_twice |= task.resumed
+            result = self._exchange(self._upload_call(task), task, exchange)
+            trust.refused()
+            return result
+        trust.accepted()
+        return result
+
+    def _is_worth_an_upload(self, refusal: ObjectFailed) -> bool:
+        is_about_url = 400 <= refusal.status < 500 and refusal.code not in {"unsupported_route", "file_too_large"}
+        return self._api.transfer == "auto" and refusal.permanent and is_about_url
+
+    def _form_fields(self, task: Task) -> tuple[tuple[str, str], ...]:
+        named = {"target": task.target, "source": source_format(task.key), "quality": str(task.quality or "")}
+        return tuple((name, value) for name, value in named.items() if value)
+
+    def _path(self, task: Task) -> str:
+        above = self._api.jobs_above
+        return "/v1/jobs" if above is not None and task.size > above else "/v1/convert"
+
+    def _url_call(self, task: Task) -> Call:
+        return Call(self._path(task), task.idempotency_key, (*self._form_fields(task), ("file_url", task.url)))
+
+    def _upload_call(self, task: Task) -> Call:
+        # In URL mode this is the fallback, whose body is another one. The successor key is derived, not drawn, so that
+        # a run that resumes after a crash comes to the same one.
+        key = task.idempotency_key + (":u" if task.url else "")
+        filename = upload_filename(task.key)
+        bucket = self.shared.bucket
+        return Call(
+            self._path(task), key, self._form_fields(task), filename, task.size, lambda: bucket.open_source(task)
+        )
+
+    def _exchange(self, call: Call, task: Task, exchange: Exchange) -> Result:
+        """Send a call until it is answered. A key that is taken by another body gets one successor."""
+        try:
+            return self._answer(call, task, exchange)
+        except ObjectFailed as conflict:
+            if judge_reply(conflict.status, conflict.code) is not Verdict.NEW_KEY:
+                raise
+        exchange.maybe_paid_twice = True
+        successor = replace(call, idempotency_key=call.idempotency_key + ":2")
+        try:
+            return self._answer(successor, task, exchange)
+        except ObjectFailed as conflict:
+            conflict.permanent |= judge_reply(conflict.status, conflict.code) is Verdict.NEW_KEY
+            raise
+
+    def _answer(self, call: Call, task: Task, exchange: Exchange) -> Result:
+        deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
+        policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline)
+        while True:
+            response = self._post(call, policy)
+            try:
+                return self._result_of(response, task, exchange, deadline)
+            except (BadAnswer, urllib3.exceptions.HTTPError, OSError) as error:
+                # The policy as it is after the attempts that urllib3 made within this exchange.
+                policy = cast(RetryPolicy, response.raw.retries).increment(error=as_bad_answer(error))
+            finally:
+                response.close()
+            policy.sleep()
+
+    def _result_of(self, response: requests.Response, task: Task, exchange: Exchange, deadline: float) -> Result:
+        if response.status_code == 202:
+            return self._finish_job(job_id_of(response), task, exchange)
+        is_json = media_kind(response.headers.get("Content-Type", "")) == "json"
+        if not is_json or task.target == "json":
+            return self._receive(response, task.target, deadline)
+        link, said_size = download_link(json_body(response))
+        if not link:
+            raise BadAnswer("json_answer", "the API answered with JSON instead of the file", permanent=True)
+        result = self._download(link, said_size, task.target, exchange, deadline)
+        if result is None:
+            raise BadAnswer("stale_link", "the API answered with a link to the file, and the link does not work")
+        return result
+
+    def _post(self, call: Call, policy: RetryPolicy) -> requests.Response:
+        self.shared.pacer.wait_while_paused(self.shared.stop)
+        self._adapter.max_retries = policy
+        with contextlib.closing(FormBody(call)) as body:
+            headers = {"Content-Type": body.content_type, "Idempotency-Key": call.idempotency_key}
+            response = self._session.post(
+                self._api.url + call.path,
+                data=body,
+                headers=headers,
+                stream=True,
+                allow_redirects=False,
+                timeout=(CONNECT_TIMEOUT_SECONDS, self._api.timeout),
+            )
+        self._note_success(response, policy.exchange)
+        return response
+
+    def _note_success(self, response: requests.Response, exchange: Exchange) -> None:
+        exchange.requests += 1
+        exchange.maybe_done = True
+        self.shared.pacer.learn(response.headers, time.time())
+        remaining = response.headers.get("X-CTF-Remaining", "")
+        if remaining.isdigit():
+            exchange.remaining = int(remaining)
+
+    def _receive(self, response: requests.Response, target: str, deadline: float) -> Result:
+        """The whole body of a 200, judged. Raises BadAnswer; leaves nothing behind."""
+        length = response.headers.get("Content-Length", "")
+        if not length.isdigit() and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            raise BadAnswer("no_length", "the answer does not say where it ends")
+        is_small = length.isdigit() and int(length) <= MEMORY_BODY_BYTES
+        with contextlib.ExitStack() as on_failure:
+            body: IO[bytes] = on_failure.enter_context(io.BytesIO() if is_small else temporary_file())
+            received = self._spool(response.raw, body, deadline)
+            if received == 0 or (length.isdigit() and received != int(length)):
+                raise BadAnswer("cut_answer", f"the answer has {received} of {length or 'unknown'} bytes")
+            body.seek(0)
+            disposition = response.headers.get("Content-Disposition", "")
+            identity = identify_result(target, response.headers.get("Content-Type", ""), disposition, body.read(512))
+            body.seek(0)
+            on_failure.pop_all()
+        return Result(body, received, identity.media_type, identity.suffix)
+
+    def _spool(self, raw: Any, body: IO[bytes], deadline: float) -> int:
+        received = 0
+        while True:
+            piece = raw.read(CHUNK_BYTES, decode_content=False)
+            if not piece:
+                return received
+            received += body.write(piece)
+            if time.monotonic() > deadline:
+                raise BadAnswer("slow_answer", "the answer did not end in time")
+
+    def _finish_job(self, job_id: str, task: Task, exchange: Exchange) -> Result:
+        """Wait for a job and fetch its result. An unknown state counts as running (contract section 4)."""
+        deadline = time.monotonic() + JOB_DEADLINE_SECONDS
+        links_left = 3
+        for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
+            self.shared.stop.sleep(pause)
+            job = self._poll(job_id, exchange, deadline)
+            link, said_size = download_link(job)
+            if job.get("status") == "completed" and link:
+                result = self._download(link, said_size, task.target, exchange, deadline)
+                if result:
+                    return result
+                links_left -= 1
+            if not links_left or time.monotonic() > deadline:
+                break
+        raise ObjectFailed("job_not_finished", f"the job {job_id} gave no result in time", permanent=False)
+
+    def _poll(self, job_id: str, exchange: Exchange, deadline: float) -> dict[str, Any]:
+        self.shared.pacer.spend()
+        try:
+            response = self._get(f"{self._api.url}/v1/jobs/{urllib.parse.quote(job_id, safe='')}", exchange, deadline)
+        except ObjectFailed as failure:
+            raise ObjectFailed("job_lost", f"the API does not know the job {job_id}", permanent=False) from failure
+        with contextlib.closing(response):
+            job = json_body(response)
+        if job.get("status") == "failed":
+            exchange.maybe_done = False
+            raise ObjectFailed(*job_failure(job), permanent=True)
+        return job
+
+    def _get(self, address: str, exchange: Exchange, deadline: float) -> requests.Response:
+        self._adapter.max_retries = RetryPolicy(
+            self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True
+        )
+        timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
+        response = self._session.get(address, stream=True, allow_redirects=False, timeout=timeout)
+        exchange.requests += 1
+        return response
+
+    def _download(
+        self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float
+    ) -> Result | None:
+        """The file behind a download link; None if it is stale or the file came cut."""
+        response = None
+        try:
+            response = self._get(urllib.parse.urljoin(self._api.url + "/", link), exchange, deadline)
+            result = self._receive(response, target, deadline)
+        except BadAnswer as answer:
+            if answer.permanent:
+                raise ObjectFailed(answer.code, answer.message, permanent=True, status=200) from None
+            return None
+        except (ObjectFailed, urllib3.exceptions.HTTPError, OSError):
+            return None
+        finally:
+            if response is not None:
+                response.close()
+        if said_size is not None and said_size != result.size:
+            result.body.close()
+            return None
+        return result
+
+
+def temporary_file() -> IO[bytes]:
+    """A file without a name, for a body too large for memory; in TMPDIR."""
+    return cast(IO[bytes], tempfile.TemporaryFile())
+
+
+def as_bad_answer(error: Exception) -> BadAnswer:
+    """What broke while an answer was read."""
+    if isinstance(error, BadAnswer):
+        return error
+    return BadAnswer("cut_answer", f"the answer broke off: {type(error).__name__}")
+
+
+def json_body(response: requests.Response) -> dict[str, Any]:
+    """The JSON object in an answer; empty if there is none."""
+    try:
+        found = json.loads(response.raw.read(ERROR_BODY_BYTES))
+    except (ValueError, RecursionError, urllib3.exceptions.HTTPError, OSError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def job_id_of(response: requests.Response) -> str:
+    """The id in a 202. Raises BadAnswer if there is none."""
+    location = urllib.parse.urlsplit(response.headers.get("Location", "")).path
+    job_id = str(json_body(response).get("job_id") or location.rstrip("/").rpartition("/")[2])
+    if not job_id:
+        raise BadAnswer("no_job_id", "the API accepted a job and did not say which")
+    return job_id
+
+
+def download_link(job: Mapping[str, Any]) -> tuple[str, int | None]:
+    """Where a completed job's result lies, and its size in bytes if it is said. Pages disagree on the names."""
+    result = job.get("result")
+    places = [result if isinstance(result, dict) else {}, job]
+    link = next((place[name] for place in places for name in ("file_url", "download_url") if place.get(name)), "")
+    said = places[0].get("size")
+    return str(link), said if isinstance(said, int) else None
+
+
+def job_failure(job: Mapping[str, Any]) -> tuple[str, str]:
+    """Code and message of a failed job, whose `error` may be an object, a text, or absent."""
+    code, message = parse_error(json.dumps(dict(job)).encode())
+    return code or "job_failed", redacted(message) or "the API says that the job failed"
+
+
+########################################################################################################################
+# Feeder. One thread: from a page of the listing to tasks on the queue. It owns nothing that grows with the bucket; what
+# it disposes of itself it reports, page by page, to the recorder, the owner of every count.
+########################################################################################################################
+
+
+@dataclass(frozen=True)
+class Route:
+    """A job with its filter made ready."""
+
+    job: Job
+    wants: Callable[[S3Object], bool]
+
+
+def skip_reason(source: S3Object, own_prefixes: tuple[str, ...]) -> str:
+    """Why no job takes this object, whatever it wants; empty if one may."""
+    if source.key.startswith(own_prefixes):
+        return OWN_OUTPUT
+    if source.key.endswith("/"):
+        return FOLDER
+    if not source.size:
+        return EMPTY
+    return ARCHIVED if source.archived else ""
+
+
+def select(
+    page: Iterable[S3Object], routes: Sequence[Route], own_prefixes: tuple[str, ...], counts: Counter[str]
+) -> Iterator[Candidate]:
+    """The objects of a page that jobs want; an object counts as listed once for each job that wants it."""
+    for source in page:
+        reason = skip_reason(source, own_prefixes)
+        wanting = [] if reason else [route.job for route in routes if route.wants(source)]
+        counts["listed"] += max(1, len(wanting))
+        if not wanting:
+            counts[reason or UNMATCHED] += 1
+        for job in wanting:
+            if job.options.same_format == "skip" and is_in_target_format(source.key, job):
+                counts[SAME_FORMAT] += 1
+            else:
+                yield Candidate(job, source)
+
+
+def is_in_target_format(key: str, job: Job) -> bool:
+    """Whether a key's extension names the job's target."""
+    return canonical(source_format(key)) == canonical(job.options.target)
+
+
+def unfinished(
+    candidates: Sequence[Candidate], journal: Journal, counts: Counter[str], *, retry: bool
+) -> Iterator[Candidate]:
+    """The candidates whose version the journal knows neither as done nor, unless `retry`, as failed for good."""
+    states = by_job(candidates, journal.states)
+    for candidate in candidates:
+        state = states.get((candidate.job.fingerprint, candidate.source.key))
+        if state is None or state.etag != candidate.source.etag:
+            yield candidate
+        elif state.event != Event.FAILED.value:
+            counts["already_done"] += 1
+        elif state.permanent and not retry:
+            counts[FAILED_BEFORE] += 1
+        else:
+            yield candidate
+
+
+def by_job(
+    candidates: Sequence[Candidate], look_up: Callable[[str, Sequence[str]], Mapping[str, T]]
+) -> dict[tuple[str, str], T]:
+    """What the journal knows of the candidates, by (fingerprint, key): one question for each job."""
+    keys: dict[str, list[str]] = {}
+    for candidate in candidates:
+        keys.setdefault(candidate.job.fingerprint, []).append(candidate.source.key)
+    return {(job, key): found for job, wanted in keys.items() for key, found in look_up(job, wanted).items()}
+
+
+class Feeder:
+    """Lists, selects, and hands out tasks in batches, each of which is in the journal before a worker sees it."""
+
+    def __init__(
+        self, shared: Shared, journal: Journal, tasks: "queue.Queue[Task | None]", tell: Callable[["Note"], None]
+    ) -> None:
+        self.shared, self.journal, self.tasks, self.tell = shared, journal, tasks, tell
+        settings = shared.settings
+        self.budget = settings.api.max_conversions
+        self.counts: Counter[str] = Counter()
+        is_shared_bucket = settings.output_bucket == settings.s3.bucket
+        literals = {literal_prefix(job.output_key) for job in settings.jobs}
+        self.own_prefixes = tuple(filter(None, literals)) if is_shared_bucket else ()
+        now = time.time()
+        self.routes = [Route(job, job_filter(job, now)) for job in settings.jobs]
+
+    def run(self) -> None:
+        """Feed until everything is handed out or the run is to end; then send the workers home."""
+        stop: Stop | None = None
+        try:
+            stop = self.feed()
+        except RunStopped as stopped:
+            # A listing that broke off is no reason to drop what was handed out.
+            stop = stopped.stop
+        except UserError as error:
+            stop = Stop(error.message, error.hint)
+        except Interrupted:
+            pass
+        except Exception:
+            log.exception("the feeder failed")
+            stop = Stop("the program has a bug (the feeder failed)", "run it again with -v and report what it prints")
+        finally:
+            self._flush_counts()
+            self.tell(FeedEnded(stop))
+            for _ in range(self.shared.settings.run.workers):
+                self.tasks.put(None)
+
+    def feed(self) -> Stop | None:
+        """Hand out the tasks of every page. Jobs with the same prefix share one listing."""
+        for prefix in dict.fromkeys(route.job.prefix for route in self.routes):
+            routes = [route for route in self.routes if route.job.prefix == prefix]
+            for page in self.shared.bucket.list_pages(prefix):
+                stop = self._hand_out(self.tasks_of(page, routes))
+                self._flush_counts()
+                if stop or self.shared.stop.requested:
+                    return stop
+        return None
+
+    def tasks_of(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Task]:
+        """What is to be done of a page."""
+        selected = list(select(page, routes, self.own_prefixes, self.counts))
+        todo = list(unfinished(selected, self.journal, self.counts, retry=self.shared.settings.retry_failed))
+        if not todo:
+            return []
+        sent = by_job(todo, self.journal.sent)
+        tasks = [self._task(candidate, sent) for candidate in todo]
+        return list(self._claimed(self._sendable(tasks)))
+
+    def _task(self, candidate: Candidate, sent: Mapping[tuple[str, str], Sent]) -> Task:
+        job, source = candidate.job, candidate.source
+        earlier = sent.get((job.fingerprint, source.key))
+        if earlier and earlier.etag != source.etag:
+            earlier = None
+        is_overdue = earlier is not None and time.time() - earlier.sent_at > IDEMPOTENCY_WINDOW_SECONDS
+        task = Task(
+            job=job.name,
+            fingerprint=job.fingerprint,
+            key=source.key,
+            etag=source.etag,
+            size=source.size,
+            target=job.options.target,
+            quality=job.options.quality,
+            output_key=output_key(job, source.key),
+            idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
+            copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
+            overdue=is_overdue,
+        )
+        if earlier and not is_overdue:
+            return replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, resumed=True)
+        return task
+
+    def _sendable(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """The tasks that may be sent at all; the others are failures before anything is paid."""
+        api = self.shared.settings.api
+        for task in tasks:
+            most = min(api.max_size, SYNC_LIMIT_BYTES if api.jobs_above is None else api.max_size)
+            if task.size > most:
+                self._fail(
+                    task, "too_large", f"{task.size} bytes are more than {most}; see api.max_size, api.jobs_above"
+                )
+            elif len(task.output_key.encode()) > S3_KEY_BYTES:
+                self._fail(task, "output_key_too_long", f"the output key has more than {S3_KEY_BYTES} bytes")
+            else:
+                yield task
+
+    def _claimed(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """The tasks whose output key is theirs: the first source keeps a key, in this run and in any later one."""
+        waiting = list(tasks)
+        owners = self.journal.owners([claim_of(task.output_key) for task in waiting])
+        for task in waiting:
+            owner = owners.setdefault(claim_of(task.output_key), task.key)
+            if owner == task.key and task.output_key != task.key:
+                yield task
+                continue
+            said = (
+                f"{task.output_key} belongs to the output of {owner}"
+                if owner != task.key
+                else "its output would replace it"
+            )
+            self._fail(task, "output_collision", f"{said}; put {{ext}} into s3.output_key to keep both")
+
+    def _fail(self, task: Task, code: str, message: str) -> None:
+        self.tell(Outcome(task, Event.FAILED, code, message, permanent=True))
+
+    def _hand_out(self, tasks: Sequence[Task]) -> Stop | None:
+        for batch in chunks(tasks, 2 * self.shared.settings.run.workers):
+            allowed = batch if self.budget is None else batch[: self.budget]
+            if not self.shared.stop.requested:
+                signed = [self._signed(task) for task in allowed]
+                self.journal.begin(signed, time.time())
+                self._enqueue(signed)
+            else:
+                self._leave(allowed)
+            if self.budget is not None:
+                self.budget -= len(allowed)
+                if len(allowed) < len(batch):
+                    return self._cap_reached(tasks, batch, len(allowed))
+        return None
+
+    def _cap_reached(self, tasks: Sequence[Task], batch: Sequence[Task], allowed: int) -> Stop:
+        self.counts["left"] += len(tasks) - tasks.index(batch[0]) - allowed
+        return Stop(
+            f"the cap of {self.shared.settings.api.max_conversions} conversions is reached",
+            "run it again to go on, or raise api.max_conversions (--limit)",
+        )
+
+    def _signed(self, task: Task) -> Task:
+        wants_url = self.shared.settings.api.transfer != "upload" and not (task.resumed or task.copy)
+        if not wants_url or has_dot_segments(task.key) or self.shared.address.is_lost:
+            return task
+        return replace(task, url=self.shared.bucket.presign(task.key))
+
+    def _enqueue(self, tasks: Sequence[Task]) -> None:
+        for position, task in enumerate(tasks):
+            try:
+                if not task.copy:
+                    self.shared.pacer.take(self.shared.stop)
+                self._put(task)
+            except Interrupted:
+                self._leave(tasks[position:])
+                return
+
+    def _put(self, task: Task) -> None:
+        while True:
+            try:
+                return self.tasks.put(task, timeout=0.2)
+            except queue.Full:
+                if self.shared.stop.requested:
+                    raise Interrupted from None
+
+    def _leave(self, tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+
+    def _flush_counts(self) -> None:
+        self.tell(Counted(dict(self.counts)))
+        self.counts.clear()
+
+
+########################################################################################################################
+# Workers. Each has its own client of the API; all share the client of S3. A worker leaves when it takes the end marker.
+# When the run is to end, an object in hand is finished, a queued one is given back unsent.
+########################################################################################################################
+
+
+def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
+    """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
+    exchange = Exchange(maybe_done=task.resumed, replayed=task.resumed)
+    started = time.monotonic()
+    try:
+        outcome = convert_and_store(task, shared, client, exchange)
+    except ObjectFailed as failure:
+        keeps = exchange.maybe_done and not failure.permanent
+        outcome = Outcome(
+            task, Event.FAILED, failure.code, failure.message, failure.status, failure.permanent, unsettled=keeps
+        )
+    except RunStopped as stopped:
+        shared.stop.request(stopped.stop)
+        outcome = Outcome(task, Event.LEFT, unsettled=exchange.maybe_done)
+    except Interrupted:
+        outcome = Outcome(task, Event.LEFT, unsettled=exchange.maybe_done)
+    except Exception as bug:
+        log.exception("a worker failed")
+        message = redacted(f"{type(bug).__name__}: {bug}")
+        outcome = Outcome(task, Event.FAILED, "bug", message, unsettled=exchange.maybe_done)
+    return replace(
+        outcome,
+        seconds=time.monotonic() - started,
+        requests=exchange.requests,
+        throttled=exchange.throttled,
+        replayed=exchange.replayed and outcome.event is Event.CONVERTED,
+        maybe_paid_twice=exchange.maybe_paid_twice,
+        remaining=exchange.remaining,
+    )
+
+
+def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchange: Exchange) -> Outcome:
+    """The steps for one object. Raises ObjectFailed, RunStopped or Interrupted."""
+    if shared.stop.requested:
+        raise Interrupted
+    if task.copy:
+        shared.bucket.copy(task)
+        return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
+    if task.overdue:
+        done = shared.bucket.has_output(task)
+        if done:
+            return Outcome(task, Event.FOUND, output_key=done)
+        exchange.maybe_paid_twice = True
+    result = client.convert(task, exchange)
+    with contextlib.closing(result.body):
+        key = shared.bucket.store(task, result)
+    return Outcome(task, Event.CONVERTED, output_key=key, bytes_out=result.size)
+
+
+def worker(tasks: "queue.Queue[Task | None]", shared: Shared, tell: Callable[["Note"], None]) -> None:
+    """Convert tasks until the end marker comes; pass it on, so that the recorder knows."""
+    try:
+        with contextlib.closing(ConvertClient(shared)) as client:
+            for task in iter(tasks.get, None):
+                tell(convert_object(task, shared, client))
+    finally:
+        tell(None)
+
+
+########################################################################################################################
+# Recorder. One thread, the main one: the only writer of outcomes, and the owner of every count and line of output.
+########################################################################################################################
+
+Note = Outcome | Counted | FeedEnded | None  # None: a worker has left
+SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
+
+
+class Report:
+    """What a run has come to. Every listed object ends in exactly one count, and `checked` proves it."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.counts: Counter[str] = Counter()
+        self.failed: Counter[str] = Counter()
+        self.latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self.remaining: int | None = None
+        self.stop: Stop | None = None
+
+    def add_counts(self, counts: Mapping[str, int]) -> None:
+        """Take over what the feeder counted."""
+        self.counts.update(counts)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one outcome."""
+        self.counts["requests"] += outcome.requests
+        self.counts["throttled"] += outcome.throttled
+        self.counts["replays"] += outcome.replayed
+        self.counts["possible_double_charges"] += outcome.maybe_paid_twice
+        if outcome.remaining is not None:
+            self.remaining = min(outcome.remaining, outcome.remaining if self.remaining is None else self.remaining)
+        if outcome.event is Event.FAILED:
+            self.failed[outcome.code] += 1
+        elif outcome.event is Event.CONVERTED:
+            self.counts["converted"] += 1
+            self.counts["bytes_in"] += outcome.task.size
+            self.counts["bytes_out"] += outcome.bytes_out
+            self.latencies.append(outcome.seconds)
+        else:
+            self.counts["left" if outcome.event is Event.LEFT else "already_done"] += 1
+
+    @property
+    def finished(self) -> int:
+        """Objects that were tried and settled in this run."""
+        return self.counts["converted"] + self.failed.total()
+
+    @property
+    def eligible(self) -> int:
+        """Objects listed so far that there was or is something to do for."""
+        return self.counts["listed"] - self.counts["already_done"] - sum(self.skipped.values())
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """Reason -> how many."""
+        return {reason: self.counts[reason] for reason in SKIP_REASONS if self.counts[reason]}
+
+    def unaccounted(self) -> int:
+        """Listed objects that have no count yet; 0 at the end of a run."""
+        return self.eligible - self.finished - self.counts["left"]
+
+    def percentile(self, percent: int) -> float | None:
+        """Seconds within which so many percent of the newest conversions were done; None before the second."""
+        if len(self.latencies) < 2:
+            return self.latencies[0] if self.latencies else None
+        return statistics.quantiles(self.latencies, n=100, method="inclusive")[percent - 1]
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What the whole run amounts to."""
+        if self.stop:
+            return self.stop.exit_code
+        return ExitCode.SOME_FAILED if self.failed else ExitCode.DONE
+
+    def summary(self) -> dict[str, Any]:
+        """The run as `run.summary` has it; times in seconds, sizes in bytes."""
+        seconds = time.monotonic() - self.started
+        p50, p95 = self.percentile(50), self.percentile(95)
+        return {
+            **{name: self.counts[name] for name in ("listed", "converted", "already_done")},
+            "skipped": self.skipped,
+            "failed": dict(self.failed.most_common()),
+            **{name: self.counts[name] for name in ("left", "bytes_in", "bytes_out")},
+            "seconds": round(seconds, 3),
+            "per_second": round(self.counts["converted"] / seconds, 3) if seconds else 0.0,
+            "p50_seconds": p50 and round(p50, 3),
+            "p95_seconds": p95 and round(p95, 3),
+            **{name: self.counts[name] for name in ("requests", "throttled", "replays", "possible_double_charges")},
+            "remaining": self.remaining,
+            "exit_code": int(self.exit_code),
+            "stopped_because": self.stop.because if self.stop else None,
+        }
+
+
+class Progress:
+    """A bar on a terminal; elsewhere a line every so many objects."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._every, self._quiet, self._said = settings.run.log_every, settings.quiet, 0
+        # disable=None: no bar where stderr is no terminal, as under cron.
+        self._bar = tqdm(total=0, unit="file", desc="converting", disable=settings.quiet or None, dynamic_ncols=True)
+
+    def show(self, report: Report) -> None:
+        """Bring what is shown up to date."""
+        if not self._bar.disable:
+            self._bar.total = report.eligible
+            self._bar.set_postfix(failed=report.failed.total(), refresh=False)
+            self._bar.update(report.finished - self._bar.n)
+        elif not self._quiet and report.finished >= self._said + self._every:
+            self._said = report.finished - report.finished % self._every
+            log.info("%d of ~%d done, %d failed", report.finished, report.eligible, report.failed.total())
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+class Recorder:
+    """Settles outcomes: failures file, then journal, then report, so that nothing is counted that is not written."""
+
+    def __init__(self, shared: Shared, journal: Journal, report: Report, progress: Progress) -> None:
+        self.shared, self.journal, self.report, self.progress = shared, journal, report, progress
+        self.run = shared.settings.run
+        self._can_write = True
+
+    def record(self, notes: "queue.Queue[Note]") -> bool:
+        """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
+        working = self.run.workers
+        while working:
+            batch = next_batch(notes)
+            self._take([note for note in batch if note is not None])
+            working -= len([note for note in batch if note is None])
+            self._watch_time()
+            self.progress.show(self.report)
+            if self._grace_is_over():
+                return False
+        return True
+
+    def _take(self, notes: Sequence["Outcome | Counted | FeedEnded"]) -> None:
+        for note in notes:
+            if isinstance(note, Counted):
+                self.report.add_counts(note.counts)
+            elif isinstance(note, FeedEnded):
+                self.report.stop = self.report.stop or note.stop
+        outcomes = [note for note in notes if isinstance(note, Outcome)]
+        if outcomes:
+            for outcome in self._settle(outcomes):
+                self.report.add(outcome)
+            self._watch_results()
+
+    def _settle(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
+        """The outcomes as they are on the disk. What cannot be written is left to do: its request is still recorded."""
+        if self._can_write:
+            try:
+                # Failures first: after a crash in between, a line is there twice, never missing.
+                self._append_failures([outcome for outcome in outcomes if outcome.event is Event.FAILED])
+                self.journal.end(outcomes, time.time())
+                return outcomes
+            except (RunStopped, UserError, OSError) as error:
+                self._can_write = False
+                self.shared.stop.request(stop_for(error))
+        return [replace(outcome, event=Event.LEFT) for outcome in outcomes]
+
+    def _append_failures(self, failures: Sequence[Outcome]) -> None:
+        if failures:
+            with Path(self.run.failures).open("a", encoding="utf-8") as lines:
+                for outcome in failures:
+                    lines.write(json.dumps(self._failure_line(outcome), ensure_ascii=False) + "\n")
+
+    def _failure_line(self, outcome: Outcome) -> dict[str, object]:
+        task = outcome.task
+        return {
+            "ts": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "job": task.job,
+            "bucket": self.journal.bucket,
+            "key": task.key,
+            "etag": task.etag,
+            "size": task.size,
+            "target": task.target,
+            "status": outcome.status,
+            "code": outcome.code,
+            "message": outcome.message,
+            "attempts": outcome.requests,
+            "permanent": outcome.permanent,
+        }
+
+    def _watch_results(self) -> None:
+        keep, most = self.shared.settings.api.keep_remaining, self.run.max_failure_rate
+        if self.report.remaining is not None and self.report.remaining <= keep:
+            because = f"{self.report.remaining} conversions remain this month, and api.keep_remaining is {keep}"
+            self.shared.stop.request(Stop(because, "run it again next month, or lower api.keep_remaining"))
+        failed = self.report.failed.total()
+        if (
+            most is not None
+            and self.report.finished >= FAILURES_BEFORE_RATE_COUNTS
+            and failed > most * self.report.finished
+        ):
+            reasons = ", ".join(f"{code} {count}" for code, count in self.report.failed.most_common(3))
+            because = (
+                f"{failed} of {self.report.finished} failed ({reasons}), more than run.max_failure_rate = {most:.3g}"
+            )
+            hint = f"see {self.run.failures}; then run it again, or raise run.max_failure_rate"
+            self.shared.stop.request(Stop(because, hint))
+
+    def _watch_time(self) -> None:
+        limit = self.run.max_runtime
+        if limit is not None and time.monotonic() - self.report.started > limit:
+            self.shared.stop.request(Stop("run.max_runtime is over", "run it again: it goes on where this run ended"))
+
+    def _grace_is_over(self) -> bool:
+        stop = self.shared.stop
+        return stop.requested and time.monotonic() - stop.since > self.run.shutdown_grace
+
+
+def next_batch(notes: "queue.Queue[Note]") -> list[Note]:
+    """The notes that are there, after waiting a moment for the first: they are committed together."""
+    batch: list[Note] = []
+    try:
+        batch.append(notes.get(timeout=0.2))
+        while len(batch) < 500:
+            batch.append(notes.get_nowait())
+    except queue.Empty:
+        pass
+    return batch
+
+
+def stop_for(error: Exception) -> Stop:
+    """What an error at the recorder's desk means for the run."""
+    if isinstance(error, RunStopped):
+        return error.stop
+    if isinstance(error, UserError):
+        return Stop(error.message, error.hint)
+    return Stop(f"a file cannot be written: {error}", "free some space or correct run.failures, and run it again")
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Put a whole file in place, or leave the old one. Raises OSError."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(content, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+########################################################################################################################
+# Commands. `run` alone knows all the rooms.
+########################################################################################################################
+
+
+def run(settings: Settings, stop: StopFlag) -> Report:
+    """Convert what there is to convert. Raises UserError or RunStopped if nothing could be started."""
+    checkpoint = Path(settings.run.checkpoint)
+    with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.output_bucket) as journal:
+        bucket = Bucket(settings)
+        bucket.check()
+        shared = Shared(settings, stop, Pacer(settings.api.requests_per_minute), bucket, AddressTrust())
+        report, progress = Report(), Progress(settings)
+        tasks: queue.Queue[Task | None] = queue.Queue(2 * settings.run.workers)
+        notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
+        pool = ThreadPoolExecutor(settings.run.workers + 1)
+        pool.submit(Feeder(shared, journal, tasks, notes.put).run)
+        for _ in range(settings.run.workers):
+            pool.submit(worker, tasks, shared, notes.put)
+        is_complete = Recorder(shared, journal, report, progress).record(notes)
+        pool.shutdown(wait=is_complete)
+        progress.close()
+        report.stop = stop.stop or report.stop
+        close_accounts(report, is_complete=is_complete)
+        if settings.run.summary:
+            write_summary(Path(settings.run.summary), report)
+        return report
+
+
+def close_accounts(report: Report, *, is_complete: bool) -> None:
+    """Every listed object must have its count. What was abandoned is left to do."""
+    missing = report.unaccounted()
+    if not is_complete:
+        report.counts["left"] += missing
+    elif missing:
+        report.stop = Stop(
+            f"{missing} of the listed objects have no count", "this is a bug of the program; please report it"
+        )
+
+
+def write_summary(path: Path, report: Report) -> None:
+    """Write `run.summary`. A failure to do so is said, and is no failure of the run."""
+    try:
+        write_atomically(path, json.dumps(report.summary(), indent=2) + "\n")
+    except OSError as problem:
+        log.warning("run.summary = %s cannot be written: %s", path, problem.strerror)
+
+
+def human_bytes(count: float) -> str:
+    """A size for people."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
+    """The end of a run in words."""
+    found = report.summary()
+    yield f"converted     {found['converted']}"
+    yield f"already done  {found['already_done']}"
+    yield from (f"skipped       {count} {reason}" for reason, count in found["skipped"].items())
+    yield from (f"failed        {count} {code}" for code, count in found["failed"].items())
+    if found["left"]:
+        yield f"left to do    {found['left']}"
+    yield f"bytes         {human_bytes(found['bytes_in'])} in, {human_bytes(found['bytes_out'])} out"
+    yield f"time          {found['seconds']:.1f} s, {found['per_second']:.1f} files/s"
+    if found["p50_seconds"] is not None:
+        yield f"latency       p50 {found['p50_seconds']:.2f} s, p95 {found['p95_seconds']:.2f} s"
+    yield f"requests      {found['requests']} ({found['throttled']} throttled, {found['replays']} replays)"
+    if found["possible_double_charges"]:
+        yield f"warning       {found['possible_double_charges']} conversions may have been charged twice"
+    if found["remaining"] is not None:
+        yield f"quota         {found['remaining']} conversions remain"
+    if report.failed:
+        yield f"failures are in {settings.run.failures}"
+    if report.stop:
+        yield f"stopped: {report.stop.because}"
+        yield f"hint: {report.stop.hint}"
+
+
+########################################################################################################################
+# Command line. Only `main` decides the exit.
+########################################################################################################################
+
+FLAGS = {
+    "bucket": ("s3", "bucket"),
+    "prefix": ("s3", "prefix"),
+    "target": ("convert", "target"),
+    "workers": ("run", "workers"),
+    "limit": ("api", "max_conversions"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="s3_bulk_convert.py",
+        description="Convert each object of an S3 bucket once through the ChangeThisFile API and put the result back.",
+        epilog="Exit codes: 0 done; 1 some objects failed; 2 usage or configuration error; 3 stopped early, work is "
+        "left; 4 another run holds the checkpoint; 130, 143 interrupted.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-c", "--config", metavar="FILE", type=Path, help="INI file (default: config.ini, if it is there)")
+    add("--bucket", metavar="NAME", help="bucket to read from (s3.bucket)")
+    add("--prefix", metavar="PREFIX", help="only keys that begin so (s3.prefix)")
+    add("--target", metavar="FORMAT", help="format to convert to (convert.target)")
+    add("--workers", metavar="N", help="conversions at a time (run.workers)")
+    add("--limit", metavar="N", help="conversions to pay for in this run (api.max_conversions)")
+    add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
+    add("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
+    add("-q", "--quiet", action="store_true", help="print only what went wrong, and one line at the end")
+    add("-v", "--verbose", action="store_true", help="say more; show tracebacks")
+    add("--version", action="version", version=f"%(prog)s {__version__}")
+    return parser
+
+
+def read_flags(arguments: argparse.Namespace) -> list[Given]:
+    """The options given on the command line. Raises UserError if one has no name."""
+    given = []
+    for flag, (section, name) in FLAGS.items():
+        value = getattr(arguments, flag)
+        if value is not None:
+            given.append(Given(section, name, value.strip(), f"--{flag} ([{section}] {name})"))
+    for assignment in arguments.set:
+        match = re.fullmatch(r"\s*(?:(job [^=]*|[^.=\s]+)\.)([^.=\s]+)\s*=(.*)", assignment, re.DOTALL)
+        if match is None:
+            raise UserError(f"--set {assignment}: expected SECTION.OPTION=VALUE", "for example --set run.log_every=10")
+        given.append(Given(match[1], match[2].lower(), match[3].strip(), f"--set {match[1]}.{match[2]}"))
+    return given
+
+
+class ConsoleFormatter(logging.Formatter):
+    """Lines for people: time, text without secrets, and a traceback only on demand."""
+
+    def __init__(self, *, verbose: bool) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self._verbose = verbose
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A line without secrets."""
+        if record.exc_info and not self._verbose:
+            record.exc_text = "".join(traceback.format_exception_only(record.exc_info[1])).rstrip()
+        return redacted(super().format(record))
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to stderr above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging(*, quiet: bool, verbose: bool) -> None:
+    """Send this program's messages to stderr; other libraries' only with -v."""
+    handler = ConsoleHandler()
+    handler.setFormatter(ConsoleFormatter(verbose=verbose))
+    logging.basicConfig(level=logging.WARNING if not verbose else logging.INFO, handlers=[handler], force=True)
+    # urllib3 warns at each retry, with the path of the request; the summary has the counts.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def finish(report: Report, settings: Settings) -> ExitCode:
+    """Say what the run came to."""
+    lines = list(summary_lines(report, settings))
+    if settings.quiet and report.exit_code is ExitCode.DONE:
+        lines = lines[:1]
+    print(redacted("\n".join(lines)), flush=True)
+    return report.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
+    stop = StopFlag()
+    try:
+        settings = load_settings(arguments.config, os.environ, read_flags(arguments))
+        settings = replace(
+            settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet, verbose=arguments.verbose
+        )
+        stop.install()
+        return finish(run(settings, stop), settings)
+    except UserError as error:
+        return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)
+    except RunStopped as stopped:
+        return complain(stopped.stop.because, stopped.stop.hint, stopped.stop.exit_code, verbose=arguments.verbose)
+    except Exception:
+        log.exception("the program has a bug; what was sent is in the checkpoint, and the next run resumes it")
+        return ExitCode.STOPPED
+
+
+def complain(message: str, hint: str, exit_code: ExitCode, *, verbose: bool) -> ExitCode:
+    """Print what went wrong and what to do."""
+    if verbose:
+        traceback.print_exc()
+    sys.stderr.write(redacted(f"error: {message}\nhint: {hint}\n"))
+    return exit_code
+
+
+def leave(code: int) -> None:
+    """End the process; at once, if workers had to be abandoned in the middle of a request."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if threading.active_count() > 1:
+        os._exit(code)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    leave(main())
