@@ -55,7 +55,7 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -102,18 +102,21 @@ IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer 
 URL_LIFE_SECONDS = IDEMPOTENCY_WINDOW_SECONDS  # a resumed request carries the same URL, so it lives as long
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 JOB_DEADLINE_SECONDS = 6 * 3600
+TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
 MULTIPART_BYTES = 16 << 20  # a larger output is put in parts
 PAGE_KEYS = 1000  # what S3 lists at once
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
+SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for so long belongs to a deleted object
 LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
 METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
 S3_KEY_BYTES = 1_024
 SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
 
+CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 FORMAT_ALIASES = {
     "jpeg": "jpg",
     "jpe": "jpg",
@@ -254,6 +257,7 @@ class Candidate:
 
     job: "Job"
     source: S3Object
+    is_known: bool = False  # the journal has a row of another version of it
 
 
 @dataclass(frozen=True)
@@ -272,7 +276,9 @@ class Task:
     url: str = ""  # presigned; empty: the bytes are uploaded
     copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
     resumed: bool = False  # a run before this one may have sent it already
-    overdue: bool = False  # so long ago that the API has forgotten it: the output tells whether it was done
+    overdue: bool = False  # so long ago that the API has forgotten the key
+    look_first: bool = False  # its output may be there already: see whether it is this version's
+    among_sources: bool = False  # outputs lie between sources: neither convert the one nor overwrite the other
 
 
 @dataclass(frozen=True)
@@ -295,12 +301,13 @@ class State:
 
 
 class Event(str, Enum):
-    """How a task ended. The first three are journal events; LEFT is to do, for the next run."""
+    """How a task ended. The first three are events of the journal; LEFT is to do, for the next run."""
 
     CONVERTED = "converted"
     FAILED = "failed"
     FOUND = "found"
     LEFT = "left"
+    SKIPPED = "skipped"  # an output of this program among the sources
 
 
 @dataclass(frozen=True)
@@ -357,6 +364,7 @@ class Exchange:
     maybe_done: bool = False  # the API may have converted it, and this program does not have the answer
     replayed: bool = False
     maybe_paid_twice: bool = False
+    timeouts: int = 0  # 504s: the conversion takes longer than the API's synchronous call may
     remaining: int | None = None
 
 
@@ -626,6 +634,14 @@ class Settings:
     def output_bucket(self) -> str:
         """The bucket that outputs go to."""
         return self.s3.output_bucket or self.s3.bucket
+
+    def puts_among_sources(self, job: Job) -> bool:
+        """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
+        return self.output_bucket == self.s3.bucket and not literal_prefix(job.output_key)
+
+    def hide(self, message: str) -> str:
+        """A text of the API's without secrets, the key itself among them."""
+        return redacted(message.replace(self.api.key, "..."))
 
 
 def specs_of(section: str) -> dict[str, OptionSpec]:
@@ -1079,8 +1095,10 @@ class StopFlag:
     def install(self) -> None:
         """Handle SIGINT, SIGTERM and SIGHUP; a second one ends the process at once."""
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self._on_signal)
+            number = getattr(signal, name, None)
+            # Under nohup SIGHUP is ignored, and stays so.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
@@ -1194,6 +1212,9 @@ def chunks(values: Sequence[T], length: int) -> Iterator[Sequence[T]]:
         yield values[start : start + length]
 
 
+LOGGED = frozenset({Event.CONVERTED, Event.FAILED, Event.FOUND})
+
+
 class Journal:
     """The checkpoint of one source bucket and one output bucket. Safe to use from several threads."""
 
@@ -1301,12 +1322,17 @@ class Journal:
         with self._transaction() as db:
             db.executemany(
                 f"INSERT INTO log VALUES (NULL{', ?' * 19})",
-                [self._log_row(outcome, now) for outcome in outcomes if outcome.event is not Event.LEFT],
+                [self._log_row(outcome, now) for outcome in outcomes if outcome.event in LOGGED],
             )
             db.executemany(
                 "DELETE FROM in_flight WHERE bucket = ? AND fingerprint = ? AND key = ?",
                 [(self.bucket, o.task.fingerprint, o.task.key) for o in outcomes if not o.unsettled],
             )
+
+    def forget_sent_before(self, then: float) -> None:
+        """Drop unsettled requests from before `then` (Unix seconds): their objects are gone or are no longer wanted."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM in_flight WHERE sent_at < ?", (then,))
 
     def _in_flight_row(self, task: Task, now: float) -> tuple[object, ...]:
         claim = (self.output_bucket, claim_of(task.output_key))
@@ -1468,22 +1494,61 @@ class Bucket:
         unreadable = code in {"AccessDenied", "InvalidObjectState"}
         return ObjectFailed("source_unreadable", f"S3: {redacted(str(error))}", permanent=unreadable)
 
+    def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
+        try:
+            return self.client.head_object(Bucket=bucket, Key=key, **self._payer)["Metadata"]
+        except (ClientError, BotoCoreError):
+            return None
+
     def is_our_output(self, key: str) -> bool:
         """Whether an object of the source bucket carries the metadata of an output of this program."""
-        try:
-            found = self.client.head_object(Bucket=self.name, Key=key, **self._payer)["Metadata"]
-        except (ClientError, BotoCoreError):
-            return False
+        found = self._metadata(self.name, key) or {}
         return "source-etag" in found and "job" in found
 
-    def has_output(self, task: Task) -> str:
+    def refuse_to_overwrite(self, task: Task) -> None:
+        """Raise ObjectFailed if an object that is not this source's output has the output key."""
+        found = self._metadata(self.output_name, task.output_key)
+        if found is not None and not source_key_metadata(task.key).items() <= found.items():
+            said = f"{task.output_key} exists and is no output of this object"
+            raise ObjectFailed("output_collision", f"{said}; put outputs under a prefix of their own", permanent=True)
+
+    def output_of(self, task: Task) -> str:
         """The key under which this very version's output lies already; empty if it does not."""
+        wanted = {**source_key_metadata(task.key), "source-etag": task.etag}
         for key in (task.output_key, task.output_key + ".zip"):
-            with contextlib.suppress(ClientError, BotoCoreError):
-                found = self.client.head_object(Bucket=self.output_name, Key=key, **self._payer)["Metadata"]
-                if found.get("source-etag") == task.etag and source_key_metadata(task.key).items() <= found.items():
-                    return key
+            found = self._metadata(self.output_name, key)
+            if found and wanted.items() <= found.items():
+                return key
         return ""
+
+    def existing_outputs(self, prefix: str, keys: Iterable[str]) -> dict[str, float]:
+        """Those of the keys that exist in the output bucket, with the Unix seconds when they were written.
+
+        Read from listings, with a jump over what lies between two keys. Raises RunStopped.
+        """
+        wanted = sorted(set(keys), reverse=True)
+        found: dict[str, float] = {}
+        after = ""
+        while wanted:
+            # StartAfter leaves out the key itself: a key without its last character sorts just before it.
+            after = max(after, wanted[-1][:-1])
+            page, is_last = self._output_page(prefix, after)
+            listed = {line["Key"]: line["LastModified"].timestamp() for line in page}
+            after = page[-1]["Key"] if page else after
+            while wanted and (is_last or not page or wanted[-1] <= after):
+                key = wanted.pop()
+                if key in listed:
+                    found[key] = listed[key]
+        return found
+
+    def _output_page(self, prefix: str, after: str) -> tuple[list[Any], bool]:
+        try:
+            page: Any = self.client.list_objects_v2(
+                Bucket=self.output_name, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_KEYS, **self._payer
+            )
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"the listing of {self.output_name}") from None
+        return page.get("Contents", []), not page.get("IsTruncated")
 
     def store(self, task: Task, result: Result) -> str:
         """Put an answer into the output bucket and return its key. A broken transfer leaves nothing there."""
@@ -1680,14 +1745,21 @@ class RetryPolicy(Retry):
         if response.status != 429 and not self.looks_up:
             self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
         if verdict is Verdict.STOP_RUN:
-            raise refusal_by_api(response.status, code, message)
+            raise refusal_by_api(response.status, code, self.shared.settings.hide(message))
         status: int = response.status
         failure = ObjectFailed(
-            code or f"http_{status}", redacted(message), permanent=verdict is Verdict.GIVE_UP, status=status
+            code or f"http_{status}",
+            self.shared.settings.hide(message),
+            permanent=verdict is Verdict.GIVE_UP,
+            status=status,
         )
-        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY}:
+        self.exchange.timeouts += status == 504
+        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status):
             raise failure
         return self._again(failure, costs_attempt=verdict is Verdict.RETRY, asked=asked)
+
+    def _is_for_jobs(self, status: int) -> bool:
+        return status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS and not self.looks_up
 
     def _after_broken_exchange(self, error: Exception) -> "RetryPolicy":
         if isinstance(error, BadAnswer):
@@ -1741,7 +1813,7 @@ def error_body(response: urllib3.BaseHTTPResponse) -> bytes:
 
 def refusal_by_api(status: int, code: str, message: str) -> RunStopped:
     """The end of the run for a reply that every object would get."""
-    said = redacted(f"{status} {code} {message}".strip())
+    said = f"{status} {code} {message}".strip()
     if code == "quota_exceeded" or status == 402:
         return RunStopped(f"the quota is used up: {said}", "run it again next month, or after an upgrade of the plan")
     if status == 401:
@@ -1888,14 +1960,13 @@ class ConvertClient:
 
     def _path(self, task: Task) -> str:
         above = self._api.jobs_above
-        return "/v1/jobs" if above is not None and task.size > above else "/v1/convert"
+        return JOBS_PATH if above is not None and task.size > above else CONVERT_PATH
 
     def _url_call(self, task: Task) -> Call:
         return Call(self._path(task), task.idempotency_key, (*self._form_fields(task), ("file_url", task.url)))
 
     def _upload_call(self, task: Task) -> Call:
-        # In URL mode this is the fallback, whose body is another one. The successor key is derived, not drawn, so that
-        # a run that resumes after a crash comes to the same one.
+        # In URL mode this is the fallback, and its body is another one.
         key = task.idempotency_key + (":u" if task.url else "")
         filename = upload_filename(task.key)
         bucket = self.shared.bucket
@@ -1904,19 +1975,23 @@ class ConvertClient:
         )
 
     def _exchange(self, call: Call, task: Task, exchange: Exchange) -> Result:
-        """Send a call until it is answered. A key that is taken by another body gets one successor."""
+        """Send a call until it is answered; under a successor key if the key is taken, as a job if it is slow."""
         try:
             return self._answer(call, task, exchange)
-        except ObjectFailed as conflict:
-            if judge_reply(conflict.status, conflict.code) is not Verdict.NEW_KEY:
+        except ObjectFailed as failure:
+            successor = self._successor(call, failure, exchange)
+            if successor is None:
                 raise
-        exchange.maybe_paid_twice = True
-        successor = replace(call, idempotency_key=call.idempotency_key + ":2")
-        try:
-            return self._answer(successor, task, exchange)
-        except ObjectFailed as conflict:
-            conflict.permanent |= judge_reply(conflict.status, conflict.code) is Verdict.NEW_KEY
-            raise
+        return self._answer(successor, task, exchange)
+
+    def _successor(self, call: Call, failure: ObjectFailed, exchange: Exchange) -> Call | None:
+        # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
+        if judge_reply(failure.status, failure.code) is Verdict.NEW_KEY:
+            exchange.maybe_paid_twice = True
+            return replace(call, idempotency_key=call.idempotency_key + ":2")
+        if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
+            return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
+        return None
 
     def _answer(self, call: Call, task: Task, exchange: Exchange) -> Result:
         deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
@@ -1967,7 +2042,8 @@ class ConvertClient:
         exchange.maybe_done = True
         self.shared.pacer.learn(response.headers, time.time())
         remaining = response.headers.get("X-CTF-Remaining", "")
-        if remaining.isdigit():
+        # A replay has the headers of the first answer, which may be a day old.
+        if remaining.isdigit() and not exchange.replayed:
             exchange.remaining = int(remaining)
 
     def _receive(self, response: requests.Response, target: str, deadline: float) -> Result:
@@ -1994,7 +2070,8 @@ class ConvertClient:
             piece = raw.read(CHUNK_BYTES, decode_content=False)
             if not piece:
                 return received
-            received += body.write(piece)
+            with no_space_stops_the_run():
+                received += body.write(piece)
             if time.monotonic() > deadline:
                 raise BadAnswer("slow_answer", "the answer did not end in time")
 
@@ -2018,7 +2095,9 @@ class ConvertClient:
     def _poll(self, job_id: str, exchange: Exchange, deadline: float) -> dict[str, Any]:
         self.shared.pacer.spend()
         try:
-            response = self._get(f"{self._api.url}/v1/jobs/{urllib.parse.quote(job_id, safe='')}", exchange, deadline)
+            response = self._get(
+                f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}", exchange, deadline
+            )
         except ObjectFailed as failure:
             raise ObjectFailed("job_lost", f"the API does not know the job {job_id}", permanent=False) from failure
         with contextlib.closing(response):
@@ -2058,6 +2137,16 @@ class ConvertClient:
             result.body.close()
             return None
         return result
+
+
+@contextlib.contextmanager
+def no_space_stops_the_run() -> Iterator[None]:
+    """Raise RunStopped where a temporary file cannot be written: every object would meet that."""
+    try:
+        yield
+    except OSError as problem:
+        where = tempfile.gettempdir()
+        raise RunStopped(f"{where} cannot be written: {problem.strerror}", "free some space, or set TMPDIR") from None
 
 
 def temporary_file() -> IO[bytes]:
@@ -2136,7 +2225,11 @@ def select(
     """The objects of a page that jobs want; an object counts as listed once for each job that wants it."""
     for source in page:
         reason = skip_reason(source, own_prefixes)
-        wanting = [] if reason else [route.job for route in routes if route.wants(source)]
+        wanting = (
+            []
+            if reason
+            else list({route.job.fingerprint: route.job for route in routes if route.wants(source)}.values())
+        )
         counts["listed"] += max(1, len(wanting))
         if not wanting:
             counts[reason or UNMATCHED] += 1
@@ -2160,7 +2253,7 @@ def unfinished(
     for candidate in candidates:
         state = states.get((candidate.job.fingerprint, candidate.source.key))
         if state is None or state.etag != candidate.source.etag:
-            yield candidate
+            yield replace(candidate, is_known=state is not None)
         elif state.event != Event.FAILED.value:
             counts["already_done"] += 1
         elif state.permanent and not retry:
@@ -2234,8 +2327,9 @@ class Feeder:
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
-        tasks = [self._task(candidate, sent) for candidate in todo]
-        return list(self._claimed(self._sendable(tasks)))
+        tasks = list(self._claimed(self._sendable([self._task(candidate, sent) for candidate in todo])))
+        traced = {*sent, *((known.job.fingerprint, known.source.key) for known in todo if known.is_known)}
+        return self._without_outputs(tasks, traced, {source.key: source.modified for source in page})
 
     def _task(self, candidate: Candidate, sent: Mapping[tuple[str, str], Sent]) -> Task:
         job, source = candidate.job, candidate.source
@@ -2255,6 +2349,8 @@ class Feeder:
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
+            look_first=earlier is not None,
+            among_sources=self.shared.settings.puts_among_sources(job),
         )
         if earlier and not is_overdue:
             return replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, resumed=True)
@@ -2278,17 +2374,48 @@ class Feeder:
         """The tasks whose output key is theirs: the first source keeps a key, in this run and in any later one."""
         waiting = list(tasks)
         owners = self.journal.owners([claim_of(task.output_key) for task in waiting])
+        # Of two jobs that put the same source's outputs under one key, the first keeps it too.
+        jobs: dict[str, str] = {}
         for task in waiting:
-            owner = owners.setdefault(claim_of(task.output_key), task.key)
-            if owner == task.key and task.output_key != task.key:
+            claim = claim_of(task.output_key)
+            owner, job = owners.setdefault(claim, task.key), jobs.setdefault(claim, task.fingerprint)
+            if owner == task.key and job == task.fingerprint and task.output_key != task.key:
                 yield task
-                continue
-            said = (
-                f"{task.output_key} belongs to the output of {owner}"
-                if owner != task.key
-                else "its output would replace it"
-            )
-            self._fail(task, "output_collision", f"{said}; put {{ext}} into s3.output_key to keep both")
+            else:
+                said = "its output would replace it" if task.output_key == task.key else f"belongs to {owner}"
+                hint = "put {ext} or {job} into s3.output_key to keep both"
+                self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
+
+    def _without_outputs(
+        self, tasks: list[Task], traced: Container[tuple[str, str]], modified: Mapping[str, float]
+    ) -> list[Task]:
+        """The tasks whose output is not there yet, as run.skip_existing wants it (make's rule); the others are found.
+
+        The rule is for objects without a trace in the journal. For the others the journal knows better: an output may be
+        newer than a source that was overwritten while the version before it was converted.
+        """
+        untraced = [task for task in tasks if (task.fingerprint, task.key) not in traced]
+        if not (self.shared.settings.run.skip_existing and untraced):
+            return tasks
+        written = self._written(untraced)
+        todo = [task for task in tasks if (task.fingerprint, task.key) in traced]
+        for task in untraced:
+            made = next((key for key in (task.output_key, task.output_key + ".zip") if key in written), "")
+            if made and written[made] > modified[task.key] and not task.among_sources:
+                self.tell(Outcome(task, Event.FOUND, output_key=made))
+            else:
+                # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
+                todo.append(replace(task, look_first=bool(made)))
+        return todo
+
+    def _written(self, tasks: Sequence[Task]) -> dict[str, float]:
+        """When the planned outputs were written, of those that exist."""
+        prefixes = {job.name: literal_prefix(job.output_key) for job in self.shared.settings.jobs}
+        found: dict[str, float] = {}
+        for prefix in sorted(set(prefixes.values())):
+            keys = [task.output_key for task in tasks if prefixes[task.job] == prefix]
+            found.update(self.shared.bucket.existing_outputs(prefix, [*keys, *(key + ".zip" for key in keys)]))
+        return found
 
     def _fail(self, task: Task, code: str, message: str) -> None:
         self.tell(Outcome(task, Event.FAILED, code, message, permanent=True))
@@ -2392,11 +2519,15 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     if task.copy:
         shared.bucket.copy(task)
         return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
-    if task.overdue:
-        done = shared.bucket.has_output(task)
+    if task.among_sources:
+        shared.bucket.refuse_to_overwrite(task)
+        if shared.bucket.is_our_output(task.key):
+            return Outcome(task, Event.SKIPPED, OWN_OUTPUT)
+    if task.look_first:
+        done = shared.bucket.output_of(task)
         if done:
             return Outcome(task, Event.FOUND, output_key=done)
-        exchange.maybe_paid_twice = True
+    exchange.maybe_paid_twice = task.overdue
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
         key = shared.bucket.store(task, result)
@@ -2452,7 +2583,8 @@ class Report:
             self.counts["bytes_out"] += outcome.bytes_out
             self.latencies.append(outcome.seconds)
         else:
-            self.counts["left" if outcome.event is Event.LEFT else "already_done"] += 1
+            counts = {Event.LEFT: "left", Event.FOUND: "already_done", Event.SKIPPED: outcome.code}
+            self.counts[counts[outcome.event]] += 1
 
     @property
     def finished(self) -> int:
@@ -2622,8 +2754,9 @@ class Recorder:
             self.shared.stop.request(Stop("run.max_runtime is over", "run it again: it goes on where this run ended"))
 
     def _grace_is_over(self) -> bool:
-        stop = self.shared.stop
-        return stop.requested and time.monotonic() - stop.since > self.run.shutdown_grace
+        flag = self.shared.stop
+        is_signal = flag.stop is not None and flag.stop.exit_code in {ExitCode.SIGINT, ExitCode.SIGTERM}
+        return is_signal and time.monotonic() - flag.since > self.run.shutdown_grace
 
 
 def next_batch(notes: "queue.Queue[Note]") -> list[Note]:
@@ -2665,6 +2798,7 @@ def write_atomically(path: Path, content: str) -> None:
 def run(settings: Settings, stop: StopFlag) -> Report:
     """Convert what there is to convert. Raises UserError or RunStopped if nothing could be started."""
     checkpoint = Path(settings.run.checkpoint)
+    refuse_unwritable(Path(settings.run.failures), "run.failures")
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.output_bucket) as journal:
         bucket = Bucket(settings)
         bucket.check()
@@ -2681,9 +2815,24 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         progress.close()
         report.stop = stop.stop or report.stop
         close_accounts(report, is_complete=is_complete)
+        if not report.stop:
+            journal.forget_sent_before(time.time() - SENT_KEPT_SECONDS)
         if settings.run.summary:
             write_summary(Path(settings.run.summary), report)
         return report
+
+
+def refuse_unwritable(path: Path, name: str) -> None:
+    """Raise UserError if a file cannot be appended to; leave no empty one behind."""
+    existed = path.exists()
+    try:
+        path.open("a", encoding="utf-8").close()
+        if not existed:
+            path.unlink()
+    except OSError as problem:
+        raise UserError(
+            f"{name} = {path} cannot be written: {problem.strerror}", f"set {name} to another path"
+        ) from None
 
 
 def close_accounts(report: Report, *, is_complete: bool) -> None:
