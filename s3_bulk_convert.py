@@ -884,7 +884,7 @@ def claim_of(planned_key: str) -> str:
 
 
 def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None) -> str:
-    """The API's key for one conversion: another object, version, target or option has another one (contract: 24 h)."""
+    """The API's key for one conversion: another object, version, target or option has another one (docs/idempotency)."""
     return digest(["s3_bulk_convert/1", bucket, source.key, source.etag, source.size, target, quality])
 
 
@@ -971,7 +971,7 @@ class Identity:
 
 
 def identify_result(target: str, media_type: str, disposition: str, head: bytes) -> Identity:
-    """What the body of a 200 is, from its headers and first bytes, never from the target alone (contract section 3).
+    """What the body of a 200 is, from its headers and first bytes, never from the target alone (docs/conversions/sync).
 
     Raises BadAnswer if it cannot be a file of the target format: an error page, a JSON error, another format.
     """
@@ -999,7 +999,7 @@ def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes)
 
 
 def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
-    """What an error reply means. The status comes first, then the code.
+    """What an error reply means (docs/errors). The status comes first, then the code.
 
     `looks_up`: the request asked for a job or its result, so that 403, 404 and 410 are about that one thing.
     """
@@ -1682,7 +1682,7 @@ class Shared:
 
 
 class AddressTrust:
-    """Whether the API takes presigned URLs, learned from its first replies (contract section 2: pages disagree)."""
+    """Whether the API takes presigned URLs, learned from its first replies: its S3 guide says so, its reference does not."""
 
     REFUSALS_NEEDED = 3
 
@@ -1933,7 +1933,7 @@ class ConvertClient:
         """Have one object converted. Raises ObjectFailed, RunStopped or Interrupted.
 
         With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
-        a refusal in URL mode is no proof that the object is bad (contract section 2).
+        a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
         trust = self.shared.address
         if not task.url or (trust.is_lost and not task.resumed):
@@ -2076,7 +2076,7 @@ class ConvertClient:
                 raise BadAnswer("slow_answer", "the answer did not end in time")
 
     def _finish_job(self, job_id: str, task: Task, exchange: Exchange) -> Result:
-        """Wait for a job and fetch its result. An unknown state counts as running (contract section 4)."""
+        """Wait for a job and fetch its result. An unknown state counts as running (docs/conversions/async)."""
         deadline = time.monotonic() + JOB_DEADLINE_SECONDS
         links_left = 3
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
@@ -2391,8 +2391,8 @@ class Feeder:
     ) -> list[Task]:
         """The tasks whose output is not there yet, as run.skip_existing wants it (make's rule); the others are found.
 
-        The rule is for objects without a trace in the journal. For the others the journal knows better: an output may be
-        newer than a source that was overwritten while the version before it was converted.
+        The rule is for objects without a trace in the journal. For the others the journal knows better: an output may
+        be newer than a source that was overwritten while the version before it was converted.
         """
         untraced = [task for task in tasks if (task.fingerprint, task.key) not in traced]
         if not (self.shared.settings.run.skip_existing and untraced):
