@@ -164,6 +164,9 @@ EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/
 ########################################################################################################################
 # Failures. UserError is for people: what happened, and what to do. ObjectFailed is one object's; RunStopped ends the
 # run without blaming an object. Anything else is a bug of this script and keeps its traceback.
+#   - Each of them is caught in one place: UserError by `main`, ObjectFailed by `convert_object`, RunStopped by whoever
+#     runs a thread (`Feeder.run`, `convert_object`, `Recorder`), which then asks the whole run to stop.
+#   - Their arguments go to `super().__init__` unchanged, so that they survive being pickled.
 ########################################################################################################################
 
 
@@ -237,6 +240,8 @@ class BadAnswer(Exception):
 
 ########################################################################################################################
 # Records. What crosses a border between rooms: frozen, and made of strings and numbers only.
+#   - A Task holds all that must be the same when its request is sent again after a crash; a worker needs nothing else.
+#   - An Outcome says all that the journal, the failures file and the report will ever know of a task.
 ########################################################################################################################
 
 
@@ -244,7 +249,7 @@ class BadAnswer(Exception):
 class S3Object:
     """One line of a listing. `modified` in Unix seconds, `etag` without quotes."""
 
-    key: str
+    key: str  # as S3 has it: any characters, up to 1,024 bytes of UTF-8
     etag: str
     size: int
     modified: float
@@ -265,13 +270,13 @@ class Task:
     """One conversion to make, with everything that must be the same when it is sent again after a crash."""
 
     job: str
-    fingerprint: str
+    fingerprint: str  # of the job: see Job
     key: str
     etag: str
     size: int
     target: str
     quality: int | None
-    output_key: str
+    output_key: str  # as planned; an archive of pages gets ".zip" behind it
     idempotency_key: str
     url: str = ""  # presigned; empty: the bytes are uploaded
     copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
@@ -316,16 +321,16 @@ class Outcome:
 
     task: Task
     event: Event
-    code: str = ""
+    code: str = ""  # the API's own, or one of this program's; for SKIPPED the reason
     message: str = ""
-    status: int = 0
+    status: int = 0  # HTTP status of the API's last reply; 0 if there was none
     permanent: bool = False
     unsettled: bool = False
-    output_key: str = ""
+    output_key: str = ""  # where the output really is
     bytes_out: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # from the worker's first step to its last, waits included
     requests: int = 0
-    throttled: int = 0
+    throttled: int = 0  # answers 429
     replayed: bool = False
     maybe_paid_twice: bool = False
     remaining: int | None = None
@@ -381,6 +386,9 @@ class Result:
 ########################################################################################################################
 # Settings. An option is declared once, as a field of one of the four sections; the INI file, the environment, the
 # command line, the checks and the tests of the documentation all read those declarations.
+#   - A value is text with a place of origin (Given) until its reader has read it; problems are collected, not raised,
+#     so that a person sees all of them at once.
+#   - A secret is never a part of a message, not even a wrong one.
 ########################################################################################################################
 
 T = TypeVar("T")
@@ -393,7 +401,7 @@ class OptionSpec:
     reader: Callable[[str], Any]
     purpose: str
     required: bool = False
-    secret: bool = False
+    secret: bool = False  # never shown
 
 
 def option(
@@ -652,6 +660,7 @@ def specs_of(section: str) -> dict[str, OptionSpec]:
 
 def read_ini(path: Path, *, required: bool) -> list[Given]:
     """The values in an INI file, without interpolation. Raises UserError if it cannot be read."""
+    # No interpolation: a % in a key is a %. No default section: its options would turn up in every other one.
     parser = configparser.ConfigParser(interpolation=None, default_section="\0")
     try:
         with path.open(encoding="utf-8-sig") as lines:
@@ -755,6 +764,7 @@ def read_jobs(given: Sequence[Given], s3: S3Options, problems: list[str]) -> tup
 
 def make_job(name: str, s3: S3Options, options: ConvertOptions) -> Job:
     """A job with the fingerprint of all that decides what its outputs are and where they lie."""
+    # A job may be renamed for free, unless its name decides where its outputs lie.
     place = [s3.output_bucket or s3.bucket, s3.output_key.replace("{job}", name)]
     return Job(name, s3.prefix, s3.output_key, options, digest([options.target, options.quality, *place]))
 
@@ -830,6 +840,8 @@ def load_settings(path: Path | None, environ: Mapping[str, str], command_line: S
 
 ########################################################################################################################
 # Rules. Pure: no files, no network, no clock. Everything that decides what is paid for and what is stored.
+#   - Keys are data: they are never a path, a format string or a pattern.
+#   - A change to `idempotency_key` or `make_job` makes every finished object new work that is paid for again.
 ########################################################################################################################
 
 
@@ -884,7 +896,7 @@ def claim_of(planned_key: str) -> str:
 
 
 def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None) -> str:
-    """The API's key for one conversion: another object, version, target or option has another one (docs/idempotency)."""
+    """The API's key for one conversion; another object, version, target or option has another (docs/idempotency)."""
     return digest(["s3_bulk_convert/1", bucket, source.key, source.etag, source.size, target, quality])
 
 
@@ -976,17 +988,20 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     Raises BadAnswer if it cannot be a file of the target format: an error page, a JSON error, another format.
     """
     kind, declared = canonical(target), media_kind(media_type)
+    # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
     if kind not in MARKUP and (declared == "html" or looks_like_html(head)):
         raise BadAnswer("html_answer", "the API answered with an HTML page instead of the file")
     if declared == "json" and kind != "json":
         raise BadAnswer("json_answer", "the API answered with JSON instead of the file", permanent=True)
     if is_archive_of_pages(kind, declared, disposition, head):
         return Identity("application/zip", ".zip")
+    # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
     has_signature = kind in SIGNATURES or kind in ZIP_BASED
     if has_signature and not begins_like(kind, head):
         raise BadAnswer("wrong_type", f"the answer does not begin as a {target} file does", permanent=True)
     if not has_signature and any(begins_like(other, head) for other in ("png", "jpg", "pdf", "zip", "gif")):
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
+    # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
     plain = media_type.partition(";")[0].strip()
     return Identity(media_type_of(kind) if contradicts or not declared else media_type if kind in MARKUP else plain)
@@ -1050,6 +1065,7 @@ def seconds_to_wait(attempt: int, asked: float | None, jitter: float) -> float:
 
     `jitter` from 0 to 1. After many waits in a row the server's word is not enough: it would be asked too often.
     """
+    # Also bounds urllib3's recursion, one level for each retry, within the deadline.
     patience = min(2.0 ** min(attempt, 20), BACKOFF_CAP_SECONDS)
     if asked is None:
         return patience * (0.5 + jitter / 2)
@@ -1065,6 +1081,9 @@ def redacted(message: str) -> str:
 
 ########################################################################################################################
 # Stopping. A signal handler only sets a flag; whoever waits, waits on the flag.
+#   - The feeder stops between two tasks; what it has not handed out is left to do.
+#   - A worker finishes the request that it has sent and gives back queued tasks unsent. A wait for a retry ends.
+#   - The recorder goes on until all workers have left, or, after a signal, until the grace is over.
 ########################################################################################################################
 
 
@@ -1174,6 +1193,7 @@ class RunLock:
                 "wait for it to end, or give this run another run.checkpoint",
                 ExitCode.LOCKED,
             ) from None
+        # The PID is for the message that another run prints; the lock itself is the kernel's.
         handle.seek(0)
         handle.truncate()
         handle.write(f"{os.getpid()} {int(time.time())}\n")
@@ -1304,9 +1324,11 @@ class Journal:
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
         """The source keys that those of the claims belong to that are taken."""
+        # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
         where, scope = "output_bucket = ? AND claim", (self.output_bucket,)
         logged = "log INDEXED BY log_claim"
         event = "event IN ('converted', 'found') AND "
+        # What is in the log comes last and wins over a request that is not settled.
         taken = dict(self._rows_about("claim, key", "in_flight", where, scope, claims))
         taken.update(dict(self._rows_about("claim, key", logged, event + where, scope, claims)))
         return taken
@@ -1314,6 +1336,7 @@ class Journal:
     def begin(self, tasks: Sequence[Task], now: float) -> None:
         """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
         rows = [self._in_flight_row(task, now) for task in tasks if not task.resumed]
+        # A resumed one keeps its row as it is: the request is the same, and so is the time when it was first sent.
         with self._transaction() as db:
             db.executemany("INSERT OR REPLACE INTO in_flight VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
@@ -1351,6 +1374,9 @@ class Journal:
 
 ########################################################################################################################
 # S3. Errors come out as what they mean: RunStopped for what would meet every object, ObjectFailed for one object.
+#   - One client for all threads, made before they start: clients are thread-safe, sessions are not.
+#   - A source is read with If-Match, so that the bytes are those of the version that the journal speaks of.
+#   - Nothing depends on conditional writes, which not every S3 has.
 ########################################################################################################################
 
 REFUSED_BY_S3 = frozenset(
@@ -1425,6 +1451,7 @@ class Bucket:
 
     def __init__(self, settings: Settings) -> None:
         self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.output_bucket
+        # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
         self._connections = settings.run.workers + 4
         self.client = make_s3_client(settings.s3, None, self._connections)
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
@@ -1460,6 +1487,7 @@ class Bucket:
         request: Any = {"Bucket": self.name, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **self._payer}
         paginator = self.client.get_paginator("list_objects_v2")
         try:
+            # boto3 asks for URL-encoded keys and decodes them: XML cannot carry every character that a key may have.
             for page in paginator.paginate(**request, OptionalObjectAttributes=["RestoreStatus"]):
                 yield [listed_object(line) for line in page.get("Contents", [])]
         except (ClientError, BotoCoreError) as error:
@@ -1618,6 +1646,8 @@ def source_key_metadata(key: str) -> dict[str, str]:
 ########################################################################################################################
 # Pace. One pace for all workers: the feeder takes a slot for each object, and what a worker sends beside that (a retry,
 # a poll) is taken off the next slots. A pause that one worker learns of holds for all.
+#   - The rate is the smaller of what the user allows and what the API says it allows; unknown, there is none.
+#   - Slots are evenly spaced: a burst at the start of a minute would end in 429s at its end.
 ########################################################################################################################
 
 
@@ -1667,6 +1697,10 @@ class Pacer:
 ########################################################################################################################
 # Service. The API client: one Session per worker, one retry policy, bodies streamed in both directions. The API key
 # goes to the API's own address only, and no redirect is followed.
+#   - A request is repeated only with the same idempotency key and the same bytes: the API then answers from memory.
+#   - Another body has another key, derived from the first: `:u` for bytes in place of a URL, `:2` for a key that was
+#     taken, `:j` for a job. None is drawn by chance, so that a run after a crash comes to the same answer.
+#   - An answer is stored only after it is whole and judged; until then it is in memory or in a temporary file.
 ########################################################################################################################
 
 
@@ -1678,21 +1712,24 @@ class Shared:
     stop: StopFlag
     pacer: Pacer
     bucket: Bucket
-    address: "AddressTrust"
+    url_trust: "UrlTrust"
 
 
-class AddressTrust:
-    """Whether the API takes presigned URLs, learned from its first replies: its S3 guide says so, its reference does not."""
+class UrlTrust:
+    """Whether the API takes presigned URLs, learned from its first replies: only its S3 guide says so.
+
+    Written by all workers without a lock: a refusal that is counted too late costs one more attempt, nothing else.
+    """
 
     REFUSALS_NEEDED = 3
 
     def __init__(self) -> None:
-        self._accepted = False
+        self.has_accepted = False
         self._refused = 0
 
     def accepted(self) -> None:
         """One URL was taken: later refusals are about their object."""
-        self._accepted = True
+        self.has_accepted = True
 
     def refused(self) -> None:
         """One URL was refused, and the same object's bytes were taken."""
@@ -1701,7 +1738,7 @@ class AddressTrust:
     @property
     def is_lost(self) -> bool:
         """Whether to upload from now on."""
-        return not self._accepted and self._refused >= self.REFUSALS_NEEDED
+        return not self.has_accepted and self._refused >= self.REFUSALS_NEEDED
 
 
 class RetryPolicy(Retry):
@@ -1911,6 +1948,7 @@ class ConvertClient:
 
     def __init__(self, shared: Shared) -> None:
         self.shared, self._api = shared, shared.settings.api
+        # The API's host and a few download hosts; one connection each, because a worker does one thing at a time.
         self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=1)
         self._session = requests.Session()
         self._session.mount("https://", self._adapter)
@@ -1935,7 +1973,7 @@ class ConvertClient:
         With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
         a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
-        trust = self.shared.address
+        trust = self.shared.url_trust
         if not task.url or (trust.is_lost and not task.resumed):
             return self._exchange(self._upload_call(task), task, exchange)
         try:
@@ -1943,18 +1981,22 @@ class ConvertClient:
         except ObjectFailed as refusal:
             if not self._is_worth_an_upload(refusal):
                 raise
-            exchange.maybe_paid_twice |= task.resumed
+            # A 5xx leaves open whether the conversion was made, a refusal of what an earlier run sent does so too.
+            exchange.maybe_paid_twice |= exchange.maybe_done or task.resumed
             result = self._exchange(self._upload_call(task), task, exchange)
             trust.refused()
             return result
         trust.accepted()
         return result
 
-    def _is_worth_an_upload(self, refusal: ObjectFailed) -> bool:
-        is_about_url = 400 <= refusal.status < 500 and refusal.code not in {"unsupported_route", "file_too_large"}
-        return self._api.transfer == "auto" and refusal.permanent and is_about_url
+    def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
+        if self._api.transfer != "auto" or failure.code in {"unsupported_route", "file_too_large"}:
+            return False
+        # A server that cannot fetch URLs may say 502 as well; once it has fetched one, a 5xx is a trouble of its own.
+        return 400 <= failure.status < 500 or (failure.status >= 500 and not self.shared.url_trust.has_accepted)
 
     def _form_fields(self, task: Task) -> tuple[tuple[str, str], ...]:
+        # Without `source`, a URL's query or an unknown extension would leave the format to be guessed from the bytes.
         named = {"target": task.target, "source": source_format(task.key), "quality": str(task.quality or "")}
         return tuple((name, value) for name, value in named.items() if value)
 
@@ -2048,6 +2090,7 @@ class ConvertClient:
 
     def _receive(self, response: requests.Response, target: str, deadline: float) -> Result:
         """The whole body of a 200, judged. Raises BadAnswer; leaves nothing behind."""
+        # Where neither length nor chunks say where the body ends, a cut one looks like a whole one.
         length = response.headers.get("Content-Length", "")
         if not length.isdigit() and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
             raise BadAnswer("no_length", "the answer does not say where it ends")
@@ -2055,8 +2098,9 @@ class ConvertClient:
         with contextlib.ExitStack() as on_failure:
             body: IO[bytes] = on_failure.enter_context(io.BytesIO() if is_small else temporary_file())
             received = self._spool(response.raw, body, deadline)
-            if received == 0 or (length.isdigit() and received != int(length)):
-                raise BadAnswer("cut_answer", f"the answer has {received} of {length or 'unknown'} bytes")
+            # `tell` counts the bytes on the wire, which differ where the body is compressed.
+            if received == 0 or (length.isdigit() and response.raw.tell() != int(length)):
+                raise BadAnswer("cut_answer", f"the answer has {received} bytes, and should have {length or 'some'}")
             body.seek(0)
             disposition = response.headers.get("Content-Disposition", "")
             identity = identify_result(target, response.headers.get("Content-Type", ""), disposition, body.read(512))
@@ -2067,7 +2111,7 @@ class ConvertClient:
     def _spool(self, raw: Any, body: IO[bytes], deadline: float) -> int:
         received = 0
         while True:
-            piece = raw.read(CHUNK_BYTES, decode_content=False)
+            piece = raw.read(CHUNK_BYTES, decode_content=True)
             if not piece:
                 return received
             with no_space_stops_the_run():
@@ -2197,6 +2241,9 @@ def job_failure(job: Mapping[str, Any]) -> tuple[str, str]:
 ########################################################################################################################
 # Feeder. One thread: from a page of the listing to tasks on the queue. It owns nothing that grows with the bucket; what
 # it disposes of itself it reports, page by page, to the recorder, the owner of every count.
+#   - The journal is asked once for each page, job and question, never once for each key.
+#   - A batch is no larger than the queue, so that few requests are in the journal that are not with a worker.
+#   - Whatever happens, every worker gets its end marker.
 ########################################################################################################################
 
 
@@ -2334,6 +2381,7 @@ class Feeder:
     def _task(self, candidate: Candidate, sent: Mapping[tuple[str, str], Sent]) -> Task:
         job, source = candidate.job, candidate.source
         earlier = sent.get((job.fingerprint, source.key))
+        # What was sent for another version of the object can never be asked for again.
         if earlier and earlier.etag != source.etag:
             earlier = None
         is_overdue = earlier is not None and time.time() - earlier.sent_at > IDEMPOTENCY_WINDOW_SECONDS
@@ -2422,6 +2470,7 @@ class Feeder:
 
     def _hand_out(self, tasks: Sequence[Task]) -> Stop | None:
         for batch in chunks(tasks, 2 * self.shared.settings.run.workers):
+            # The cap counts what is handed out: each of it may be paid once, and none can be taken back.
             allowed = batch if self.budget is None else batch[: self.budget]
             if not self.shared.stop.requested:
                 signed = [self._signed(task) for task in allowed]
@@ -2444,7 +2493,7 @@ class Feeder:
 
     def _signed(self, task: Task) -> Task:
         wants_url = self.shared.settings.api.transfer != "upload" and not (task.resumed or task.copy)
-        if not wants_url or has_dot_segments(task.key) or self.shared.address.is_lost:
+        if not wants_url or has_dot_segments(task.key) or self.shared.url_trust.is_lost:
             return task
         return replace(task, url=self.shared.bucket.presign(task.key))
 
@@ -2483,11 +2532,13 @@ class Feeder:
 
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
+    # An earlier run may have sent it: until the API says otherwise, the work may be done.
     exchange = Exchange(maybe_done=task.resumed, replayed=task.resumed)
     started = time.monotonic()
     try:
         outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
+        # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
         keeps = exchange.maybe_done and not failure.permanent
         outcome = Outcome(
             task, Event.FAILED, failure.code, failure.message, failure.status, failure.permanent, unsettled=keeps
@@ -2546,6 +2597,8 @@ def worker(tasks: "queue.Queue[Task | None]", shared: Shared, tell: Callable[["N
 
 ########################################################################################################################
 # Recorder. One thread, the main one: the only writer of outcomes, and the owner of every count and line of output.
+#   - What has come in by the time the last batch is on the disk is the next batch: a slow disk makes batches larger.
+#   - An outcome is counted after it is written. What cannot be written is left to do, and its request stays recorded.
 ########################################################################################################################
 
 Note = Outcome | Counted | FeedEnded | None  # None: a worker has left
@@ -2782,6 +2835,7 @@ def stop_for(error: Exception) -> Stop:
 
 def write_atomically(path: Path, content: str) -> None:
     """Put a whole file in place, or leave the old one. Raises OSError."""
+    # The same directory is the same file system, on which a rename is atomic.
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(content, encoding="utf-8")
@@ -2802,10 +2856,12 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.output_bucket) as journal:
         bucket = Bucket(settings)
         bucket.check()
-        shared = Shared(settings, stop, Pacer(settings.api.requests_per_minute), bucket, AddressTrust())
+        shared = Shared(settings, stop, Pacer(settings.api.requests_per_minute), bucket, UrlTrust())
         report, progress = Report(), Progress(settings)
+        log.info("converting %s with %d workers", describe(settings), settings.run.workers)
         tasks: queue.Queue[Task | None] = queue.Queue(2 * settings.run.workers)
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
+        # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
         pool = ThreadPoolExecutor(settings.run.workers + 1)
         pool.submit(Feeder(shared, journal, tasks, notes.put).run)
         for _ in range(settings.run.workers):
@@ -2820,6 +2876,12 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         if settings.run.summary:
             write_summary(Path(settings.run.summary), report)
         return report
+
+
+def describe(settings: Settings) -> str:
+    """What a run is about, in a few words."""
+    routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.options.target}" for job in settings.jobs)
+    return ", ".join(dict.fromkeys(routes))
 
 
 def refuse_unwritable(path: Path, name: str) -> None:
@@ -2890,6 +2952,8 @@ def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
 
 ########################################################################################################################
 # Command line. Only `main` decides the exit.
+#   - Words for people go to stderr as they come, the summary of a run goes to stdout.
+#   - Every line is redacted on its way out, whoever wrote it.
 ########################################################################################################################
 
 FLAGS = {

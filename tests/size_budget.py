@@ -22,12 +22,21 @@ def function_lengths(source: str) -> list[tuple[int, str]]:
     return sorted(((node.end_lineno or node.lineno) - node.lineno + 1, node.name) for node in functions)
 
 
+def docstring_lines(source: str) -> set[int]:
+    """The numbers of the lines that docstrings take."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            found.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return found
+
+
 def comments_per_100_lines(source: str) -> float:
-    """Comments, docstring lines among them, for each 100 lines of code."""
+    """Lines with a comment for each 100 lines of code; docstrings are neither."""
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     comment_lines = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
     blank = {tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    code_lines = {token.start[0] for token in tokens if token.type not in blank}
+    code_lines = {token.start[0] for token in tokens if token.type not in blank} - docstring_lines(source)
     return 100 * len(comment_lines) / max(1, len(code_lines))
 
 

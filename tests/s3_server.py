@@ -1,0 +1,417 @@
+"""A real S3 server for the tests and the demo: OpenStack Swift with its S3 API, on 127.0.0.1, in one process.
+
+It checks signatures and their expiry, keeps its objects on disk, and needs neither root nor any service beside it.
+
+    with S3Server() as server:
+        server.client().create_bucket(Bucket="photos")
+
+    python -m tests.s3_server DIRECTORY [PORT]     the same in the foreground, until SIGTERM or Ctrl-C
+
+A suite that has an S3 of its own sets S3_TEST_ENDPOINT, S3_TEST_KEY and S3_TEST_SECRET: then no server is started.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import boto3
+from botocore.config import Config
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from typing_extensions import Self
+
+HOST = "127.0.0.1"
+REGION = "us-east-1"
+ACCOUNT, USER = "test", "tester"
+ACCESS_KEY = f"{ACCOUNT}:{USER}"  # Swift's own form; a colon is legal in S3 and shows who forgets to quote
+SECRET_KEY = "testsecret12"
+
+START_SECONDS = 60  # it takes one; a busy machine may need many
+STOP_SECONDS = 10
+BACKLOG = 1024  # connections not yet accepted: a refused one would look like a fault of the program under test
+PARALLEL_REQUESTS = 4000  # each S3 request makes several between the servers: the limit must never be met
+PR_SET_PDEATHSIG = 1
+
+PROJECT = Path(__file__).resolve().parents[1]
+STORAGE_SERVERS = ("account", "container", "object")
+
+# Amazon admits 2 KB of metadata in one object and keys of 1,024 bytes; Swift's own limit is 256 bytes for a value.
+CONSTRAINTS = {"max_meta_value_length": 2048, "max_meta_overall_size": 4096, "max_object_name_length": 1024}
+
+# The middleware of the proxy, outermost first: the order is the pipeline.
+FILTERS: dict[str, dict[str, object]] = {
+    "catch_errors": {},
+    "gatekeeper": {},
+    "healthcheck": {},
+    "listing_formats": {},
+    "bulk": {},
+    "s3api": {"location": REGION, "s3_acl": "false", "min_segment_size": 5 * 1024**2, "max_upload_part_num": 10_000},
+    "tempauth": {f"user_{ACCOUNT}_{USER}": f"{SECRET_KEY} .admin"},
+    "copy": {},
+    "slo": {"max_manifest_segments": 10_000, "max_manifest_size": 16 * 1024**2},
+    "dlo": {},
+    "versioned_writes": {"allow_versioned_writes": "true", "allow_object_versioning": "true"},
+    "symlink": {},
+}
+
+WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+########################################################################
+# The server as a test sees it
+########################################################################
+
+
+class S3Server:
+    """A running S3 server, from `with` or `start()` to `stop()`; its objects outlive a stop and a new start.
+
+    Call `start()` in a thread that lives as long as the server: Linux ends the server with the thread that started it.
+    """
+
+    region = REGION
+
+    def __init__(self, directory: Path | None = None, port: int = 0) -> None:
+        theirs = {name: os.environ.get(f"S3_TEST_{name}", "") for name in ("ENDPOINT", "KEY", "SECRET")}
+        self.is_external = all(theirs.values())
+        self.endpoint = theirs["ENDPOINT"] if self.is_external else ""
+        self.access_key = theirs["KEY"] if self.is_external else ACCESS_KEY
+        self.secret_key = theirs["SECRET"] if self.is_external else SECRET_KEY
+        self._port = port
+        self._process: subprocess.Popen[str] | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if directory is None and not self.is_external:
+            self._temporary = tempfile.TemporaryDirectory(prefix="s3-server-", ignore_cleanup_errors=True)
+            directory = Path(self._temporary.name)
+        self.directory = directory
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+        if self._temporary:
+            self._temporary.cleanup()
+
+    def start(self) -> None:
+        """Start the server, on the port it had before if there was one, and return when it serves."""
+        if self.directory is None or self._process:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        log = self.directory / "server.log"  # a file, because a pipe that nobody reads would block the server
+        command = [sys.executable, "-m", "tests.s3_server", str(self.directory.resolve()), str(self._port)]
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        self._process = process
+        try:
+            self.endpoint = endpoint_of(process, log)
+        except BaseException:
+            self.stop()
+            raise
+        self._port = int(self.endpoint.rpartition(":")[2])
+
+    def stop(self) -> None:
+        """Stop the server if it runs."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.terminate()
+        try:
+            process.communicate(timeout=STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+    @property
+    def pid(self) -> int | None:
+        """The server's process, None when it does not run."""
+        return self._process.pid if self._process else None
+
+    def client(self, *, secret_key: str | None = None) -> S3Client:
+        """A boto3 client of this server, which threads may share; another `secret_key` makes one to be refused."""
+        return boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name=self.region,
+            aws_access_key_id=self.access_key,
+            aws_secret_access_key=secret_key or self.secret_key,
+            config=Config(
+                signature_version="s3v4",  # without it boto3 presigns for an endpoint like ours in the old way
+                s3={"addressing_style": "path"},
+                max_pool_connections=64,
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """What a child process needs in its environment so that its boto3 finds this server and no other."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_DEFAULT_REGION": self.region,
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+
+def endpoint_of(process: subprocess.Popen[str], log: Path) -> str:
+    """The address a starting server reports; if it ends or stays silent, a RuntimeError with its own words."""
+    timer = threading.Timer(START_SECONDS, process.kill)  # ends the read below
+    timer.start()
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+    finally:
+        timer.cancel()
+    if not line.startswith("READY "):
+        raise RuntimeError(f"the S3 server did not start (it has {START_SECONDS} s); it said:\n{log.read_text()}")
+    return line.split()[1]
+
+
+########################################################################
+# The server's files
+########################################################################
+
+
+def ini(sections: Mapping[str, Mapping[str, object]]) -> str:
+    """The text of a configuration file."""
+    lines: list[str] = []
+    for name, options in sections.items():
+        lines += [f"[{name}]", *(f"{option} = {value}" for option, value in options.items()), ""]
+    return "\n".join(lines)
+
+
+def swift_conf() -> str:
+    """The file that all servers share. The hash decides where an object lies, so it must never change."""
+    return ini(
+        {
+            "swift-hash": {"swift_hash_path_prefix": "p1", "swift_hash_path_suffix": "s1"},
+            "storage-policy:0": {"name": "one", "default": "yes"},
+            "swift-constraints": CONSTRAINTS,
+        }
+    )
+
+
+def defaults(etc: Path) -> dict[str, object]:
+    """What every server is told. The log's address stops Swift from looking for a syslog; see log_to_stderr."""
+    return {"swift_dir": etc, "log_level": "ERROR", "log_udp_host": HOST, "log_udp_port": 9}
+
+
+def storage_conf(kind: str, etc: Path) -> str:
+    """The configuration of the account, container or object server."""
+    root = etc.parent
+    disk = {
+        "devices": root / "data",
+        "mount_check": "false",
+        "fallocate_reserve": 0,  # an almost full disk is no reason to refuse a test
+        "recon_cache_path": root / "run",
+        "container_update_timeout": 10,
+    }
+    return ini(
+        {
+            "DEFAULT": defaults(etc) | disk,
+            "pipeline:main": {"pipeline": f"{kind}-server"},
+            f"app:{kind}-server": {"use": f"egg:swift#{kind}", "node_timeout": 30},
+        }
+    )
+
+
+def proxy_conf(etc: Path) -> str:
+    """The configuration of the proxy, which speaks S3."""
+    proxy: dict[str, object] = {
+        "use": "egg:swift#proxy",
+        "allow_account_management": "true",
+        "account_autocreate": "true",
+        "node_timeout": 30,
+        "recoverable_node_timeout": 30,
+        "conn_timeout": 5,
+    }
+    filters = {f"filter:{name}": {"use": f"egg:swift#{name}", **options} for name, options in FILTERS.items()}
+    return ini(
+        {
+            "DEFAULT": defaults(etc),
+            "pipeline:main": {"pipeline": " ".join([*FILTERS, "proxy-server"])},
+            "app:proxy-server": proxy,
+            **filters,
+        }
+    )
+
+
+def write_files(root: Path) -> Path:
+    """Write the configuration below `root`, make the directories and return that of the configuration."""
+    etc = root / "etc"
+    for directory in (etc, root / "data" / "d1", root / "run"):
+        directory.mkdir(parents=True, exist_ok=True)
+    (etc / "swift.conf").write_text(swift_conf())
+    for kind in STORAGE_SERVERS:
+        (etc / f"{kind}-server.conf").write_text(storage_conf(kind, etc))
+    (etc / "proxy-server.conf").write_text(proxy_conf(etc))
+    return etc
+
+
+def write_ring(kind: str, port: int, etc: Path) -> None:
+    """Tell the proxy the port of a storage server; made anew at every start, because the ports are free ones."""
+    builder = import_module("swift.common.ring").RingBuilder(8, 1, 1)
+    address = {"ip": HOST, "port": port, "replication_ip": HOST, "replication_port": port}
+    builder.add_dev({"region": 1, "zone": 1, "device": "d1", "weight": 100.0, "meta": "", **address})
+    builder.rebalance(seed=1)
+    builder.get_ring().save(str(etc / f"{kind}.ring.gz"))
+
+
+########################################################################
+# The server's process
+########################################################################
+
+
+class Cache:
+    """What Swift asks of memcached. There is one process, so a dictionary is always coherent."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[float, str]] = {}
+
+    def get(self, key: str, **_: object) -> object:
+        """The value, or None when there is none or its time is over."""
+        expires, text = self._entries.get(key, (0.0, "null"))
+        return json.loads(text) if not expires or monotonic() < expires else None
+
+    def set(self, key: str, value: object, time: float = 0, **_: object) -> None:
+        """Keep a value for `time` seconds, 0 for ever; as text, because the caller may go on to change his own."""
+        self._entries[key] = (monotonic() + time if time else 0.0, json.dumps(value))
+
+    def delete(self, key: str, **_: object) -> None:
+        """Forget a value."""
+        self._entries.pop(key, None)
+
+    def incr(self, key: str, delta: int = 1, time: float = 0, **_: object) -> int:
+        """Add to a number and return it; like memcached it never falls below 0."""
+        old = self.get(key)
+        number = max(0, (old if isinstance(old, int) else 0) + int(delta))
+        self.set(key, number, time)
+        return number
+
+    def decr(self, key: str, delta: int = 1, time: float = 0, **_: object) -> int:
+        """Take from a number and return it."""
+        return self.incr(key, -int(delta), time)
+
+
+def with_cache(app: WsgiApp) -> WsgiApp:
+    """The proxy, finding in every request the cache it cannot do without."""
+    cache = Cache()
+
+    def call(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        environ["swift.cache"] = cache
+        return app(environ, start_response)
+
+    return call
+
+
+def refuse_disk_without_attributes(root: Path) -> None:
+    """Swift keeps names and metadata in extended attributes: say so here, not in a 507 to the first request."""
+    if sys.platform != "linux":
+        return  # Python has the call on Linux only; elsewhere the first request will tell
+    try:
+        os.setxattr(root, "user.s3-server", b"1")
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        raise SystemExit(f"{root}: no extended attributes on this file system; set TMPDIR to another") from error
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process with its parent, so that a killed test leaves nothing running."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the call above
+        raise SystemExit("the parent process has ended")
+
+
+def end_on_signals() -> None:
+    """End at once: an object is either renamed into place or absent, so there is nothing to finish."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
+
+
+def log_to_stderr() -> None:
+    """Send what Swift meant for a syslog to stderr, which the starting process keeps."""
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger) and logger.handlers:
+            logger.handlers[:] = [logging.StreamHandler()]
+
+
+def serve(root: Path, port: int) -> NoReturn:
+    """Run the three storage servers and the proxy as green threads of this process."""
+    etc = write_files(root)
+    make_threads_green(etc)
+    eventlet = import_module("eventlet")
+    sockets = {kind: eventlet.listen((HOST, 0), backlog=BACKLOG) for kind in STORAGE_SERVERS}
+    for kind, listener in sockets.items():
+        write_ring(kind, listener.getsockname()[1], etc)
+    sockets["proxy"] = eventlet.listen((HOST, port), backlog=BACKLOG)
+    spawn_servers(sockets, etc)
+    log_to_stderr()
+    print(f"READY http://{HOST}:{sockets['proxy'].getsockname()[1]}", flush=True)
+    while True:
+        eventlet.sleep(3600)
+
+
+def make_threads_green(etc: Path) -> None:
+    """Prepare the process for Swift, before anything else of Swift is imported: that is why no import is on top.
+
+    Its limits are read while `swift.common.constraints` is imported, and a lock made too early is never green.
+    """
+    utils = import_module("swift.common.utils")
+    utils.set_swift_dir(str(etc))
+    utils.monkey_patch()
+
+
+def spawn_servers(sockets: Mapping[str, socket.socket], etc: Path) -> None:
+    """Start one green server on each socket."""
+    eventlet, wsgi = import_module("eventlet"), import_module("swift.common.wsgi")
+    options = {
+        "protocol": wsgi.SwiftHttpProtocol,
+        "custom_pool": eventlet.GreenPool(PARALLEL_REQUESTS),
+        "socket_timeout": 120,
+        "log_output": False,
+        "capitalize_response_headers": False,  # Swift's are in the case that S3 has
+    }
+    for kind, listener in sockets.items():
+        app = wsgi.loadapp(str(etc / f"{kind}-server.conf"), global_conf={"log_name": f"{kind}-server"})
+        app = with_cache(app) if kind == "proxy" else app
+        eventlet.spawn(import_module("eventlet.wsgi").server, listener, app, **options)
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Serve the directory that the command line names, until a signal comes."""
+    if len(arguments) not in {1, 2}:
+        raise SystemExit("usage: python -m tests.s3_server DIRECTORY [PORT]")
+    end_with_parent()
+    end_on_signals()
+    os.environ.setdefault("EVENTLET_NO_GREENDNS", "yes")  # names are never looked up here; saves a start-up import
+    root = Path(arguments[0]).resolve()
+    root.mkdir(parents=True, exist_ok=True)
+    refuse_disk_without_attributes(root)
+    serve(root, int(arguments[1]) if len(arguments) == 2 else 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

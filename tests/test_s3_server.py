@@ -1,0 +1,268 @@
+"""The S3 server of the tests refuses what Amazon refuses, and the sample pictures keep their numbers."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import select
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import unquote_plus, urlsplit
+
+import pytest
+import requests
+from botocore.exceptions import ClientError
+from mypy_boto3_s3 import S3Client
+from PIL import Image
+
+from tests.s3_server import PROJECT, S3Server
+from tests.samples import PIL_NAMES, number_in, photo, photo_samples
+
+ODD_KEYS = [
+    "with space.png",
+    "a+b&c=d?e#f.png",
+    "100%.png",
+    "%2F and %20.png",
+    "Grüße/日本/😀.png",
+    "line\nbreak.png",
+    "a//b.png",
+    "/leading.png",
+    "tail/",
+    "k" * 1024,
+]
+DOTTED_KEYS = ["up/../here.png", "./here.png", "../.."]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    """A running server for the tests of this file."""
+    with S3Server() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: S3Server) -> S3Client:
+    """A client with the right keys."""
+    return server.client()
+
+
+@pytest.fixture
+def bucket(client: S3Client) -> str:
+    """The name of a new bucket."""
+    name = f"test-{uuid.uuid4().hex}"
+    client.create_bucket(Bucket=name)
+    return name
+
+
+def presigned(client: S3Client, bucket: str, key: str) -> str:
+    """A URL that is good for a minute after its signing."""
+    return client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=60)
+
+
+def get_plainly(url: str) -> tuple[int, bytes]:
+    """Status and body by http.client, which sends a URL exactly as it is."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    try:
+        connection.request("GET", f"{parts.path}?{parts.query}")
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
+
+
+########################################################################
+# The server
+########################################################################
+
+
+def test_a_wrong_secret_is_refused(server: S3Server, bucket: str) -> None:
+    with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
+        server.client(secret_key="not the secret").put_object(Bucket=bucket, Key="a", Body=b"")
+
+
+def test_a_presigned_url_works_until_a_byte_of_it_changes(client: S3Client, bucket: str) -> None:
+    client.put_object(Bucket=bucket, Key="a.png", Body=b"body")
+    client.put_object(Bucket=bucket, Key="b.png", Body=b"other")
+    url = presigned(client, bucket, "a.png")
+    good, bad = requests.get(url, timeout=30), requests.get(url.replace("a.png", "b.png"), timeout=30)
+    assert (good.status_code, good.content) == (200, b"body")
+    assert bad.status_code == 403
+    assert "SignatureDoesNotMatch" in bad.text
+
+
+def test_an_expired_presigned_url_is_refused(client: S3Client, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.put_object(Bucket=bucket, Key="a.png", Body=b"body")
+    for minutes, status in ((0.5, 200), (2, 403)):
+        signed = datetime.now(timezone.utc).replace(tzinfo=None) - timedelta(minutes=minutes)
+        with monkeypatch.context() as past:
+            past.setattr("botocore.auth.get_current_datetime", lambda signed=signed: signed)
+            url = presigned(client, bucket, "a.png")
+        reply = requests.get(url, timeout=30)
+        assert reply.status_code == status, reply.text
+    assert "expired" in reply.text
+
+
+@pytest.mark.parametrize("key", [*ODD_KEYS, *DOTTED_KEYS])
+def test_an_odd_key_round_trips(client: S3Client, bucket: str, key: str) -> None:
+    client.put_object(Bucket=bucket, Key=key, Body=key.encode())
+    assert client.get_object(Bucket=bucket, Key=key)["Body"].read() == key.encode()
+    assert get_plainly(presigned(client, bucket, key)) == (200, key.encode())
+
+
+@pytest.mark.parametrize("key", ODD_KEYS)
+def test_requests_fetches_an_odd_key_by_its_presigned_url(client: S3Client, bucket: str, key: str) -> None:
+    client.put_object(Bucket=bucket, Key=key, Body=b"body")
+    assert requests.get(presigned(client, bucket, key), timeout=30).content == b"body"
+
+
+def test_odd_keys_are_listed_in_the_order_of_their_bytes(client: S3Client, bucket: str) -> None:
+    keys = [*ODD_KEYS, *DOTTED_KEYS, "Z", "a", "é", "\uffee", "\U0001f600"]  # UTF-16 would swap the last two
+    for key in keys:
+        client.put_object(Bucket=bucket, Key=key, Body=b"")
+    pages = client.get_paginator("list_objects_v2").paginate(
+        Bucket=bucket, EncodingType="url", PaginationConfig={"PageSize": 4}
+    )
+    listed = [unquote_plus(entry["Key"]) for page in pages for entry in page.get("Contents", [])]
+    assert listed == sorted(keys, key=str.encode)
+
+
+def test_an_object_may_have_two_kilobytes_of_metadata(client: S3Client, bucket: str) -> None:
+    client.put_object(Bucket=bucket, Key="k" * 1024, Body=b"", Metadata={"note": "n" * 2000})
+    assert client.head_object(Bucket=bucket, Key="k" * 1024)["Metadata"] == {"note": "n" * 2000}
+
+
+def test_64_connections_write_and_read_at_a_time(client: S3Client, bucket: str) -> None:
+    def round_trip(number: int) -> bytes:
+        client.put_object(Bucket=bucket, Key=str(number), Body=str(number).encode())
+        return client.get_object(Bucket=bucket, Key=str(number))["Body"].read()
+
+    with ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(round_trip, range(128))) == [str(number).encode() for number in range(128)]
+
+
+def test_a_child_process_finds_the_server_by_its_environment(server: S3Server, bucket: str) -> None:
+    code = "import boto3; print([b['Name'] for b in boto3.client('s3').list_buckets()['Buckets']])"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | server.environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert bucket in child.stdout
+
+
+########################################################################
+# Its life; never against an S3 that is not ours
+########################################################################
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget an S3 that the suite may have been given."""
+    for name in ("ENDPOINT", "KEY", "SECRET"):
+        monkeypatch.delenv(f"S3_TEST_{name}", raising=False)
+
+
+@pytest.mark.usefixtures("ours")
+def test_objects_outlive_a_restart_at_the_same_address(tmp_path: Path) -> None:
+    with S3Server(tmp_path) as server:
+        before = server.endpoint
+        server.client().create_bucket(Bucket="bucket")
+        server.client().put_object(Bucket="bucket", Key="a", Body=b"body")
+        server.stop()
+        with pytest.raises(requests.ConnectionError):
+            requests.get(before, timeout=30)
+        server.start()
+        assert server.endpoint == before
+        assert server.client().get_object(Bucket="bucket", Key="a")["Body"].read() == b"body"
+
+
+@pytest.mark.usefixtures("ours")
+def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with S3Server(tmp_path / "one") as running:
+        port = int(running.endpoint.rpartition(":")[2])
+        with pytest.raises(RuntimeError, match="Address already in use"):
+            S3Server(tmp_path / "two", port).start()
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent ended")
+def test_a_server_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from tests.s3_server import S3Server\n"
+        "server = S3Server(Path(sys.argv[1])); server.start(); print(server.pid, flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT, stdout=subprocess.PIPE) as parent:
+        server = os.pidfd_open(int(parent.stdout.readline() if parent.stdout else 0))
+        assert not has_ended(server, seconds=0)
+        parent.kill()
+    ended = has_ended(server, seconds=10)
+    if not ended:
+        signal.pidfd_send_signal(server, signal.SIGKILL)  # a failed test must leave nothing running either
+    os.close(server)
+    assert ended
+
+
+def has_ended(process: int, *, seconds: float) -> bool:
+    """Whether the process of a file descriptor ends within so many seconds."""
+    return bool(select.select([process], [], [], seconds)[0])
+
+
+def test_a_suite_can_bring_its_own_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("ENDPOINT", "http://127.0.0.1:9"), ("KEY", "their key"), ("SECRET", "their secret")):
+        monkeypatch.setenv(f"S3_TEST_{name}", value)
+    with S3Server() as server:
+        assert server.pid is None
+        assert server.environment()["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:9"
+        assert (server.access_key, server.secret_key) == ("their key", "their secret")
+
+
+########################################################################
+# The samples
+########################################################################
+
+
+@pytest.mark.parametrize("fmt", PIL_NAMES)
+@pytest.mark.parametrize("number", [0, 1, 59, 0xABCDEF])
+def test_a_number_survives_its_format_and_a_bad_jpeg(fmt: str, number: int) -> None:
+    original = photo(number, fmt, size=(160, 120))
+    assert number_in(original) == number
+    converted = BytesIO()
+    with Image.open(BytesIO(original)) as image:
+        assert image.format == PIL_NAMES[fmt]
+        image.convert("RGB").resize((100, 75)).save(converted, "JPEG", quality=20)
+    assert number_in(converted.getvalue()) == number
+
+
+def test_a_picture_without_a_number_is_told() -> None:
+    blank = BytesIO()
+    Image.linear_gradient("L").save(blank, "PNG")
+    with pytest.raises(ValueError, match="no number"):
+        number_in(blank.getvalue())
+
+
+def test_a_number_or_size_that_cannot_be_shown_is_refused() -> None:
+    with pytest.raises(ValueError, match="24 bits"):
+        photo(1 << 24, "png")
+    with pytest.raises(ValueError, match="too small"):
+        photo(1, "png", size=(8, 8))
+
+
+def test_the_samples_are_always_the_same_and_numbered_in_their_keys() -> None:
+    samples = dict(photo_samples(20))
+    assert len(samples) == 20
+    assert samples == dict(photo_samples(20))
+    shown = {key: number_in(body) for key, body in samples.items() if key[-5].isdigit() or key[-6].isdigit()}
+    assert len(shown) == 14
+    assert all(f"{number:04}." in key for key, number in shown.items())
