@@ -44,8 +44,8 @@ BUCKET = "demo-photos"
 OUTPUT_PREFIX = "converted/"  # the program's default
 SAMPLES = 60
 LATENCY_SECONDS = 0.15  # so that the progress bar can be watched
-SAMPLES_SHOWN = slice(0, None, 9)  # a walk through all folders, with spaces, umlauts and a percent sign
-OUTPUTS_SHOWN = slice(0, None, 5)  # the same, down to the archive of pages
+SAMPLES_SHOWN = slice(0, None, 13)  # from each kind of folder one
+OUTPUTS_SHOWN = slice(0, None, 10)  # the same, and the archive of pages
 MESSAGE_WIDTH = 60
 CHILD_SECONDS = 10  # what is in flight takes less than one to finish
 
@@ -330,7 +330,7 @@ def show_command(directory: Path, variables: dict[str, str], command: Sequence[s
 def show_outputs(outputs: Sequence[Output]) -> None:
     """Print a table of some outputs, from the first to the last."""
     shown = outputs[OUTPUTS_SHOWN]
-    say(f"What came out, every fifth of {len(outputs)} (key, media type, size):")
+    say(f"What came out, every tenth of {len(outputs)} (key, media type, size):")
     width = max((len(output.key) for output in shown), default=0)
     for output in shown:
         print(f"  {output.key:{width}}  {output.media_type:15}  {output.size:>7,}")
@@ -369,9 +369,7 @@ def verdict(claims: Claims) -> int:
         say(f"{len(claims.wrong)} of the sentences above are NOT TRUE:")
         print("\n".join(f"  {sentence}" for sentence in claims.wrong))
         return 1
-    say(
-        "Shown: each picture is converted once and paid once, each broken file has its reason, a second run sends nothing."
-    )
+    say("Shown: each picture is converted and paid once, each broken file has its reason, a second run sends nothing.")
     return 0
 
 

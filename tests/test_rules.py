@@ -22,12 +22,10 @@ KEYS = st.text(
 )
 
 
-def job(template: str = DEFAULT_TEMPLATE, *, name: str = "default", **options: object) -> program.Job:
-    """A job with the target jpg and these options."""
-    wanted = program.ConvertOptions(target="jpg")
-    for option, value in options.items():
-        wanted = replace(wanted, **{option: value})
-    return program.make_job(name, program.S3Options(bucket="bucket", output_key=template), wanted)
+def job(template: str = DEFAULT_TEMPLATE, *, options: program.ConvertOptions | None = None) -> program.Job:
+    """The job named default, to jpg if nothing else is said."""
+    wanted = options or program.ConvertOptions(target="jpg")
+    return program.make_job("default", program.S3Options(bucket="bucket", output_key=template), wanted)
 
 
 ########################################################################
@@ -151,7 +149,7 @@ def test_an_archive_of_pages_claims_the_key_that_was_planned(planned: str, claim
         ("%2e%2e/b", False),
     ],
 )
-def test_a_key_with_dot_segments_is_recognised(key: str, expected: bool) -> None:
+def test_a_key_with_dot_segments_is_recognised(key: str, *, expected: bool) -> None:
     assert program.has_dot_segments(key) is expected
 
 
@@ -251,31 +249,33 @@ def test_every_idempotency_key_is_one_that_the_api_takes(key: str, etag: str, si
         ("", "a.png", False),
     ],
 )
-def test_globs_match_names_or_with_a_slash_whole_keys(globs: str, key: str, expected: bool) -> None:
+def test_globs_match_names_or_with_a_slash_whole_keys(globs: str, key: str, *, expected: bool) -> None:
     assert program.globs_match(globs.split())(key) is expected
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        pytest.param({}, True, id="no filter"),
-        pytest.param({"include": ("*.png",)}, False, id="not included"),
-        pytest.param({"include": ("*.png", "*.heic")}, True, id="one glob of two"),
-        pytest.param({"exclude": ("a.*",)}, False, id="excluded"),
-        pytest.param({"include": ("*.heic",), "exclude": ("photos/*",)}, False, id="exclude beats include"),
-        pytest.param({"min_size": 1234}, True, id="exactly the least"),
-        pytest.param({"min_size": 1235}, False, id="too small"),
-        pytest.param({"max_size": 1234}, True, id="exactly the most"),
-        pytest.param({"max_size": 1233}, False, id="too large"),
-        pytest.param({"max_size": 0}, False, id="a limit of nothing"),
-        pytest.param({"newer_than": 60.0}, True, id="new enough"),
-        pytest.param({"newer_than": 59.0}, False, id="too old"),
-        pytest.param({"older_than": 60.0}, True, id="old enough"),
-        pytest.param({"older_than": 61.0}, False, id="too new"),
+        pytest.param(program.ConvertOptions(), True, id="no filter"),
+        pytest.param(program.ConvertOptions(include=("*.png",)), False, id="not included"),
+        pytest.param(program.ConvertOptions(include=("*.png", "*.heic")), True, id="one glob of two"),
+        pytest.param(program.ConvertOptions(exclude=("a.*",)), False, id="excluded"),
+        pytest.param(
+            program.ConvertOptions(include=("*.heic",), exclude=("photos/*",)), False, id="exclude beats include"
+        ),
+        pytest.param(program.ConvertOptions(min_size=1234), True, id="exactly the least"),
+        pytest.param(program.ConvertOptions(min_size=1235), False, id="too small"),
+        pytest.param(program.ConvertOptions(max_size=1234), True, id="exactly the most"),
+        pytest.param(program.ConvertOptions(max_size=1233), False, id="too large"),
+        pytest.param(program.ConvertOptions(max_size=0), False, id="a limit of nothing"),
+        pytest.param(program.ConvertOptions(newer_than=60.0), True, id="new enough"),
+        pytest.param(program.ConvertOptions(newer_than=59.0), False, id="too old"),
+        pytest.param(program.ConvertOptions(older_than=60.0), True, id="old enough"),
+        pytest.param(program.ConvertOptions(older_than=61.0), False, id="too new"),
     ],
 )
-def test_a_job_wants_what_passes_all_its_filters(options: dict[str, object], expected: bool) -> None:
-    assert program.job_filter(job(**options), NOW + 60)(SOURCE) is expected
+def test_a_job_wants_what_passes_all_its_filters(options: program.ConvertOptions, *, expected: bool) -> None:
+    assert program.job_filter(job(options=options), NOW + 60)(SOURCE) is expected
 
 
 ########################################################################
@@ -392,9 +392,9 @@ def test_a_body_that_does_not_begin_as_the_target_does_is_refused(target: str, h
         pytest.param("htm", "text/html", "", PAGE, "text/html", id="target htm"),
         pytest.param("json", "application/json", "", b'{"rows": []}', "application/json", id="target json"),
         pytest.param("svg", "image/svg+xml", "", b"<svg xmlns=", "image/svg+xml", id="target svg"),
-        pytest.param("md", "text/markdown", "", b"<body> in markdown", "text/markdown", id="markdown that begins with a tag"),
+        pytest.param("md", "text/markdown", "", b"<body> in it", "text/markdown", id="markdown with a tag"),
     ],
-)  # fmt: skip
+)
 def test_a_result_is_stored_under_the_type_that_header_and_bytes_agree_on(
     target: str, media_type: str, disposition: str, head: bytes, expected_type: str
 ) -> None:
@@ -618,6 +618,7 @@ def test_every_wait_lies_between_what_was_asked_and_an_end(attempt: int, asked: 
 # Secrets
 ########################################################################
 
+HIDDEN = "https://b.s3.amazonaws.com/a%20b.png?..."
 SIGNATURE = "0123456789abcdef" * 4
 SIGNED = f"https://b.s3.amazonaws.com/a%20b.png?X-Amz-Credential=AKIA%2F1&X-Amz-Signature={SIGNATURE}"
 
@@ -628,9 +629,9 @@ SIGNED = f"https://b.s3.amazonaws.com/a%20b.png?X-Amz-Credential=AKIA%2F1&X-Amz-
         pytest.param("nothing to hide", "nothing to hide", id="plain"),
         pytest.param("key ctf_sk_live_a-B_9 refused", "key ctf_... refused", id="api key"),
         pytest.param("Bearer ctf_sk_abc", "Bearer ctf_...", id="bearer"),
-        pytest.param(f"GET {SIGNED} failed", "GET https://b.s3.amazonaws.com/a%20b.png?... failed", id="presigned"),
-        pytest.param(f'{{"url": "{SIGNED}"}}', '{"url": "https://b.s3.amazonaws.com/a%20b.png?..."}', id="in json"),
-        pytest.param(f"{SIGNED}, {SIGNED}", "https://b.s3.amazonaws.com/a%20b.png?... https://b.s3.amazonaws.com/a%20b.png?...", id="two"),
+        pytest.param(f"GET {SIGNED} failed", f"GET {HIDDEN} failed", id="presigned"),
+        pytest.param(f'{{"url": "{SIGNED}"}}', f'{{"url": "{HIDDEN}"}}', id="in json"),
+        pytest.param(f"{SIGNED} {SIGNED}", f"{HIDDEN} {HIDDEN}", id="two"),
         pytest.param("url: /b/a?X-Amz-Signature=abc&x=1 (", "url: /b/a?X-Amz-Signature=...&x=1 (", id="without host"),
         pytest.param("x-amz-signature=abc", "x-amz-signature=...", id="in lower case"),
         pytest.param("X-Amz-Security-Token=a%2Fb c", "X-Amz-Security-Token=... c", id="session token"),
@@ -638,7 +639,7 @@ SIGNED = f"https://b.s3.amazonaws.com/a%20b.png?X-Amz-Credential=AKIA%2F1&X-Amz-
         pytest.param("see https://changethisfile.com/docs", "see https://changethisfile.com/docs", id="plain url"),
         pytest.param("a.png?size=1 is a key", "a.png?size=1 is a key", id="a key with a question mark"),
     ],
-)  # fmt: skip
+)
 def test_secrets_are_taken_out_of_a_message(message: str, expected: str) -> None:
     assert program.redacted(message) == expected
 
@@ -649,6 +650,8 @@ def test_no_signature_outlives_redaction(around: str, key: str, host: str) -> No
     assert SIGNATURE not in program.redacted(f"{around}{url}{around}")
 
 
-@given(st.text(max_size=30), st.text(alphabet="abcXYZ019_-", min_size=16, max_size=40))
-def test_no_api_key_outlives_redaction(around: str, secret: str) -> None:
-    assert secret not in program.redacted(f"{around} ctf_sk_{secret} {around}")
+@given(st.text(max_size=30), st.text(alphabet="abcXYZ019_-", max_size=40), st.sampled_from(["live", "test", "sk"]))
+def test_no_api_key_outlives_redaction(around: str, end: str, kind: str) -> None:
+    assert "Secret" not in program.redacted(
+        f"{around.replace('S', '')}ctf_{kind}_Secret{end} {around.replace('S', '')}"
+    )
