@@ -157,7 +157,9 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "rtf": [(0, b"{\\rtf")],
 }
 ZIP_BASED = frozenset({"zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz"})
-MARKUP = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "mhtml"})
+HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
+TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
+STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
 
 
@@ -477,9 +479,14 @@ def file_format(given: str) -> str:
 
 def url(given: str) -> str:
     """The address of a server, without a slash at its end."""
-    parts = urllib.parse.urlsplit(given)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("expected an address such as https://changethisfile.com")
+    expected = "expected an address such as https://changethisfile.com"
+    try:
+        parts = urllib.parse.urlsplit(given)
+        is_complete = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        raise ValueError(expected) from None
+    if not is_complete or parts.query or parts.fragment or re.search(r"\s", given):
+        raise ValueError(expected)
     return given.rstrip("/")
 
 
@@ -676,10 +683,11 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
         line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), None)
         where = f" in line {line}" if line else ""
         raise UserError(f"{path} cannot be read: {what}{where}", "compare it with config.example.ini") from None
+    # A section counts without options too: it may be misspelt, or a job that overrides nothing.
     return [
         Given(section, name, value.strip(), f"[{section}] {name}")
         for section in parser.sections()
-        for name, value in parser.items(section)
+        for name, value in [("", ""), *parser.items(section)]
     ]
 
 
@@ -709,7 +717,7 @@ def unknown_name_problem(given: Given) -> str | None:
         names = list(specs_of(given.section))
     else:
         return f"[{given.section}] is not a section{did_you_mean(given.section, [*SECTIONS, 'job NAME'])}"
-    if given.name not in names:
+    if given.name and given.name not in names:
         return f"[{given.section}] {given.name} is not an option{did_you_mean(given.name, names)}"
     return None
 
@@ -950,6 +958,8 @@ def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
 def media_kind(media_type: str) -> str:
     """The format that a media type names; empty if it says nothing."""
     plain = media_type.partition(";")[0].strip().lower()
+    if plain.endswith("json"):  # application/problem+json as well
+        return "json"
     if plain in {"", "application/octet-stream", "binary/octet-stream"}:
         return ""
     for ext, extra in EXTRA_MEDIA_TYPES.items():
@@ -965,6 +975,9 @@ def media_type_of(target: str) -> str:
 
 def begins_like(kind: str, head: bytes) -> bool:
     """Whether the first bytes of a body can begin a file of a format that has a signature."""
+    # HEIC and AVIF have the box structure of MP4; only their brand tells them apart.
+    if kind in {"mp4", "m4a", "mov"} and any(begins_like(image, head) for image in STILL_IMAGES_OF_MP4_KIND):
+        return False
     signatures = SIGNATURES["zip" if kind in ZIP_BASED else kind]
     return any(head[offset : offset + len(magic)] == magic for offset, magic in signatures)
 
@@ -972,6 +985,11 @@ def begins_like(kind: str, head: bytes) -> bool:
 def looks_like_html(head: bytes) -> bool:
     """Whether a body begins as an error page does."""
     return re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)\b", head, re.IGNORECASE) is not None
+
+
+def looks_like_json_error(head: bytes) -> bool:
+    """Whether a body begins as the API's error envelope does."""
+    return re.match(rb"\s*\{\s*\"error\"\s*:", head) is not None
 
 
 @dataclass(frozen=True)
@@ -989,9 +1007,9 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     """
     kind, declared = canonical(target), media_kind(media_type)
     # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
-    if kind not in MARKUP and (declared == "html" or looks_like_html(head)):
+    if kind not in HTML_FORMATS and (declared == "html" or looks_like_html(head)):
         raise BadAnswer("html_answer", "the API answered with an HTML page instead of the file")
-    if declared == "json" and kind != "json":
+    if kind != "json" and (declared == "json" or looks_like_json_error(head)):
         raise BadAnswer("json_answer", "the API answered with JSON instead of the file", permanent=True)
     if is_archive_of_pages(kind, declared, disposition, head):
         return Identity("application/zip", ".zip")
@@ -1004,7 +1022,9 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
     plain = media_type.partition(";")[0].strip()
-    return Identity(media_type_of(kind) if contradicts or not declared else media_type if kind in MARKUP else plain)
+    return Identity(
+        media_type_of(kind) if contradicts or not declared else media_type if kind in TEXT_FORMATS else plain
+    )
 
 
 def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
@@ -1053,7 +1073,9 @@ def retry_after_seconds(header: str | None, now: float) -> float | None:
         seconds = float(header)
     except ValueError:
         try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
+            date = email.utils.parsedate_to_datetime(header)
+            # An HTTP date is GMT; one without a zone must not be taken for the server's local time.
+            seconds = date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - now
         except (ValueError, OverflowError, OSError):
             return None
     # NaN fails both comparisons.
@@ -1242,8 +1264,10 @@ class Journal:
         self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
         self._lock = threading.Lock()
         with explaining_sqlite(path):
-            self._make_private()
+            self._create_private()
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+            self._refuse_foreign()
+            self._make_private()
             self._open_schema()
 
     def __enter__(self) -> "Journal":
@@ -1253,31 +1277,38 @@ class Journal:
         with self._lock, contextlib.suppress(sqlite3.Error):
             self._db.close()
 
-    def _make_private(self) -> None:
-        # It holds presigned URLs. SQLite gives its -wal and -shm files the mode of the database.
+    def _create_private(self) -> None:
         try:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-            if os.name == "posix" and stat.S_IMODE(self.path.stat().st_mode) != 0o600:
-                self.path.chmod(0o600)
         except OSError as problem:
             raise sqlite3.OperationalError(problem.strerror) from None
 
-    def _open_schema(self) -> None:
+    def _make_private(self) -> None:
+        # It holds presigned URLs. SQLite gives -wal and -shm the mode of the database when it makes them.
+        for path in (self.path, *(self.path.with_name(self.path.name + end) for end in ("-wal", "-shm"))):
+            if os.name == "posix" and path.exists() and stat.S_IMODE(path.stat().st_mode) != 0o600:
+                path.chmod(0o600)
+
+    def _is_new(self) -> bool:
+        return not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
+
+    def _refuse_foreign(self) -> None:
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         owner = self._db.execute("PRAGMA application_id").fetchone()[0]
-        is_new = not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
-        if not is_new and owner != APPLICATION_ID:
+        if owner != APPLICATION_ID and not self._is_new():
             raise UserError(f"{self.path} is not a checkpoint of this program", "set run.checkpoint to another path")
         if version > JOURNAL_VERSION:
             raise UserError(
                 f"the checkpoint {self.path} has version {version}, this program knows {JOURNAL_VERSION}",
                 "use the newer s3_bulk_convert.py that made it",
             )
+
+    def _open_schema(self) -> None:
         # On a file system without shared memory SQLite stays with the rollback journal, which is as safe.
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA journal_size_limit = 67108864")
-        if is_new:
+        if self._is_new():
             with self._transaction() as db:
                 for statement in filter(None, map(str.strip, re.split(r";\n(?=CREATE|$)", SCHEMA))):
                     db.execute(statement)
@@ -2361,8 +2392,9 @@ class Feeder:
         for prefix in dict.fromkeys(route.job.prefix for route in self.routes):
             routes = [route for route in self.routes if route.job.prefix == prefix]
             for page in self.shared.bucket.list_pages(prefix):
-                stop = self._hand_out(self.tasks_of(page, routes))
+                tasks = self.tasks_of(page, routes)
                 self._flush_counts()
+                stop = self._hand_out(tasks)
                 if stop or self.shared.stop.requested:
                     return stop
         return None
