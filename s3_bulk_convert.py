@@ -96,6 +96,8 @@ log = logging.getLogger("s3_bulk_convert")
 
 CONNECT_TIMEOUT_SECONDS = 10
 BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
+SHARE_OF_LIMIT = 0.985  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
+FIRST_ANSWER_SECONDS = 5  # to wait for the first answer, which says what the API's limit is
 RETRY_AFTER_CAP_SECONDS = 300  # its windows last a minute: more is a mistake or an attack
 WAIT_DEADLINE_SECONDS = 30 * 60  # 429 and 409 cost no attempts, but not for ever; the API's own cap on a call is 120 s
 IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer for free
@@ -110,6 +112,7 @@ MULTIPART_BYTES = 16 << 20  # a larger output is put in parts
 PAGE_KEYS = 1000  # what S3 lists at once
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
 SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for so long belongs to a deleted object
+FOUND_KEPT = 10_000  # more than the notes that can wait for the recorder: 8 for each of at most 1,000 workers
 LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
 METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
@@ -984,7 +987,7 @@ def begins_like(kind: str, head: bytes) -> bool:
 
 def looks_like_html(head: bytes) -> bool:
     """Whether a body begins as an error page does."""
-    return re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body)\b", head, re.IGNORECASE) is not None
+    return re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head)\b", head, re.IGNORECASE) is not None
 
 
 def looks_like_json_error(head: bytes) -> bool:
@@ -1689,24 +1692,42 @@ class Pacer:
         self._cap = requests_per_minute
         self._lock = threading.Lock()
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        # 1 while the server is content; a 429 raises it, answers bring it back.
+        self._slack = 1.0
         self._next = 0.0
         self._paused_until = 0.0
+        self._is_first = True
+        self._has_answer = threading.Event()
 
     def take(self, stop: StopFlag) -> None:
-        """Wait for the next slot. Raises Interrupted when the run is to end."""
+        """Wait for the next slot. Raises Interrupted when the run is to end.
+
+        The second slot comes after the first answer, which says what the API allows.
+        """
+        if self._is_first:
+            self._is_first = False
+        else:
+            self._wait_for_an_answer(stop)
         with self._lock:
             slot = max(self._next, time.monotonic())
-            self._next = slot + self._interval
+            self._next = slot + self._interval * self._slack
         stop.sleep(max(0.0, slot - time.monotonic()))
+
+    def _wait_for_an_answer(self, stop: StopFlag) -> None:
+        patience = time.monotonic() + FIRST_ANSWER_SECONDS
+        while not (self._has_answer.is_set() or stop.requested) and time.monotonic() < patience:
+            self._has_answer.wait(0.05)
 
     def spend(self) -> None:
         """Take a slot for a request that is sent without waiting."""
         with self._lock:
-            self._next = max(self._next, time.monotonic()) + self._interval
+            self._next = max(self._next, time.monotonic()) + self._interval * self._slack
 
     def pause(self, seconds: float) -> None:
-        """Let nobody send for a while."""
+        """Let nobody send for a while, and send more slowly after it."""
+        self._has_answer.set()
         with self._lock:
+            self._slack = min(self._slack * 1.25, 8.0)
             self._paused_until = max(self._paused_until, time.monotonic() + seconds)
             self._next = max(self._next, self._paused_until)
 
@@ -1717,12 +1738,14 @@ class Pacer:
 
     def learn(self, headers: Mapping[str, str], now: float) -> None:
         """Take the limit per minute from an answer's headers; those of a replay may be a day old and do not count."""
+        self._has_answer.set()
+        self._slack = max(1.0, self._slack * 0.99)
         limit, reset = headers.get("X-RateLimit-Limit", ""), headers.get("X-RateLimit-Reset", "")
         if not (limit.isdigit() and int(limit) > 0 and reset.isdigit() and int(reset) >= now):
             return
         allowed = min(int(limit), self._cap or int(limit))
         with self._lock:
-            self._interval = 60 / allowed
+            self._interval = 60 / (allowed * SHARE_OF_LIMIT)
 
 
 ########################################################################################################################
@@ -2364,6 +2387,8 @@ class Feeder:
         literals = {literal_prefix(job.output_key) for job in settings.jobs}
         self.own_prefixes = tuple(filter(None, literals)) if is_shared_bucket else ()
         now = time.time()
+        # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
+        self._found: dict[str, str] = {}
         self.routes = [Route(job, job_filter(job, now)) for job in settings.jobs]
 
     def run(self) -> None:
@@ -2406,6 +2431,8 @@ class Feeder:
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
+        for claim in list(self._found)[:-FOUND_KEPT]:
+            del self._found[claim]
         tasks = list(self._claimed(self._sendable([self._task(candidate, sent) for candidate in todo])))
         traced = {*sent, *((known.job.fingerprint, known.source.key) for known in todo if known.is_known)}
         return self._without_outputs(tasks, traced, {source.key: source.modified for source in page})
@@ -2453,7 +2480,7 @@ class Feeder:
     def _claimed(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks whose output key is theirs: the first source keeps a key, in this run and in any later one."""
         waiting = list(tasks)
-        owners = self.journal.owners([claim_of(task.output_key) for task in waiting])
+        owners = {**self._found, **self.journal.owners([claim_of(task.output_key) for task in waiting])}
         # Of two jobs that put the same source's outputs under one key, the first keeps it too.
         jobs: dict[str, str] = {}
         for task in waiting:
@@ -2482,6 +2509,7 @@ class Feeder:
         for task in untraced:
             made = next((key for key in (task.output_key, task.output_key + ".zip") if key in written), "")
             if made and written[made] > modified[task.key] and not task.among_sources:
+                self._found[claim_of(made)] = task.key
                 self.tell(Outcome(task, Event.FOUND, output_key=made))
             else:
                 # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
@@ -2501,27 +2529,30 @@ class Feeder:
         self.tell(Outcome(task, Event.FAILED, code, message, permanent=True))
 
     def _hand_out(self, tasks: Sequence[Task]) -> Stop | None:
-        for batch in chunks(tasks, 2 * self.shared.settings.run.workers):
-            # The cap counts what is handed out: each of it may be paid once, and none can be taken back.
-            allowed = batch if self.budget is None else batch[: self.budget]
-            if not self.shared.stop.requested:
-                signed = [self._signed(task) for task in allowed]
-                self.journal.begin(signed, time.time())
-                self._enqueue(signed)
-            else:
-                self._leave(allowed)
-            if self.budget is not None:
-                self.budget -= len(allowed)
-                if len(allowed) < len(batch):
-                    return self._cap_reached(tasks, batch, len(allowed))
-        return None
-
-    def _cap_reached(self, tasks: Sequence[Task], batch: Sequence[Task], allowed: int) -> Stop:
-        self.counts["left"] += len(tasks) - tasks.index(batch[0]) - allowed
+        allowed = list(self._within_budget(tasks))
+        for batch in chunks(allowed, 2 * self.shared.settings.run.workers):
+            if self.shared.stop.requested:
+                self._leave(batch)
+                continue
+            signed = [self._signed(task) for task in batch]
+            self.journal.begin(signed, time.time())
+            self._enqueue(signed)
+        if len(allowed) == len(tasks):
+            return None
+        self.counts["left"] += len(tasks) - len(allowed)
         return Stop(
             f"the cap of {self.shared.settings.api.max_conversions} conversions is reached",
             "run it again to go on, or raise api.max_conversions (--limit)",
         )
+
+    def _within_budget(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """The tasks that the cap admits. It counts what is handed out: none of it can be taken back."""
+        for task in tasks:
+            if task.copy or self.budget is None:
+                yield task
+            elif self.budget > 0:
+                self.budget -= 1
+                yield task
 
     def _signed(self, task: Task) -> Task:
         wants_url = self.shared.settings.api.transfer != "upload" and not (task.resumed or task.copy)
