@@ -1702,12 +1702,11 @@ class Pacer:
     def take(self, stop: StopFlag) -> None:
         """Wait for the next slot. Raises Interrupted when the run is to end.
 
-        The second slot comes after the first answer, which says what the API allows.
+        Where the user sets no rate, the second slot comes after the first answer, which says what the API allows.
         """
-        if self._is_first:
-            self._is_first = False
-        else:
+        if not self._is_first and self._cap is None:
             self._wait_for_an_answer(stop)
+        self._is_first = False
         with self._lock:
             slot = max(self._next, time.monotonic())
             self._next = slot + self._interval * self._slack
@@ -1717,6 +1716,8 @@ class Pacer:
         patience = time.monotonic() + FIRST_ANSWER_SECONDS
         while not (self._has_answer.is_set() or stop.requested) and time.monotonic() < patience:
             self._has_answer.wait(0.05)
+        # An API that takes its time has no say in when the others start.
+        self._has_answer.set()
 
     def spend(self) -> None:
         """Take a slot for a request that is sent without waiting."""
