@@ -195,6 +195,11 @@ class Stop:
     hint: str
     exit_code: ExitCode = ExitCode.STOPPED
 
+    @property
+    def is_by_signal(self) -> bool:
+        """Whether somebody waits for it: only then has what is in flight to hurry."""
+        return self.exit_code in {ExitCode.SIGINT, ExitCode.SIGTERM}
+
 
 class UserError(Exception):
     """An expected failure: `hint` tells the person what to do, `exit_code` tells the shell."""
@@ -2785,6 +2790,7 @@ class Recorder:
         self.shared, self.journal, self.report, self.progress = shared, journal, report, progress
         self.run = shared.settings.run
         self._can_write = True
+        self._is_announced = False
 
     def record(self, notes: "queue.Queue[Note]") -> bool:
         """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
@@ -2794,6 +2800,7 @@ class Recorder:
             self._take([note for note in batch if note is not None])
             working -= len([note for note in batch if note is None])
             self._watch_time()
+            self._announce_stop()
             self.progress.show(self.report)
             if self._grace_is_over():
                 return False
@@ -2870,10 +2877,20 @@ class Recorder:
         if limit is not None and time.monotonic() - self.report.started > limit:
             self.shared.stop.request(Stop("run.max_runtime is over", "run it again: it goes on where this run ended"))
 
+    def _announce_stop(self) -> None:
+        stop = self.shared.stop.stop
+        if stop and not self._is_announced:
+            self._is_announced = True
+            again = (
+                f" for up to {self.run.shutdown_grace:.0f} s; once more ends it at once" if stop.is_by_signal else ""
+            )
+            log.warning("%s; waiting for what is in flight%s", stop.because, again)
+
     def _grace_is_over(self) -> bool:
         flag = self.shared.stop
-        is_signal = flag.stop is not None and flag.stop.exit_code in {ExitCode.SIGINT, ExitCode.SIGTERM}
-        return is_signal and time.monotonic() - flag.since > self.run.shutdown_grace
+        return (
+            flag.stop is not None and flag.stop.is_by_signal and time.monotonic() - flag.since > self.run.shutdown_grace
+        )
 
 
 def next_batch(notes: "queue.Queue[Note]") -> list[Note]:

@@ -1,9 +1,17 @@
 """Fixtures: the real S3 server, a bucket in it, and the strict stand-in of the API. Tools only, no assertions."""
 
 import itertools
-from collections.abc import Iterator
+import json
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +22,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 NUMBERS = itertools.count(1)
+SCRIPT = Path(__file__).parent.parent / "s3_bulk_convert.py"
 
 
 @dataclass(frozen=True)
@@ -62,3 +71,93 @@ def api() -> Iterator[ConversionApi]:
     """A fresh stand-in of the API."""
     with ConversionApi() as server:
         yield server
+
+
+class Run:
+    """The real script in a subprocess, and what it has left in its working directory."""
+
+    def __init__(self, command: list[str], workdir: Path, environment: Mapping[str, str]) -> None:
+        self.workdir, self._environment = workdir, environment
+        self.process = subprocess.Popen(
+            command, cwd=workdir, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.out = self.err = ""
+        self.exit_code: int | None = None
+
+    def wait(self, seconds: float = 60) -> "Run":
+        """Wait for its end; whatever it says and writes must be free of secrets."""
+        self.out, self.err = self.process.communicate(timeout=seconds)
+        self.exit_code = self.process.returncode
+        self._refuse_secrets()
+        return self
+
+    def _refuse_secrets(self) -> None:
+        written = "".join(path.read_text() for path in self.workdir.glob("*.json*"))
+        for text in (self.out, self.err, written):
+            assert self._environment.get("CTF_API_KEY", "no key") not in text
+            assert self._environment["AWS_SECRET_ACCESS_KEY"] not in text
+            assert not re.search(r"X-Amz-Signature=(?!\.\.\.)", text)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The JSON summary."""
+        found: dict[str, Any] = json.loads((self.workdir / "summary.json").read_text())
+        return found
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """The lines of the failures file."""
+        path = self.workdir / "conversion_failures.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def rows(self, table: str = "log") -> list[dict[str, Any]]:
+        """The rows of a table of the checkpoint."""
+        with sqlite3.connect(self.workdir / "s3_bulk_convert.sqlite3") as db:
+            db.row_factory = sqlite3.Row
+            return [dict(row) for row in db.execute(f"SELECT * FROM {table}")]
+
+
+@pytest.fixture
+def environment(s3: S3Server, api: ConversionApi, bucket: TestBucket, tmp_path: Path) -> dict[str, str]:
+    """The environment of a user who has set what is needed to convert the bucket to jpg, and nothing else."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path / "home"),
+        **s3.environment(),
+        "CTF_API_KEY": api.api_key,
+        "S3_BUCKET": bucket.name,
+        "TARGET_FORMAT": "jpg",
+    }
+
+
+@pytest.fixture
+def start(environment: dict[str, str], api: ConversionApi, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Start the script with some arguments, in an empty directory that later calls share."""
+    workdir = tmp_path / "work"
+    workdir.mkdir()
+    started: list[Run] = []
+
+    def start(*arguments: str, command: tuple[str, ...] = (str(SCRIPT),), **changes: str | None) -> Run:
+        changed = {name: value for name, value in {**environment, **changes}.items() if value is not None}
+        given = ["--set", f"api.url={api.url}", "--set", "run.summary=summary.json", *arguments]
+        started.append(Run([sys.executable, *command, *given], workdir, changed))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.process.kill()
+        run.process.communicate()
+
+
+@pytest.fixture
+def run_cli(start: Callable[..., Run]) -> Callable[..., Run]:
+    """Run the script to its end."""
+    return lambda *arguments, **named: start(*arguments, **named).wait()
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    """An event for requests to hang on; set at the end, so that no server thread is left waiting."""
+    event = threading.Event()
+    yield event
+    event.set()

@@ -1,0 +1,172 @@
+"""Bad input of every kind: one clear message, the documented exit code, no traceback, nothing started."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import SCRIPT
+from tests.conversion_api import ConversionApi, Fault
+from tests.samples import photo
+
+Cli = Callable[..., Any]
+
+
+def assert_refused(run: Any, exit_code: int, *said: str) -> None:
+    assert run.exit_code == exit_code, run.out + run.err
+    for words in said:
+        assert words in run.err + run.out
+    assert "Traceback" not in run.err
+    assert "hint: " in run.err + run.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "exit_code", "said"),
+    [
+        pytest.param({"S3_BUCKET": "no-such-bucket"}, 3, "the bucket no-such-bucket does not exist", id="wrong bucket"),
+        pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, 3, "the API refused the key: 401", id="wrong key"),
+        pytest.param({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 3, "SignatureDoesNotMatch", id="wrong secret"),
+        pytest.param({"S3_BUCKET": None}, 2, "[s3] bucket is missing", id="no bucket"),
+        pytest.param({"TARGET_FORMAT": None}, 2, "[convert] target is missing", id="no target"),
+        pytest.param({"CTF_API_KEY": None}, 2, "[api] key is missing", id="no key"),
+        pytest.param({"CONCURRENCY": "ten"}, 2, "CONCURRENCY ([run] workers) = ten", id="workers"),
+        pytest.param({"AWS_ACCESS_KEY_ID": None}, 2, "there are no AWS credentials", id="no credentials"),
+        pytest.param({"AWS_PROFILE": "nobody"}, 2, "nobody", id="no such profile"),
+    ],
+)
+def test_a_wrong_environment_is_named_and_nothing_is_started(
+    *, changes: dict[str, str | None], exit_code: int, said: str, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    assert_refused(run_cli(**changes), exit_code, said)
+    assert bucket.outputs() == {}
+    assert api.paid == []
+
+
+def test_a_wrong_key_blames_no_object_and_the_right_one_goes_on(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    refused = run_cli(CTF_API_KEY="ctf_sk_wrong_1")
+    assert (refused.failures, refused.rows(), refused.summary["left"]) == ([], [], 1)
+    assert run_cli().exit_code == 0
+    assert len(api.paid) == 1
+
+
+def test_all_problems_come_at_once(run_cli: Cli, tmp_path: Path) -> None:
+    ini = tmp_path / "bad.ini"
+    ini.write_text("[s3]\nbuckett = b\n[run]\nworkers = ten\n[convrt]\ntarget = jpg\n")
+    run = run_cli("-c", str(ini), S3_BUCKET=None, TARGET_FORMAT=None)
+    assert_refused(
+        run,
+        2,
+        f"{ini} has 5 problems",
+        "[s3] bucket is missing",
+        "[s3] buckett is not an option; did you mean bucket?",
+        "[run] workers = ten: expected a whole number from 1 to 1000",
+        "[convrt] is not a section; did you mean convert?",
+        "[convert] target is missing",
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"bucket = b\n", "cannot be read: MissingSectionHeaderError in line 1"),
+        (b"[s3]\nbucket\n", "cannot be read: ParsingError in line 2"),
+        (b"[s3]\nbucket = a\nbucket = b\n", "cannot be read: DuplicateOptionError in line 3"),
+        (b"[s3]\nbucket = \xff\n", "cannot be read: "),
+    ],
+)
+def test_an_unreadable_ini_is_named(content: bytes, said: str, run_cli: Cli, tmp_path: Path) -> None:
+    ini = tmp_path / "bad.ini"
+    ini.write_bytes(content)
+    assert_refused(run_cli("-c", str(ini)), 2, f"{ini} {said}", "compare it with config.example.ini")
+
+
+def test_an_ini_that_does_not_exist_is_named(run_cli: Cli) -> None:
+    assert_refused(run_cli("-c", "nowhere.ini"), 2, "nowhere.ini does not exist")
+
+
+def test_an_ini_with_the_key_that_others_can_read_is_refused(run_cli: Cli, tmp_path: Path) -> None:
+    ini = tmp_path / "open.ini"
+    ini.write_text("[api]\nkey = ctf_sk_in_the_open\n")
+    ini.chmod(0o644)
+    run = run_cli("-c", str(ini))
+    assert_refused(run, 2, "others can read it (mode 0644)", f"type: chmod 600 {ini}")
+    assert "in_the_open" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("run.checkpoint=/dev/null/x.sqlite3", "cannot be written: Not a directory"),
+        ("run.failures=/dev/null/x.jsonl", "run.failures = /dev/null/x.jsonl cannot be written: Not a directory"),
+        ("s3.output_key=out/{nmae}", "{nmae} is not a field; did you mean name?"),
+        ("s3.output_key=out/all.jpg", "every output would get the same key"),
+        ("s3.prefix=converted/a/", "lies under the outputs (converted/)"),
+        ("workers", "expected SECTION.OPTION=VALUE"),
+        ("s3.region=not a region", "region"),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_to_do(option: str, said: str, run_cli: Cli) -> None:
+    assert_refused(run_cli("--set", option), 2, said)
+
+
+@pytest.mark.parametrize(
+    ("content", "exit_code", "said"),
+    [
+        (b"not a database, but longer than a header of one would be: " * 20, 3, "is damaged: file is not a database"),
+    ],
+)
+def test_a_damaged_checkpoint_is_left_as_it_is(
+    *, content: bytes, exit_code: int, said: str, run_cli: Cli, tmp_path: Path, api: ConversionApi
+) -> None:
+    checkpoint = tmp_path / "work" / "s3_bulk_convert.sqlite3"
+    checkpoint.write_bytes(content)
+    assert_refused(run_cli(), exit_code, said)
+    assert checkpoint.read_bytes() == content
+    assert api.requests == []
+
+
+def test_a_second_run_ends_at_once_while_one_is_at_work(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: Any
+) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    fault = api.faults.add(Fault.hang_until(release))
+    first = start()
+    assert fault.reached.wait(30)
+    second = run_cli()
+    assert_refused(second, 4, f"process {first.process.pid}, for ", "wait for it to end")
+    release.set()
+    assert first.wait().exit_code == 0
+
+
+def test_an_older_python_gets_one_sentence(tmp_path: Path) -> None:
+    script = SCRIPT.read_text().replace("if sys.version_info < (3, 10):", "if sys.version_info < (99,):", 1)
+    copy = tmp_path / "copy.py"
+    copy.write_text(script)
+    run = subprocess.run([sys.executable, str(copy)], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr.count("\n"), run.stdout) == (2, 1, "")
+    assert "needs Python 3.10 or newer" in run.stderr
+
+
+def test_a_missing_package_is_named_with_what_to_type() -> None:
+    run = subprocess.run([sys.executable, "-S", str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "the package boto3 is missing; type: " in run.stderr
+    assert "-m pip install boto3 requests tqdm urllib3" in run.stderr
+
+
+def test_an_unknown_flag_is_a_usage_error(run_cli: Cli) -> None:
+    run = run_cli("--workres", "3")
+    assert run.exit_code == 2
+    assert "unrecognized arguments: --workres" in run.err
+
+
+def test_quiet_says_one_line_when_all_is_well(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    run = run_cli("-q")
+    assert (run.exit_code, run.err) == (0, "")
+    assert run.out.count("\n") == 1
