@@ -293,7 +293,7 @@ class Task:
     resumed: bool = False  # a run before this one may have sent it already
     overdue: bool = False  # so long ago that the API has forgotten the key
     look_first: bool = False  # its output may be there already: see whether it is this version's
-    among_sources: bool = False  # outputs lie between sources: neither convert the one nor overwrite the other
+    among_sources: bool = False  # outputs lie between sources, and must not overwrite one
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,6 @@ class Event(str, Enum):
     FAILED = "failed"
     FOUND = "found"
     LEFT = "left"
-    SKIPPED = "skipped"  # an output of this program among the sources
 
 
 @dataclass(frozen=True)
@@ -331,7 +330,7 @@ class Outcome:
 
     task: Task
     event: Event
-    code: str = ""  # the API's own, or one of this program's; for SKIPPED the reason
+    code: str = ""  # the API's own, or one of this program's
     message: str = ""
     status: int = 0  # HTTP status of the API's last reply; 0 if there was none
     permanent: bool = False
@@ -2434,6 +2433,7 @@ class Feeder:
         """What is to be done of a page."""
         selected = list(select(page, routes, self.own_prefixes, self.counts))
         todo = list(unfinished(selected, self.journal, self.counts, retry=self.shared.settings.retry_failed))
+        todo = list(self._without_own_outputs(todo))
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
@@ -2442,6 +2442,15 @@ class Feeder:
         tasks = list(self._claimed(self._sendable([self._task(candidate, sent) for candidate in todo])))
         traced = {*sent, *((known.job.fingerprint, known.source.key) for known in todo if known.is_known)}
         return self._without_outputs(tasks, traced, {source.key: source.modified for source in page})
+
+    def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
+        for candidate in candidates:
+            is_mixed = self.shared.settings.puts_among_sources(candidate.job)
+            if is_mixed and self.shared.bucket.is_our_output(candidate.source.key):
+                self.counts[OWN_OUTPUT] += 1
+            else:
+                yield candidate
 
     def _task(self, candidate: Candidate, sent: Mapping[tuple[str, str], Sent]) -> Task:
         job, source = candidate.job, candidate.source
@@ -2641,8 +2650,6 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
         return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
     if task.among_sources:
         shared.bucket.refuse_to_overwrite(task)
-        if shared.bucket.is_our_output(task.key):
-            return Outcome(task, Event.SKIPPED, OWN_OUTPUT)
     if task.look_first:
         done = shared.bucket.output_of(task)
         if done:
@@ -2705,8 +2712,7 @@ class Report:
             self.counts["bytes_out"] += outcome.bytes_out
             self.latencies.append(outcome.seconds)
         else:
-            counts = {Event.LEFT: "left", Event.FOUND: "already_done", Event.SKIPPED: outcome.code}
-            self.counts[counts[outcome.event]] += 1
+            self.counts["left" if outcome.event is Event.LEFT else "already_done"] += 1
 
     @property
     def finished(self) -> int:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -42,6 +43,10 @@ class FakeBucket(program.Bucket):
     def presign(self, key: str) -> str:
         """A URL that shows how many there were before."""
         return f"https://signed/{key}?X-Amz-Signature=1"
+
+    def is_our_output(self, key: str) -> bool:
+        """No source is an output."""
+        return False
 
     def existing_outputs(self, prefix: str, keys: Iterable[str]) -> dict[str, float]:
         """Those of the keys that are outputs."""
@@ -114,7 +119,7 @@ def feeder(
     bucket: FakeBucket, journal: Journal, wanted: program.Settings, tasks: queue.Queue[Task | None], fed: Fed
 ) -> program.Feeder:
     """A feeder with no limit to its pace."""
-    pace, stop = program.Pacer(None), program.StopFlag()
+    pace, stop = program.Pacer(10**9), program.StopFlag()
     shared = program.Shared(wanted, stop, pace, bucket, program.UrlTrust())
     return program.Feeder(shared, journal, tasks, fed.tell)
 
@@ -284,7 +289,8 @@ def test_the_first_source_keeps_an_output_key_on_the_next_page(journal: Journal)
 
 @pytest.mark.parametrize("made", ["converted/a.jpg", "converted/a.jpg.zip"])
 def test_an_output_key_stays_its_owner_s_in_every_later_run(journal: Journal, made: str) -> None:
-    settle(journal, [replace(task, output_key=made) for task in feed(FakeBucket(pages_of("a.png")), journal).tasks], Event.CONVERTED)  # fmt: skip
+    tasks = feed(FakeBucket(pages_of("a.png")), journal).tasks
+    settle(journal, [replace(task, output_key=made) for task in tasks], Event.CONVERTED)
     fed = feed(FakeBucket(pages_of("a.heic", "a.png")), journal)
     assert (fed.keys, fed.codes) == ([], {"a.heic": "output_collision"})
     assert fed.counts["already_done"] == 1
@@ -338,10 +344,10 @@ class WatchedQueue(queue.Queue["Task | None"]):
         super().__init__(maxsize)
         self.before_put = before_put
 
-    def put(self, item: Task | None, block: bool = True, timeout: float | None = None) -> None:
+    def put(self, item: Task | None, *how: Any, **named: Any) -> None:
         """Put as usual."""
         self.before_put(item)
-        super().put(item, block, timeout)
+        super().put(item, *how, **named)
 
 
 def test_every_task_is_in_the_journal_before_a_worker_can_see_it(journal: Journal) -> None:
@@ -448,7 +454,11 @@ LISTED = st.builds(
 numbers = itertools.count()
 
 
-@given(st.lists(st.lists(LISTED, max_size=5), max_size=4), st.none() | st.integers(1, 4), st.booleans())
+@given(
+    pages=st.lists(st.lists(LISTED, max_size=5), max_size=4),
+    cap=st.none() | st.integers(1, 4),
+    ends_are_known=st.booleans(),
+)
 @hypothesis_settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_listed_object_ends_in_exactly_one_count(
     tmp_path: Path, pages: list[list[S3Object]], cap: int | None, *, ends_are_known: bool

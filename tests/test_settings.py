@@ -193,7 +193,6 @@ def test_a_wrong_value_of_any_option_is_named_once(ini: Path, option: str) -> No
         ("api.jobs_above", 100_000_000),
         ("api.max_size", 5_000_000_000),
         ("run.workers", 10),
-        ("run.processes", 1),
         ("run.checkpoint", "s3_bulk_convert.sqlite3"),
         ("run.failures", "conversion_failures.jsonl"),
         ("run.max_failure_rate", 0.02),
@@ -201,7 +200,6 @@ def test_a_wrong_value_of_any_option_is_named_once(ini: Path, option: str) -> No
         ("run.shutdown_grace", 30.0),
         ("run.max_runtime", None),
         ("run.summary", None),
-        ("run.metrics", None),
         ("run.log_every", 100),
     ],
 )
