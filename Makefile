@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-slow lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -18,7 +18,10 @@ demo: .venv/ready  ## convert about 60 real files from a real S3 server, twice, 
 	$(BIN)/python -m tests.demo
 
 test: .venv/ready  ## all tests but the slow ones
-	$(BIN)/python -m pytest -c tests/pytest.ini tests
+	$(BIN)/python -m pytest -c tests/pytest.ini -n 2 tests
+
+test-slow: .venv/ready  ## the long proofs: random kills, many examples
+	$(BIN)/python -m pytest -c tests/pytest.ini -m slow -s tests
 
 lint: .venv/ready  ## style, complexity and size of functions, types
 	$(BIN)/ruff check --config tests/ruff.toml $(CODE)

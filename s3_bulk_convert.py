@@ -1721,6 +1721,10 @@ class Pacer:
         while not (self._has_answer.is_set() or stop.requested) and time.monotonic() < patience:
             self._has_answer.wait(0.05)
         # An API that takes its time has no say in when the others start.
+        self.let_others_start()
+
+    def let_others_start(self) -> None:
+        """Hold the second slot back no longer: the first object is settled, with or without an answer."""
         self._has_answer.set()
 
     def spend(self) -> None:
@@ -2630,6 +2634,7 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         log.exception("a worker failed")
         message = redacted(f"{type(bug).__name__}: {bug}")
         outcome = Outcome(task, Event.FAILED, "bug", message, unsettled=exchange.maybe_done)
+    shared.pacer.let_others_start()
     return replace(
         outcome,
         seconds=time.monotonic() - started,
