@@ -302,7 +302,7 @@ class Sent:
 
     etag: str
     idempotency_key: str
-    url: str
+    url: str  # as it was sent, to the character: another URL would be another body
     sent_at: float
 
 
@@ -349,7 +349,7 @@ class Outcome:
 class Counted:
     """What the feeder disposed of without a worker: name of the count -> how many."""
 
-    counts: Mapping[str, int]
+    counts: Mapping[str, int]  # "listed", "already_done", "left", and reasons to skip
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,7 @@ class Verdict(Enum):
 class Exchange:
     """What one task's requests have come to so far. Belongs to one worker; carried through every retry."""
 
-    requests: int = 0
+    requests: int = 0  # of every kind: conversions, polls, downloads
     throttled: int = 0
     maybe_done: bool = False  # the API may have converted it, and this program does not have the answer
     replayed: bool = False
@@ -762,6 +762,7 @@ def in_section(section: str, given: Iterable[Given]) -> list[Given]:
 def read_jobs(given: Sequence[Given], s3: S3Options, problems: list[str]) -> tuple[Job, ...]:
     """The routes of the run: one for each [job NAME], or the one named default."""
     shared = read_values(specs_of("convert"), in_section("convert", given), problems)
+    # Sorted, so that the first job, which keeps an output key, is the same in every run.
     sections = sorted({entry.section for entry in given if entry.section.startswith("job ")}) or ["convert"]
     jobs = []
     for section in sections:
@@ -838,6 +839,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str], command_line: S
 
     Raises ConfigError with every problem at once, UserError if the file cannot be read.
     """
+    # A later value replaces an earlier one: this order is the precedence.
     ini = read_ini(path or Path("config.ini"), required=path is not None)
     given = [*ini, *read_environment(environ), *command_line]
     problems = [problem for problem in map(unknown_name_problem, given) if problem]
@@ -874,6 +876,7 @@ def split_key(key: str) -> KeyParts:
     """Take a key apart; only a short alphanumeric end after a dot is an extension."""
     folder, slash, name = key.rpartition("/")
     stem, _, ext = name.rpartition(".")
+    # A hidden file's name is no extension, and what stands behind the last dot of a sentence is none either.
     if not stem or not re.fullmatch(r"[A-Za-z0-9]{1,10}", ext):
         stem, ext = name, ""
     return KeyParts(folder + slash, name, stem, ext)
@@ -1103,6 +1106,7 @@ def seconds_to_wait(attempt: int, asked: float | None, jitter: float) -> float:
 
 def redacted(message: str) -> str:
     """A text without API keys and without what stands behind the `?` of a URL (a presigned URL's signature)."""
+    # S3's and the API's own messages may repeat the URL that they were asked for.
     message = re.sub(r"(https?://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
     message = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token))=[^\s&\"'<>]*", r"\1=...", message)
     return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
@@ -1269,6 +1273,7 @@ class Journal:
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
         self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
+        # The feeder and the recorder share one connection: SQLite has one writer anyway, and this one needs no waiting.
         self._lock = threading.Lock()
         with explaining_sqlite(path):
             self._create_private()
@@ -1313,6 +1318,7 @@ class Journal:
     def _open_schema(self) -> None:
         # On a file system without shared memory SQLite stays with the rollback journal, which is as safe.
         self._db.execute("PRAGMA journal_mode = WAL")
+        # A commit that a power cut can undo would be a request that was sent and is not known.
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA journal_size_limit = 67108864")
         if self._is_new():
@@ -1339,6 +1345,7 @@ class Journal:
         self, columns: str, table: str, where: str, scope: Sequence[str], keys: Sequence[str]
     ) -> Iterator[Any]:
         """Rows of a table whose last column of `where` is one of `keys`, in the order in which they were appended."""
+        # The rows are fetched before they are yielded: nobody may hold the lock, or an open read, while others work.
         for part in chunks(keys, SQL_VARIABLES):
             marks = ",".join("?" * len(part))
             order = "ORDER BY id" if table.startswith("log") else ""
@@ -1649,6 +1656,7 @@ class Bucket:
             "ACL": options.acl,
             "CacheControl": options.cache_control,
         }
+        # S3 takes ASCII only in metadata.
         metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
 
@@ -1666,6 +1674,7 @@ class Bucket:
 
 def listed_object(line: Any) -> S3Object:
     """One entry of a listing."""
+    # Restored objects can be read until the restored copy expires, whatever their storage class says.
     archived = line.get("StorageClass") in {"GLACIER", "DEEP_ARCHIVE"}
     restore = line.get("RestoreStatus", {})
     restored = bool(restore.get("RestoreExpiryDate")) and not restore.get("IsRestoreInProgress")
@@ -1880,6 +1889,7 @@ class RetryPolicy(Retry):
         left = cast(int, self.total) - costs_attempt
         seconds = seconds_to_wait(self.attempt, asked, random.random())
         is_late = time.monotonic() + seconds > self.deadline
+        # The limit is the key's, not the object's: when one worker meets it, all have met it.
         if failure.status == 429:
             self.exchange.throttled += 1
             self.shared.pacer.pause(seconds)
@@ -2227,6 +2237,7 @@ class ConvertClient:
         self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float
     ) -> Result | None:
         """The file behind a download link; None if it is stale or the file came cut."""
+        # The link may be relative, and may point to another host, which then gets no key.
         response = None
         try:
             response = self._get(urllib.parse.urljoin(self._api.url + "/", link), exchange, deadline)
@@ -2240,6 +2251,7 @@ class ConvertClient:
         finally:
             if response is not None:
                 response.close()
+        # A whole body of the wrong size is a body of something else.
         if said_size is not None and said_size != result.size:
             result.body.close()
             return None
@@ -2574,6 +2586,7 @@ class Feeder:
                 yield task
 
     def _signed(self, task: Task) -> Task:
+        # A resumed task keeps what was sent; a key with dot segments cannot be fetched by its URL.
         wants_url = self.shared.settings.api.transfer != "upload" and not (task.resumed or task.copy)
         if not wants_url or has_dot_segments(task.key) or self.shared.url_trust.is_lost:
             return task
@@ -2648,6 +2661,7 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
 
 def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchange: Exchange) -> Outcome:
     """The steps for one object. Raises ObjectFailed, RunStopped or Interrupted."""
+    # Queued when the run was asked to end: it was never sent.
     if shared.stop.requested:
         raise Interrupted
     if task.copy:
@@ -2707,6 +2721,7 @@ class Report:
         self.counts["throttled"] += outcome.throttled
         self.counts["replays"] += outcome.replayed
         self.counts["possible_double_charges"] += outcome.maybe_paid_twice
+        # Answers come out of order: the smallest number is the newest.
         if outcome.remaining is not None:
             self.remaining = min(outcome.remaining, outcome.remaining if self.remaining is None else self.remaining)
         if outcome.event is Event.FAILED:
@@ -2776,7 +2791,7 @@ class Progress:
 
     def __init__(self, settings: Settings) -> None:
         self._every, self._quiet, self._said = settings.run.log_every, settings.quiet, 0
-        # disable=None: no bar where stderr is no terminal, as under cron.
+        # The total grows while the listing goes on. disable=None: no bar where stderr is no terminal, as under cron.
         self._bar = tqdm(total=0, unit="file", desc="converting", disable=settings.quiet or None, dynamic_ncols=True)
 
     def show(self, report: Report) -> None:
@@ -2958,6 +2973,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         pool.submit(Feeder(shared, journal, tasks, notes.put).run)
         for _ in range(settings.run.workers):
             pool.submit(worker, tasks, shared, notes.put)
+        # The main thread records, because it is the one that signals wake.
         is_complete = Recorder(shared, journal, report, progress).record(notes)
         pool.shutdown(wait=is_complete)
         progress.close()
@@ -3010,6 +3026,7 @@ def write_summary(path: Path, report: Report) -> None:
 
 def human_bytes(count: float) -> str:
     """A size for people."""
+    # Decimal, as S3's price list counts.
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -3089,6 +3106,7 @@ def read_flags(arguments: argparse.Namespace) -> list[Given]:
         if value is not None:
             given.append(Given(section, name, value.strip(), f"--{flag} ([{section}] {name})"))
     for assignment in arguments.set:
+        # The name of a job may hold dots and spaces: the option is what stands behind the last dot before the "=".
         match = re.fullmatch(r"\s*(?:(job [^=]*|[^.=\s]+)\.)([^.=\s]+)\s*=(.*)", assignment, re.DOTALL)
         if match is None:
             raise UserError(f"--set {assignment}: expected SECTION.OPTION=VALUE", "for example --set run.log_every=10")
@@ -3120,6 +3138,7 @@ class ConsoleHandler(logging.Handler):
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
     """Send this program's messages to stderr; other libraries' only with -v."""
+    # One handler for all: a library's message must not tear the progress bar either.
     handler = ConsoleHandler()
     handler.setFormatter(ConsoleFormatter(verbose=verbose))
     logging.basicConfig(level=logging.WARNING if not verbose else logging.INFO, handlers=[handler], force=True)
@@ -3141,13 +3160,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     arguments = build_parser().parse_args(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
+    # First of all: from here on Ctrl-C is a reason to stop, and never a traceback.
     stop = StopFlag()
+    stop.install()
     try:
         settings = load_settings(arguments.config, os.environ, read_flags(arguments))
         settings = replace(
             settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet, verbose=arguments.verbose
         )
-        stop.install()
         return finish(run(settings, stop), settings)
     except UserError as error:
         return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)
@@ -3170,6 +3190,7 @@ def leave(code: int) -> None:
     """End the process; at once, if workers had to be abandoned in the middle of a request."""
     sys.stdout.flush()
     sys.stderr.flush()
+    # Python would wait for them at its exit, for as long as the API takes.
     if threading.active_count() > 1:
         os._exit(code)
     raise SystemExit(code)

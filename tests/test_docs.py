@@ -1,0 +1,114 @@
+"""README and config.example.ini say what is true of the program."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import s3_bulk_convert as program
+from tests.conftest import SCRIPT
+
+ROOT = SCRIPT.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = (ROOT / "config.example.ini").read_text(encoding="utf-8")
+OPTIONS = [
+    (section, option) for section in program.SECTIONS for option in dataclasses.fields(program.SECTIONS[section])
+]
+
+
+def test_readme_shows_the_true_help() -> None:
+    shown = re.search(r"--help\n(usage: .*?)```", README, re.DOTALL)
+    environment = {**os.environ, "COLUMNS": "100"}
+    said = subprocess.run(
+        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert shown is not None
+    # Python 3.13 writes "-c, --config FILE" where older ones repeat the FILE.
+    assert re.sub(r"\s+", " ", shown[1]) == re.sub(
+        r"\s+", " ", said.stdout.replace("-c, --config", "-c FILE, --config")
+    )
+
+
+@pytest.mark.parametrize(("section", "option"), OPTIONS, ids=lambda value: str(getattr(value, "name", value)))
+def test_readme_has_a_row_for_each_option(section: str, option: dataclasses.Field[object]) -> None:
+    purpose = re.escape(option.metadata["spec"].purpose)
+    row = re.search(rf"^\| {section}\.{option.name} \| (.+?) \| {purpose} \|$", README, re.MULTILINE)
+    assert row is not None
+    shown = row[1].strip("`")
+    if shown != "required":
+        assert option.metadata["spec"].reader("" if shown == "empty" else shown) == option.default
+
+
+def test_readme_has_no_row_for_an_option_that_does_not_exist() -> None:
+    rows = re.findall(r"^\| ((?:s3|convert|api|run)\.\w+) \|", README, re.MULTILINE)
+    assert sorted(rows) == sorted(f"{section}.{option.name}" for section, option in OPTIONS)
+
+
+@pytest.mark.parametrize("code", program.ExitCode, ids=lambda code: str(int(code)))
+def test_readme_and_help_have_each_exit_code(code: program.ExitCode) -> None:
+    assert re.search(rf"^\| (\d+, )?{int(code)}(, \d+)? \|", README, re.MULTILINE)
+    assert str(int(code)) in str(program.build_parser().epilog)
+
+
+def test_every_test_that_readme_names_exists() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert named
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
+def test_the_example_runs_with_bucket_and_key_alone(tmp_path: Path) -> None:
+    path = tmp_path / "config.ini"
+    path.write_text(EXAMPLE, encoding="utf-8")
+    settings = program.load_settings(path, {"CTF_API_KEY": "k"}, [])
+    assert (settings.s3.bucket, settings.jobs[0].options.target) == ("my-bucket", "jpg")
+
+
+@pytest.mark.parametrize(("section", "option"), OPTIONS, ids=lambda value: str(getattr(value, "name", value)))
+def test_the_example_shows_each_option_with_its_default(section: str, option: dataclasses.Field[object]) -> None:
+    part = EXAMPLE.split(f"[{section}]\n", 1)[1]
+    line = re.search(rf"^(# )?{option.name} =(.*)$", part, re.MULTILINE)
+    assert line is not None
+    if line[1]:
+        assert option.metadata["spec"].reader(line[2].strip()) == option.default
+
+
+def test_the_example_with_all_defaults_written_out_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "config.ini"
+    path.write_text(EXAMPLE, encoding="utf-8")
+    sparse = program.load_settings(path, {"CTF_API_KEY": "k"}, [])
+    written_out = re.sub(r"^# (\w+ =(?! \*))", r"\1", EXAMPLE.split("# [job photos]")[0], flags=re.MULTILINE)
+    path.write_text(written_out, encoding="utf-8")
+    path.chmod(0o600)
+    assert program.load_settings(path, {"CTF_API_KEY": "k"}, []) == sparse
+
+
+def test_the_metadata_in_the_script_asks_for_what_requirements_asks_for() -> None:
+    required = re.findall(
+        r"^([a-z0-9]+>=[\d.]+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    declared = re.search(r"^# dependencies = \[(.*)\]$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert declared is not None
+    assert re.findall(r'"(.*?)"', declared[1]) == required
+
+
+def test_the_project_has_nothing_else_at_its_top_level() -> None:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=False, cwd=ROOT).stdout.split(
+        "\n"
+    )
+    assert {name.partition("/")[0] for name in listed if name} <= {
+        "s3_bulk_convert.py",
+        "requirements.txt",
+        "config.example.ini",
+        "tests",
+        "Makefile",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        ".gitignore",
+        ".ci",
+    }
