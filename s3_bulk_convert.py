@@ -465,6 +465,7 @@ def duration(given: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", given.lower())
     if match is None:
         raise ValueError("expected a duration such as 150s, 10m, 2h or 7d")
+    # A number alone is refused: nobody should have to guess whether 150 is seconds or minutes.
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
@@ -2899,6 +2900,7 @@ class Recorder:
             self.shared.stop.request(Stop(because, hint))
 
     def _watch_time(self) -> None:
+        # Looked at at least five times a second, whether or not anything has come.
         limit = self.run.max_runtime
         if limit is not None and time.monotonic() - self.report.started > limit:
             self.shared.stop.request(Stop("run.max_runtime is over", "run it again: it goes on where this run ended"))
@@ -2923,6 +2925,7 @@ def next_batch(notes: "queue.Queue[Note]") -> list[Note]:
     """The notes that are there, after waiting a moment for the first: they are committed together."""
     batch: list[Note] = []
     try:
+        # Not for ever: a signal, a time limit and a bar want attention while the API is silent.
         batch.append(notes.get(timeout=0.2))
         while len(batch) < 500:
             batch.append(notes.get_nowait())
@@ -2997,6 +3000,7 @@ def refuse_unwritable(path: Path, name: str) -> None:
     existed = path.exists()
     try:
         path.open("a", encoding="utf-8").close()
+        # An empty failures file would look like a run without failures.
         if not existed:
             path.unlink()
     except OSError as problem:
