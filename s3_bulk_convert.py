@@ -2056,8 +2056,9 @@ class ConvertClient:
             if not self._is_worth_an_upload(refusal):
                 raise
             # A 5xx leaves open whether the conversion was made, a refusal of what an earlier run sent does so too.
-            exchange.maybe_paid_twice |= exchange.maybe_done or task.resumed
+            maybe_paid = exchange.maybe_done or task.resumed
             result = self._exchange(self._upload_call(task), task, exchange)
+            exchange.maybe_paid_twice |= maybe_paid
             trust.refused()
             return result
         trust.accepted()
@@ -2161,6 +2162,13 @@ class ConvertClient:
         # A replay has the headers of the first answer, which may be a day old.
         if remaining.isdigit() and not exchange.replayed:
             exchange.remaining = int(remaining)
+            self._keep_remaining(exchange.remaining)
+
+    def _keep_remaining(self, remaining: int) -> None:
+        # Here and not at the recorder's desk: by then this worker would have sent the next one.
+        if remaining <= self._api.keep_remaining:
+            because = f"{remaining} conversions remain this month, and api.keep_remaining is {self._api.keep_remaining}"
+            self.shared.stop.request(Stop(because, "run it again next month, or lower api.keep_remaining"))
 
     def _receive(self, response: requests.Response, target: str, deadline: float) -> Result:
         """The whole body of a 200, judged. Raises BadAnswer; leaves nothing behind."""
@@ -2882,10 +2890,7 @@ class Recorder:
         }
 
     def _watch_results(self) -> None:
-        keep, most = self.shared.settings.api.keep_remaining, self.run.max_failure_rate
-        if self.report.remaining is not None and self.report.remaining <= keep:
-            because = f"{self.report.remaining} conversions remain this month, and api.keep_remaining is {keep}"
-            self.shared.stop.request(Stop(because, "run it again next month, or lower api.keep_remaining"))
+        most = self.run.max_failure_rate
         failed = self.report.failed.total()
         if (
             most is not None

@@ -1,0 +1,225 @@
+"""One row for each thing that the API can answer or fail to: what is recorded, stored and paid, and what comes next."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from tests.conversion_api import ConversionApi, Fault
+from tests.converters import Conversion, marking
+
+Cli = Callable[..., Any]
+SOURCE = b"\x89PNG\r\n\x1a\n" + b"a picture " * 50
+OTHER_KINDS = b"\x89PNG\r\n\x1a\n" + b"a PNG where a JPEG is wanted"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault and what must come of it. `second_*`: of a run after it, when the fault is over."""
+
+    name: str
+    faults: tuple[Callable[[], Fault], ...] = ()
+    behaviour: dict[str, object] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    exit_code: int = 0
+    code: str = ""  # of the failures record; empty: there is none
+    permanent: bool = False
+    paid: int = 1  # after the first run
+    double: int = 0  # possible double charges, both runs together
+    second_requests: int | None = 0
+    second_skipped: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the first run brings the output."""
+        return self.exit_code == 0
+
+
+def reply(
+    status: int, code: str | None = None, *, retry_after: str | None = None, times: int | None = 1
+) -> Callable[[], Fault]:
+    return lambda: Fault.status_reply(status, code, retry_after=retry_after, times=times)
+
+
+def refused(name: str, status: int, code: str | None, recorded: str) -> Row:
+    """A refusal of the object itself, in upload mode: permanent, nothing paid, not sent again."""
+    return Row(
+        name,
+        (reply(status, code, times=None),),
+        options=("api.transfer=upload",),
+        exit_code=1,
+        code=recorded,
+        permanent=True,
+        paid=0,
+        second_skipped={"failed_before": 1},
+    )
+
+
+def stopped(name: str, *faults: Callable[[], Fault], **behaviour: object) -> Row:
+    """A refusal of everything: the run stops and blames nobody, the next one converts."""
+    return Row(name, faults, behaviour, exit_code=3, paid=0, second_requests=1)
+
+
+def survived(name: str, *faults: Callable[[], Fault], **behaviour: object) -> Row:
+    """A passing trouble: converted all the same, and paid once."""
+    return Row(name, faults, behaviour)
+
+
+def given_up(name: str, fault: Callable[[], Fault], code: str, paid: int = 0) -> Row:
+    """A trouble that outlasts the attempts: transient, so the next run tries again, and pays no second time."""
+    return Row(name, (fault,), options=("api.retries=1",), exit_code=1, code=code, paid=paid, second_requests=1)
+
+
+ROWS = [
+    refused("400 bad_request", 400, "bad_request", "bad_request"),
+    refused("400 of a gateway, without a body", 400, None, "http_400"),
+    refused("413 file_too_large", 413, "file_too_large", "file_too_large"),
+    refused("422 unsupported_route", 422, "unsupported_route", "unsupported_route"),
+    refused("422 with another code", 422, "password_protected", "password_protected"),
+    refused("422 without JSON", 422, None, "http_422"),
+    stopped("401 invalid_api_key", reply(401, "invalid_api_key")),
+    stopped("403 without a code", reply(403)),
+    stopped("404 for the endpoint itself", reply(404, "not_found")),
+    stopped("429 quota_exceeded", reply(429, "quota_exceeded")),
+    stopped("a redirect", lambda: Fault.redirect("http://127.0.0.1:9/elsewhere")),
+    survived("409 while an earlier attempt is at work", reply(409, "bad_request", retry_after="0")),
+    survived("429 rate_limited, seconds", reply(429, "rate_limited", retry_after="1")),
+    survived("429 rate_limited, a fraction", reply(429, "rate_limited", retry_after="0.2")),
+    survived(
+        "429 rate_limited, a date that is past", reply(429, "rate_limited", retry_after="Sun, 06 Nov 1994 08:49:37 GMT")
+    ),
+    survived("429 rate_limited, malformed", reply(429, "rate_limited", retry_after="soon")),
+    survived("429 rate_limited, negative", reply(429, "rate_limited", retry_after="-5")),
+    survived("429 rate_limited, without Retry-After", reply(429, "rate_limited")),
+    survived("429 without a code", reply(429)),
+    survived("500 once", reply(500)),
+    survived("502 service_unavailable once", reply(502, "service_unavailable")),
+    survived("503 with an HTML page", lambda: Fault.html_page(503)),
+    survived("504 once", lambda: Fault.work_lost(504)),
+    survived("408", reply(408)),
+    survived("connection cut before the work", Fault.cut_before_work),
+    survived("connection cut after the work", Fault.cut_after_work),
+    survived("an HTML page in a 200, once", Fault.html_page),
+    survived("an error text in a 200, once", Fault.json_in_200),
+    survived("an empty 200, once", Fault.empty_answer),
+    survived("half of the answer", Fault.truncated_answer),
+    survived("half of a chunked answer", lambda: Fault.truncated_answer(chunked=True)),
+    survived("another format, once", lambda: Fault.other_file(OTHER_KINDS, "image/png")),
+    survived("stale rate headers", stale_rate_headers=True),
+    survived("no rate headers", rate_headers=False),
+    survived("a JSON envelope with file_url", Fault.json_envelope),
+    survived("a JSON envelope with download_url", Fault.json_envelope, envelope_link="download_url"),
+    survived("a JSON envelope with result.file_url", Fault.json_envelope, envelope_link="result.file_url"),
+    survived("a JSON envelope, another host", Fault.json_envelope, separate_download_host=True),
+    survived("202 and a job", Fault.accepted_as_job),
+    survived("202 and a job in an unknown state", Fault.accepted_as_job, job_states=("dreaming", "completed")),
+    survived("202 and a stale link", Fault.accepted_as_job, job_states=("completed",), stale_links=1),
+    survived("202, another host", Fault.accepted_as_job, job_states=("completed",), separate_download_host=True),
+    survived("two 504s: a job instead", lambda: Fault.work_lost(504, times=2), job_states=("completed",)),
+    given_up("502 always", reply(502, "service_unavailable", times=None), "service_unavailable"),
+    given_up("an HTML page in a 200, always", lambda: Fault.html_page(times=None), "html_answer"),
+    given_up("connection cut before the work, always", lambda: Fault.cut_before_work(times=None), "network"),
+    given_up("connection cut after the work, always", lambda: Fault.cut_after_work(times=None), "network", paid=1),
+    given_up("half of the answer, always", lambda: Fault.truncated_answer(times=None), "cut_answer", paid=1),
+    Row(
+        "another format, always",
+        (lambda: Fault.other_file(OTHER_KINDS, "image/png", kept=True, times=None),),
+        options=("api.retries=1",),
+        exit_code=1,
+        code="wrong_type",
+        permanent=True,
+        second_skipped={"failed_before": 1},
+    ),
+    *(
+        Row(
+            f"a job that failed, {shape}",
+            (Fault.accepted_as_job,),
+            {"job_states": ("failed",), "job_error": shape},
+            exit_code=1,
+            code=code,
+            permanent=True,
+            paid=0,
+            second_skipped={"failed_before": 1},
+        )
+        for shape, code in (("object", "conversion_failed"), ("string", "job_failed"), ("absent", "job_failed"))
+    ),
+    Row(
+        "422: the key is taken by another body",
+        (reply(422, "bad_request"),),
+        options=("api.transfer=upload",),
+        double=1,
+    ),
+]
+
+
+def prepare(api: ConversionApi, row: Row) -> None:
+    api.behaviour.convert = marking
+    api.behaviour.compare_raw_body = True
+    for name, value in row.behaviour.items():
+        setattr(api.behaviour, name, value)
+    for fault in row.faults:
+        api.faults.add(fault())
+
+
+def assert_recorded(run: Any, row: Row) -> None:
+    expected = [(row.code, row.permanent)] if row.code else []
+    assert [(line["code"], line["permanent"]) for line in run.failures] == expected, run.failures
+    assert run.exit_code == row.exit_code, run.out + run.err
+    assert (run.summary["stopped_because"] is not None) == (row.exit_code == 3)
+    assert "hint: " in run.out or row.exit_code != 3
+
+
+def assert_stored(bucket: Any, *, is_stored: bool) -> None:
+    good = marking(Conversion(SOURCE, "png", "jpg", None)).body
+    outputs = {key: body for key, (body, *_) in bucket.outputs().items()}
+    assert outputs == ({"converted/a.jpg": good} if is_stored else {})
+
+
+def assert_the_key_went_to_the_api_alone(api: ConversionApi) -> None:
+    elsewhere = [request for request in api.requests if request.listener == "download"]
+    assert not any("Authorization" in request.headers for request in elsewhere)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_each_fault_has_its_consequence(row: Row, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", SOURCE)
+    prepare(api, row)
+    options = [part for option in row.options for part in ("--set", option)]
+    first = run_cli(*options)
+    assert_recorded(first, row)
+    assert_stored(bucket, is_stored=row.is_stored)
+    assert len(api.paid) == row.paid
+    api.faults.clear()
+    api.behaviour.job_states = ("completed",)
+    sent = len([request for request in api.requests if request.is_conversion])
+    second = run_cli(*options)
+    assert len([request for request in api.requests if request.is_conversion]) - sent == row.second_requests
+    assert second.summary["skipped"].get("failed_before", 0) == row.second_skipped.get("failed_before", 0)
+    assert_stored(bucket, is_stored=not row.permanent)
+    assert api.paid_twice() == []
+    doubles = first.summary["possible_double_charges"] + second.summary["possible_double_charges"]
+    assert doubles == row.double
+    assert_the_key_went_to_the_api_alone(api)
+
+
+def test_a_slow_answer_is_asked_for_again_and_paid_once(
+    run_cli: Cli, bucket: Any, api: ConversionApi, release: Any
+) -> None:
+    api.behaviour.convert = marking
+    api.faults.add(Fault.stalled_answer(release))
+    bucket.put("a.png", SOURCE)
+    run = run_cli("--set", "api.timeout=1s")
+    assert (run.exit_code, len(api.paid), run.summary["replays"]) == (0, 1, 1)
+    assert_stored(bucket, is_stored=True)
+
+
+def test_the_month_s_remainder_is_kept(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.behaviour.convert = marking
+    api.behaviour.month_quota = 20
+    for number in range(20):
+        bucket.put(f"{number}.png", SOURCE + bytes([number]))
+    run = run_cli("--set", "api.keep_remaining=12", "--workers", "1")
+    assert (run.exit_code, len(api.paid), run.summary["remaining"]) == (3, 8, 12)
+    assert "api.keep_remaining is 12" in run.summary["stopped_because"]
+    assert run.failures == []
