@@ -29,6 +29,12 @@ if sys.version_info < (3, 10):
     sys.stderr.write("error: s3_bulk_convert.py needs Python 3.10 or newer; start it with one, e.g. python3.11\n")
     raise SystemExit(2)
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Until `main` has its own way to stop, Ctrl-C ends the process, without a traceback of somebody's import.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import configparser
 import contextlib
@@ -45,7 +51,6 @@ import os
 import queue
 import random
 import re
-import signal
 import sqlite3
 import stat
 import statistics
@@ -1369,15 +1374,16 @@ class Journal:
         return {key: Sent(*row) for key, *row in rows}
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
-        """The source keys that those of the claims belong to that are taken."""
+        """The source keys that have an output under those of the claims that are taken."""
         # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
-        where, scope = "output_bucket = ? AND claim", (self.output_bucket,)
-        logged = "log INDEXED BY log_claim"
-        event = "event IN ('converted', 'found') AND "
-        # What is in the log comes last and wins over a request that is not settled.
-        taken = dict(self._rows_about("claim, key", "in_flight", where, scope, claims))
-        taken.update(dict(self._rows_about("claim, key", logged, event + where, scope, claims)))
-        return taken
+        where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
+        return dict(self._rows_about("claim, key", "log INDEXED BY log_claim", where, (self.output_bucket,), claims))
+
+    def claimants(self, claims: Sequence[str]) -> dict[str, str]:
+        """The source keys whose unsettled requests would bring an output under those of the claims."""
+        return dict(
+            self._rows_about("claim, key", "in_flight", "output_bucket = ? AND claim", (self.output_bucket,), claims)
+        )
 
     def begin(self, tasks: Sequence[Task], now: float) -> None:
         """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
@@ -1578,6 +1584,18 @@ class Bucket:
         """Whether an object of the source bucket carries the metadata of an output of this program."""
         found = self._metadata(self.name, key) or {}
         return "source-etag" in found and "job" in found
+
+    def has_nothing_of(self, key: str, planned_key: str) -> bool:
+        """Whether neither a source nor an output under its planned key is there."""
+        outputs = (planned_key, planned_key + ".zip")
+        return not self._exists(self.name, key) and not any(self._exists(self.output_name, made) for made in outputs)
+
+    def _exists(self, bucket: str, key: str) -> bool:
+        try:
+            self.client.head_object(Bucket=bucket, Key=key, **self._payer)
+        except (ClientError, BotoCoreError) as error:
+            return error_code(error) not in {"404", "NoSuchKey"}
+        return True
 
     def refuse_to_overwrite(self, task: Task) -> None:
         """Raise ObjectFailed if an object that is not this source's output has the output key."""
@@ -2520,7 +2538,7 @@ class Feeder:
     def _claimed(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks whose output key is theirs: the first source keeps a key, in this run and in any later one."""
         waiting = list(tasks)
-        owners = {**self._found, **self.journal.owners([claim_of(task.output_key) for task in waiting])}
+        owners = self._owners(waiting)
         # Of two jobs that put the same source's outputs under one key, the first keeps it too.
         jobs: dict[str, str] = {}
         for task in waiting:
@@ -2532,6 +2550,17 @@ class Feeder:
                 said = "its output would replace it" if task.output_key == task.key else f"belongs to {owner}"
                 hint = "put {ext} or {job} into s3.output_key to keep both"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
+
+    def _owners(self, tasks: Sequence[Task]) -> dict[str, str]:
+        """Whose the claims of these tasks are: by an output, or by a request that is not settled."""
+        claims = [claim_of(task.output_key) for task in tasks]
+        claimants = self.journal.claimants(claims)
+        for task, claim in zip(tasks, claims, strict=True):
+            claimant = claimants.get(claim, task.key)
+            # An object that was deleted while it was in flight, and has left no output, holds nobody up.
+            if claimant != task.key and self.shared.bucket.has_nothing_of(claimant, task.output_key):
+                del claimants[claim]
+        return {**claimants, **self._found, **self.journal.owners(claims)}
 
     def _without_outputs(
         self, tasks: list[Task], traced: Container[tuple[str, str]], modified: Mapping[str, float]

@@ -115,30 +115,38 @@ class Run:
             return [dict(row) for row in db.execute(f"SELECT * FROM {table}")]
 
 
-@pytest.fixture
-def environment(s3: S3Server, api: ConversionApi, bucket: TestBucket, tmp_path: Path) -> dict[str, str]:
-    """The environment of a user who has set what is needed to convert the bucket to jpg, and nothing else."""
-    return {
+def launch(
+    *arguments: str,
+    workdir: Path,
+    s3: S3Server,
+    api: ConversionApi,
+    bucket: TestBucket,
+    command: tuple[str, ...] = (str(SCRIPT),),
+    **changes: str | None,
+) -> Run:
+    """Start the script as a user would who has set what is needed to convert the bucket to jpg, and nothing else."""
+    environment = {
         "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path / "home"),
+        "HOME": str(workdir.parent / "home"),
         **s3.environment(),
         "CTF_API_KEY": api.api_key,
         "S3_BUCKET": bucket.name,
         "TARGET_FORMAT": "jpg",
     }
+    changed = {name: value for name, value in {**environment, **changes}.items() if value is not None}
+    given = ["--set", f"api.url={api.url}", "--set", "run.summary=summary.json", *arguments]
+    return Run([sys.executable, *command, *given], workdir, changed)
 
 
 @pytest.fixture
-def start(environment: dict[str, str], api: ConversionApi, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def start(s3: S3Server, api: ConversionApi, bucket: TestBucket, tmp_path: Path) -> Iterator[Callable[..., Run]]:
     """Start the script with some arguments, in an empty directory that later calls share."""
     workdir = tmp_path / "work"
     workdir.mkdir()
     started: list[Run] = []
 
-    def start(*arguments: str, command: tuple[str, ...] = (str(SCRIPT),), **changes: str | None) -> Run:
-        changed = {name: value for name, value in {**environment, **changes}.items() if value is not None}
-        given = ["--set", f"api.url={api.url}", "--set", "run.summary=summary.json", *arguments]
-        started.append(Run([sys.executable, *command, *given], workdir, changed))
+    def start(*arguments: str, **named: Any) -> Run:
+        started.append(launch(*arguments, workdir=workdir, s3=s3, api=api, bucket=bucket, **named))
         return started[-1]
 
     yield start
