@@ -60,7 +60,7 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -297,6 +297,7 @@ class Task:
     copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
     resumed: bool = False  # a run before this one may have sent it already
     overdue: bool = False  # so long ago that the API has forgotten the key
+    traced: bool = False  # the journal knows of it: another version, other options, or a request
     look_first: bool = False  # its output may be there already: see whether it is this version's
     among_sources: bool = False  # outputs lie between sources, and must not overwrite one
 
@@ -1604,9 +1605,15 @@ class Bucket:
             said = f"{task.output_key} exists and is no output of this object"
             raise ObjectFailed("output_collision", f"{said}; put outputs under a prefix of their own", permanent=True)
 
+    def output_is_of(self, task: Task) -> bool:
+        """Whether what lies under a task's output key was made of its source, in whatever version."""
+        return bool(self._made_with(task, source_key_metadata(task.key)))
+
     def output_of(self, task: Task) -> str:
         """The key under which this very version's output lies already; empty if it does not."""
-        wanted = {**source_key_metadata(task.key), "source-etag": task.etag}
+        return self._made_with(task, {**source_key_metadata(task.key), "source-etag": task.etag})
+
+    def _made_with(self, task: Task, wanted: dict[str, str]) -> str:
         for key in (task.output_key, task.output_key + ".zip"):
             found = self._metadata(self.output_name, key)
             if found and wanted.items() <= found.items():
@@ -2483,8 +2490,7 @@ class Feeder:
         for claim in list(self._found)[:-FOUND_KEPT]:
             del self._found[claim]
         tasks = list(self._claimed(self._sendable([self._task(candidate, sent) for candidate in todo])))
-        traced = {*sent, *((known.job.fingerprint, known.source.key) for known in todo if known.is_known)}
-        return self._without_outputs(tasks, traced, {source.key: source.modified for source in page})
+        return self._without_outputs(tasks, {source.key: source.modified for source in page})
 
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
@@ -2514,6 +2520,7 @@ class Feeder:
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
+            traced=candidate.is_known or (job.fingerprint, source.key) in sent,
             look_first=earlier is not None,
             among_sources=self.shared.settings.puts_among_sources(job),
         )
@@ -2538,43 +2545,53 @@ class Feeder:
     def _claimed(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks whose output key is theirs: the first source keeps a key, in this run and in any later one."""
         waiting = list(tasks)
-        owners = self._owners(waiting)
+        logged = self.journal.owners([claim_of(task.output_key) for task in waiting])
+        owners = {**self._claimants(waiting), **self._found, **logged}
+        owners.update(self._owners_by_output([task for task in waiting if claim_of(task.output_key) not in owners]))
         # Of two jobs that put the same source's outputs under one key, the first keeps it too.
         jobs: dict[str, str] = {}
         for task in waiting:
             claim = claim_of(task.output_key)
             owner, job = owners.setdefault(claim, task.key), jobs.setdefault(claim, task.fingerprint)
             if owner == task.key and job == task.fingerprint and task.output_key != task.key:
-                yield task
+                yield replace(task, traced=task.traced or logged.get(claim) == task.key)
             else:
                 said = "its output would replace it" if task.output_key == task.key else f"belongs to {owner}"
                 hint = "put {ext} or {job} into s3.output_key to keep both"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
 
-    def _owners(self, tasks: Sequence[Task]) -> dict[str, str]:
-        """Whose the claims of these tasks are: by an output, or by a request that is not settled."""
-        claims = [claim_of(task.output_key) for task in tasks]
-        claimants = self.journal.claimants(claims)
-        for task, claim in zip(tasks, claims, strict=True):
-            claimant = claimants.get(claim, task.key)
+    def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
+        """The sources of unsettled requests that claim these tasks' keys."""
+        found = self.journal.claimants([claim_of(task.output_key) for task in tasks])
+        for task in tasks:
+            claim = claim_of(task.output_key)
+            claimant = found.get(claim, task.key)
             # An object that was deleted while it was in flight, and has left no output, holds nobody up.
             if claimant != task.key and self.shared.bucket.has_nothing_of(claimant, task.output_key):
-                del claimants[claim]
-        return {**claimants, **self._found, **self.journal.owners(claims)}
+                del found[claim]
+        return found
 
-    def _without_outputs(
-        self, tasks: list[Task], traced: Container[tuple[str, str]], modified: Mapping[str, float]
-    ) -> list[Task]:
+    def _owners_by_output(self, tasks: Sequence[Task]) -> Iterator[tuple[str, str]]:
+        """The owners of keys that several tasks want and the journal knows nothing of: a lost one may have known.
+
+        An output says itself which source it was made of.
+        """
+        wanted = Counter(claim_of(task.output_key) for task in tasks)
+        for task in tasks:
+            if wanted[claim_of(task.output_key)] > 1 and self.shared.bucket.output_is_of(task):
+                yield claim_of(task.output_key), task.key
+
+    def _without_outputs(self, tasks: list[Task], modified: Mapping[str, float]) -> list[Task]:
         """The tasks whose output is not there yet, as run.skip_existing wants it (make's rule); the others are found.
 
         The rule is for objects without a trace in the journal. For the others the journal knows better: an output may
-        be newer than a source that was overwritten while the version before it was converted.
+        have been made with other options, or of a version that was overwritten while it was converted.
         """
-        untraced = [task for task in tasks if (task.fingerprint, task.key) not in traced]
+        untraced = [task for task in tasks if not task.traced]
         if not (self.shared.settings.run.skip_existing and untraced):
             return tasks
         written = self._written(untraced)
-        todo = [task for task in tasks if (task.fingerprint, task.key) in traced]
+        todo = [task for task in tasks if task.traced]
         for task in untraced:
             made = next((key for key in (task.output_key, task.output_key + ".zip") if key in written), "")
             if made and written[made] > modified[task.key] and not task.among_sources:

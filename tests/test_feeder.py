@@ -48,6 +48,14 @@ class FakeBucket(program.Bucket):
         """No source is an output."""
         return False
 
+    def has_nothing_of(self, key: str, planned_key: str) -> bool:
+        """Every source is still there."""
+        return False
+
+    def output_is_of(self, task: Task) -> bool:
+        """No output says what it was made of."""
+        return False
+
     def existing_outputs(self, prefix: str, keys: Iterable[str]) -> dict[str, float]:
         """Those of the keys that are outputs."""
         return {key: self.outputs[key] for key in keys if key.startswith(prefix) and key in self.outputs}

@@ -232,3 +232,23 @@ def test_without_skip_existing_a_lost_checkpoint_converts_again(
 def lose_checkpoint(tmp_path: Path) -> None:
     for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
         path.unlink()
+
+
+def test_another_quality_under_the_same_key_is_converted_again(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    assert run_cli().summary["converted"] == 1
+    assert run_cli("--set", "convert.quality=30").summary["converted"] == 1
+    assert [charge.quality for charge in api.paid] == [None, 30]
+
+
+def test_a_lost_checkpoint_does_not_take_one_source_s_output_for_another_s(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    assert run_cli().summary["converted"] == 1
+    bucket.put("a.heic", photo(2, "heic"))
+    lose_checkpoint(tmp_path)
+    run = run_cli()
+    assert [(line["key"], line["code"]) for line in run.failures] == [("a.heic", "output_collision")]
+    assert number_in(bucket.outputs()["converted/a.jpg"][0]) == 1
+    assert len(api.paid) == 1
