@@ -75,7 +75,14 @@ try:
     import requests
     import urllib3
     from boto3.s3.transfer import TransferConfig
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectTimeoutError,
+        EndpointConnectionError,
+        NoCredentialsError,
+        PartialCredentialsError,
+    )
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
     from urllib3.filepost import encode_multipart_formdata
@@ -1441,13 +1448,16 @@ REFUSED_BY_S3 = frozenset(
 )
 
 
+FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, EndpointConnectionError, ConnectTimeoutError)
+
+
 def refused(error: Exception, doing: str) -> RunStopped:
     """The end of the run for an S3 error that would meet every object."""
     if isinstance(error, ClientError):
         said = error.response.get("Error", {})
         because = f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()
     else:
-        because = f"S3 could not be reached {doing}: {redacted(str(error))}"
+        because = f"S3 could not be reached for {doing}: {redacted(str(error))}"
     return RunStopped(
         redacted(because), "check the bucket's name, the AWS credentials and their permissions, and run it again"
     )
@@ -1461,8 +1471,8 @@ def error_code(error: Exception) -> str:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the credentials or the bucket are refused, rather than one object."""
-    return error_code(error) in REFUSED_BY_S3 or isinstance(error, NoCredentialsError | PartialCredentialsError)
+    """Whether it is the credentials, the bucket or the network, rather than one object."""
+    return error_code(error) in REFUSED_BY_S3 or isinstance(error, FOR_ALL_OBJECTS)
 
 
 def make_s3_client(options: S3Options, region: str | None, connections: int) -> "S3Client":
@@ -1524,7 +1534,7 @@ class Bucket:
                         f"the bucket {name} does not exist", "correct s3.bucket or s3.output_bucket"
                     ) from None
             except BotoCoreError as error:
-                raise refused(error, f"when asked for the bucket {name}") from None
+                raise refused(error, f"access to the bucket {name}") from None
             self._use_region(headers.get("x-amz-bucket-region"), name)
 
     def _use_region(self, region: str | None, name: str) -> None:
@@ -1571,7 +1581,7 @@ class Bucket:
             return ObjectFailed("source_changed", "the object was overwritten after it was listed", permanent=False)
         # While others can be read, a refusal is about this object: its own ACL, its KMS key.
         if is_refusal(error) and not (self._has_read and code == "AccessDenied"):
-            return refused(error, f"to read from {self.name}")
+            return refused(error, f"reading from {self.name}")
         unreadable = code in {"AccessDenied", "InvalidObjectState"}
         return ObjectFailed("source_unreadable", f"S3: {redacted(str(error))}", permanent=unreadable)
 
@@ -1694,7 +1704,7 @@ class Bucket:
             # upload_fileobj wraps the error that says what happened.
             cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
             if isinstance(cause, Exception) and is_refusal(cause):
-                raise refused(cause, f"to write to {self.output_name}") from None
+                raise refused(cause, f"writing to {self.output_name}") from None
             raise ObjectFailed("store_failed", f"S3: {redacted(str(error))}", permanent=False) from None
 
 

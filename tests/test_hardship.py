@@ -1,0 +1,75 @@
+"""Full disks and servers that go away: the run stops once, says why, and the next one goes on."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import SCRIPT, Run, TestBucket, launch
+from tests.conversion_api import ConversionApi, Fault
+from tests.converters import marking
+from tests.s3_server import S3Server
+
+Cli = Callable[..., Any]
+LIMITED = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+sys.argv[0] = {str(SCRIPT)!r}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+WITH_SMALL_FILES = ("-c", LIMITED)
+WITH_SHORT_PAGES = (
+    "-c",
+    "import sys; import s3_bulk_convert as program; program.PAGE_KEYS = 4; program.leave(program.main(sys.argv[1:]))",
+)
+
+
+def put_some(bucket: Any, count: int) -> None:
+    for number in range(count):
+        bucket.put(f"{number:03}.png", b"\x89PNG\r\n\x1a\n" + f"picture {number}".encode())
+
+
+def assert_stopped_without_blame(run: Run) -> None:
+    assert run.exit_code == 3, run.out + run.err
+    assert "Traceback" not in run.err
+    assert "hint: " in run.out
+    assert run.failures == []
+    assert run.summary["failed"] == {}
+
+
+def test_a_disk_that_is_full_stops_the_run_and_loses_nothing(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.behaviour.convert = marking
+    put_some(bucket, 60)
+    run = run_cli("--workers", "2", command=WITH_SMALL_FILES)
+    assert_stopped_without_blame(run)
+    assert "the checkpoint s3_bulk_convert.sqlite3 cannot be written" in run.summary["stopped_because"]
+    assert run.summary["left"] > 0
+    assert run_cli().exit_code == 0
+    assert len(bucket.outputs()) == len(api.paid) == 60
+    assert api.paid_twice() == []
+
+
+def test_a_failures_file_that_cannot_be_written_stops_the_run(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.faults.add(Fault.status_reply(422, "conversion_failed", times=None))
+    put_some(bucket, 3)
+    run = run_cli("--set", "run.failures=/dev/full")
+    assert run.exit_code == 3
+    assert "a file cannot be written" in run.summary["stopped_because"]
+    assert run.rows() == []
+    assert run_cli().summary["failed"] == {"conversion_failed": 3}
+
+
+def test_a_listing_that_breaks_off_is_no_end_of_the_work(api: ConversionApi, tmp_path: Path) -> None:
+    api.behaviour.convert = marking
+    with S3Server(tmp_path / "s3") as s3:
+        bucket = TestBucket("breaks", s3.client())
+        bucket.client.create_bucket(Bucket=bucket.name)
+        put_some(bucket, 30)
+        servers: Any = {"workdir": tmp_path, "s3": s3, "api": api, "bucket": bucket}
+        api.on("request_received", lambda _: s3.stop() if len(api.requests) == 3 else None)
+        run = launch("--workers", "1", command=WITH_SHORT_PAGES, PYTHONPATH=str(SCRIPT.parent), **servers).wait(110)
+        assert_stopped_without_blame(run)
+        assert "S3 could not be reached for " in run.summary["stopped_because"]
+        s3.start()
+        assert launch(**servers).wait().exit_code == 0
+        assert len(bucket.outputs()) == 30
+        assert api.paid_twice() == []
