@@ -67,7 +67,7 @@ from datetime import datetime, timezone
 from enum import Enum, IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 try:
     import boto3
@@ -788,7 +788,7 @@ def read_jobs(given: Sequence[Given], s3: S3Options, problems: list[str]) -> tup
             problems.append(f"[{section}] target is missing")
         name = section.removeprefix("job ").strip() if own else "default"
         jobs.append(make_job(name, replace(s3, **placed), options))
-        problems.extend(template_problems(jobs[-1], s3))
+        problems += [*template_problems(jobs[-1], s3), *size_problems(section, options)]
     return tuple(jobs)
 
 
@@ -830,6 +830,24 @@ def literal_prefix(template: str) -> str:
     return template.partition("{")[0]
 
 
+def path_problems(run: RunOptions) -> list[str]:
+    """Files that would be written over each other."""
+    named = {"checkpoint": run.checkpoint, "failures": run.failures, "summary": run.summary or os.devnull}
+    paths = {name: Path(path).absolute() for name, path in named.items()}
+    return [
+        f"[run] {second} = {named[second]}: is the {first} file as well"
+        for first, second in itertools.combinations(paths, 2)
+        if paths[first] == paths[second]
+    ]
+
+
+def size_problems(section: str, options: ConvertOptions) -> list[str]:
+    """Limits that leave nothing between them."""
+    if options.min_size is None or options.max_size is None or options.min_size <= options.max_size:
+        return []
+    return [f"[{section}] min_size is larger than max_size: no object can be converted"]
+
+
 def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
     """The options with the API key from its file, if that is where it is."""
     key = api.key
@@ -861,6 +879,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str], command_line: S
     s3, api, run = S3Options(**sections["s3"]), ApiOptions(**sections["api"]), RunOptions(**sections["run"])
     if not s3.bucket:
         problems.insert(0, "[s3] bucket is missing")
+    problems += path_problems(run)
     jobs = read_jobs(given, s3, problems)
     api = read_key(api, problems)
     if problems:
@@ -1197,6 +1216,8 @@ CREATE TABLE log (
 CREATE INDEX log_state ON log (bucket, fingerprint, key);
 CREATE INDEX log_claim ON log (output_bucket, claim) WHERE event IN ('converted', 'found');
 CREATE TRIGGER log_keeps_its_rows BEFORE DELETE ON log BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;
+CREATE TRIGGER log_replaces_no_rows BEFORE INSERT ON log WHEN EXISTS (SELECT 1 FROM log WHERE id = NEW.id)
+    BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;
 CREATE TRIGGER log_keeps_its_values BEFORE UPDATE ON log BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;
 CREATE TABLE in_flight (
     bucket TEXT NOT NULL, key TEXT NOT NULL, fingerprint TEXT NOT NULL, etag TEXT NOT NULL, output_bucket TEXT NOT NULL,
@@ -1292,9 +1313,12 @@ class Journal:
         with explaining_sqlite(path):
             self._create_private()
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-            self._refuse_foreign()
-            self._make_private()
-            self._open_schema()
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(self._db.close)
+                self._refuse_foreign()
+                self._make_private()
+                self._open_schema()
+                on_failure.pop_all()
 
     def __enter__(self) -> "Journal":
         return self
@@ -1747,6 +1771,7 @@ class Pacer:
         self._paused_until = 0.0
         self._is_first = True
         self._has_answer = threading.Event()
+        self.requests = 0
 
     def take(self, stop: StopFlag) -> None:
         """Wait for the next slot. Raises Interrupted when the run is to end.
@@ -1767,6 +1792,11 @@ class Pacer:
             self._has_answer.wait(0.05)
         # An API that takes its time has no say in when the others start.
         self.let_others_start()
+
+    def count(self) -> None:
+        """Note that a request is about to be sent: of any kind, and whether or not it will be answered."""
+        with self._lock:
+            self.requests += 1
 
     def let_others_start(self) -> None:
         """Hold the second slot back no longer: the first object is settled, with or without an answer."""
@@ -1943,6 +1973,7 @@ class RetryPolicy(Retry):
         self.shared.stop.sleep(self.wait_seconds)
         self.shared.pacer.wait_while_paused(self.shared.stop)
         self.shared.pacer.spend()
+        self.shared.pacer.count()
         # From here on an answer may be a replay of one that was made before.
         self.exchange.replayed = self.exchange.maybe_done
 
@@ -2102,8 +2133,8 @@ class ConvertClient:
     def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
         if self._api.transfer != "auto" or failure.code in {"unsupported_route", "file_too_large"}:
             return False
-        # A server that cannot fetch URLs may say 502 as well; once it has fetched one, a 5xx is a trouble of its own.
-        return 400 <= failure.status < 500 or (failure.status >= 500 and not self.shared.url_trust.has_accepted)
+        # A server that cannot fetch URLs may say 502 as well; once it has fetched one, a 502 is a trouble of its own.
+        return 400 <= failure.status < 500 or (failure.status == 502 and not self.shared.url_trust.has_accepted)
 
     def _form_fields(self, task: Task) -> tuple[tuple[str, str], ...]:
         # Without `source`, a URL's query or an unknown extension would leave the format to be guessed from the bytes.
@@ -2175,6 +2206,8 @@ class ConvertClient:
 
     def _post(self, call: Call, policy: RetryPolicy) -> requests.Response:
         self.shared.pacer.wait_while_paused(self.shared.stop)
+        if not policy.attempt:
+            self.shared.pacer.count()
         self._adapter.max_retries = policy
         with contextlib.closing(FormBody(call)) as body:
             headers = {"Content-Type": body.content_type, "Idempotency-Key": call.idempotency_key}
@@ -2273,6 +2306,7 @@ class ConvertClient:
             self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True
         )
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
+        self.shared.pacer.count()
         response = self._session.get(address, stream=True, allow_redirects=False, timeout=timeout)
         exchange.requests += 1
         return response
@@ -2450,6 +2484,7 @@ class Feeder:
         self.counts: Counter[str] = Counter()
         is_shared_bucket = settings.output_bucket == settings.s3.bucket
         literals = {literal_prefix(job.output_key) for job in settings.jobs}
+        self.may_replace_source = is_shared_bucket
         self.own_prefixes = tuple(filter(None, literals)) if is_shared_bucket else ()
         now = time.time()
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
@@ -2460,6 +2495,8 @@ class Feeder:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
         stop: Stop | None = None
         try:
+            # In this thread, because the main one must hear signals even while S3 does not answer.
+            self.shared.bucket.check()
             stop = self.feed()
         except RunStopped as stopped:
             # A listing that broke off is no reason to drop what was handed out.
@@ -2563,10 +2600,11 @@ class Feeder:
         for task in waiting:
             claim = claim_of(task.output_key)
             owner, job = owners.setdefault(claim, task.key), jobs.setdefault(claim, task.fingerprint)
-            if owner == task.key and job == task.fingerprint and task.output_key != task.key:
+            is_itself = self.may_replace_source and task.output_key == task.key
+            if owner == task.key and job == task.fingerprint and not is_itself:
                 yield replace(task, traced=task.traced or logged.get(claim) == task.key)
             else:
-                said = "its output would replace it" if task.output_key == task.key else f"belongs to {owner}"
+                said = "its output would replace it" if is_itself else f"belongs to {owner}"
                 hint = "put {ext} or {job} into s3.output_key to keep both"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
 
@@ -2732,12 +2770,13 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     if task.copy:
         shared.bucket.copy(task)
         return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
-    if task.among_sources:
-        shared.bucket.refuse_to_overwrite(task)
     if task.look_first:
         done = shared.bucket.output_of(task)
         if done:
             return Outcome(task, Event.FOUND, output_key=done)
+    # Something lies there, or may: a lost checkpoint may have known that it is another source's output.
+    if task.look_first or task.among_sources:
+        shared.bucket.refuse_to_overwrite(task)
     exchange.maybe_paid_twice = task.overdue
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
@@ -2782,7 +2821,6 @@ class Report:
 
     def add(self, outcome: Outcome) -> None:
         """Count one outcome."""
-        self.counts["requests"] += outcome.requests
         self.counts["throttled"] += outcome.throttled
         self.counts["replays"] += outcome.replayed
         self.counts["possible_double_charges"] += outcome.maybe_paid_twice
@@ -3024,9 +3062,9 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     """Convert what there is to convert. Raises UserError or RunStopped if nothing could be started."""
     checkpoint = Path(settings.run.checkpoint)
     refuse_unwritable(Path(settings.run.failures), "run.failures")
+    refuse_unwritable(Path(settings.run.summary or os.devnull), "run.summary")
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.output_bucket) as journal:
         bucket = Bucket(settings)
-        bucket.check()
         shared = Shared(settings, stop, Pacer(settings.api.requests_per_minute), bucket, UrlTrust())
         report, progress = Report(), Progress(settings)
         log.info("converting %s with %d workers", describe(settings), settings.run.workers)
@@ -3042,6 +3080,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         pool.shutdown(wait=is_complete)
         progress.close()
         report.stop = stop.stop or report.stop
+        report.counts["requests"] = shared.pacer.requests
         close_accounts(report, is_complete=is_complete)
         if not report.stop:
             journal.forget_sent_before(time.time() - SENT_KEPT_SECONDS)
@@ -3139,9 +3178,17 @@ FLAGS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that does not repeat an API key that stands where it should not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and exit 2."""
+        super().error(redacted(message))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="s3_bulk_convert.py",
         description="Convert each object of an S3 bucket once through the ChangeThisFile API and put the result back.",
         epilog="Exit codes: 0 done; 1 some objects failed; 2 usage or configuration error; 3 stopped early, work is "
@@ -3198,7 +3245,8 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def set_up_logging(*, quiet: bool, verbose: bool) -> None:
@@ -3217,12 +3265,15 @@ def finish(report: Report, settings: Settings) -> ExitCode:
     lines = list(summary_lines(report, settings))
     if settings.quiet and report.exit_code is ExitCode.DONE:
         lines = lines[:1]
-    print(redacted("\n".join(lines)), flush=True)
+    # Nobody may be there to read it, or the disk behind it may be full: what was done stays done.
+    with contextlib.suppress(OSError):
+        print(redacted("\n".join(lines)), flush=True)
     return report.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
+    give_streams()
     arguments = build_parser().parse_args(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
     # First of all: from here on Ctrl-C is a reason to stop, and never a traceback.
@@ -3243,6 +3294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.STOPPED
 
 
+def give_streams() -> None:
+    """Let stdout and stderr be written to, even where a daemon's parent has closed them."""
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+    sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+
+
 def complain(message: str, hint: str, exit_code: ExitCode, *, verbose: bool) -> ExitCode:
     """Print what went wrong and what to do."""
     if verbose:
@@ -3253,10 +3310,14 @@ def complain(message: str, hint: str, exit_code: ExitCode, *, verbose: bool) -> 
 
 def leave(code: int) -> None:
     """End the process; at once, if workers had to be abandoned in the middle of a request."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Python would wait for them at its exit, for as long as the API takes.
-    if threading.active_count() > 1:
+    is_readable = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            is_readable = False
+    # Python would wait for threads at its exit, for as long as the API takes, and would complain of a broken stream.
+    if threading.active_count() > 1 or not is_readable:
         os._exit(code)
     raise SystemExit(code)
 

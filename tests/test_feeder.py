@@ -399,7 +399,7 @@ def test_what_a_stopped_feeder_does_not_hand_out_is_left_and_unclaimed(journal: 
     feeding.run()
     fed.take(tasks)
     assert (fed.keys, fed.codes, fed.end_markers) == ([], {"a.png": "left", "b.png": "left"}, 2)
-    assert not journal.owners(["converted/a.jpg", "converted/b.jpg"])
+    assert not journal.claimants(["converted/a.jpg", "converted/b.jpg"])
 
 
 def test_the_cap_on_conversions_is_kept_and_the_rest_is_left(journal: Journal) -> None:

@@ -62,6 +62,11 @@ def change(path: Path, *statements: str) -> None:
             db.execute(statement)
 
 
+def holders(journal: Journal, *claims: str) -> dict[str, str]:
+    """The sources that output keys belong to, by what they made or by what they may have made."""
+    return journal.claimants(claims) | journal.owners(claims)
+
+
 def mode_of(path: Path) -> int:
     """The permission bits of a file."""
     return stat.S_IMODE(path.stat().st_mode)
@@ -208,12 +213,12 @@ def test_an_output_key_belongs_to_whoever_made_or_may_have_made_it(
 ) -> None:
     journal.begin([outcome.task], NOW)
     journal.end([outcome], NOW)
-    assert journal.owners(["converted/a.jpg", "converted/b.jpg"]).get("converted/a.jpg") == owner
+    assert holders(journal, "converted/a.jpg", "converted/b.jpg").get("converted/a.jpg") == owner
 
 
 def test_a_request_in_flight_claims_its_output_key(journal: Journal) -> None:
     journal.begin([task(output_key="converted/a.zip")], NOW)
-    assert journal.owners([program.claim_of("converted/a.zip")]) == {"converted/a": "a.png"}
+    assert holders(journal, program.claim_of("converted/a.zip")) == {"converted/a": "a.png"}
 
 
 def test_an_output_key_in_another_bucket_is_free(journal: Journal, path: Path) -> None:
@@ -229,6 +234,8 @@ def test_more_keys_than_sqlite_takes_variables_are_all_found(journal: Journal) -
     keys = [done.key for done in tasks]
     assert set(journal.states("f", keys)) == set(journal.sent("f", keys)) == set(keys)
     assert journal.owners([done.output_key for done in tasks]) == {done.output_key: done.key for done in tasks}
+    # The SQLite of this machine may take more than the oldest one does: 999, the bucket and the job among them.
+    assert program.SQL_VARIABLES + 2 <= 999
 
 
 @pytest.mark.parametrize("key", ODD_KEYS, ids=ascii)
