@@ -2120,6 +2120,8 @@ class ConvertClient:
             result = self._exchange(self._url_call(task), task, exchange)
         except ObjectFailed as refusal:
             if not self._is_worth_an_upload(refusal):
+                # The URL of an earlier run may have died with its credentials: the next run signs another one.
+                refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
                 raise
             # A 5xx leaves open whether the conversion was made, a refusal of what an earlier run sent does so too.
             maybe_paid = exchange.maybe_done or task.resumed
@@ -2131,7 +2133,10 @@ class ConvertClient:
         return result
 
     def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
-        if self._api.transfer != "auto" or failure.code in {"unsupported_route", "file_too_large"}:
+        return self._api.transfer == "auto" and self._may_be_about_url(failure)
+
+    def _may_be_about_url(self, failure: ObjectFailed) -> bool:
+        if failure.code in {"unsupported_route", "file_too_large"}:
             return False
         # A server that cannot fetch URLs may say 502 as well; once it has fetched one, a 502 is a trouble of its own.
         return 400 <= failure.status < 500 or (failure.status == 502 and not self.shared.url_trust.has_accepted)

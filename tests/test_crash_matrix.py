@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SCRIPT
-from tests.conversion_api import ConversionApi
+from tests.conversion_api import ConversionApi, Fault
 from tests.converters import Conversion, marking
 from tests.crashing import EFFECTS, HALF_READ
 
@@ -87,3 +87,32 @@ def test_a_kill_between_a_failure_line_and_its_commit_leaves_the_line(
     assert run.exit_code == 1
     assert {line["key"] for line in run.failures} == {"broken.png"}
     assert api.paid == []
+
+
+@pytest.mark.parametrize(
+    ("transfer", "exit_code", "doubles"),
+    [("auto", 0, 1), ("url", 1, 0)],
+    ids=["auto uploads", "url waits for the next run"],
+)
+def test_a_url_that_died_with_its_credentials_condemns_no_object(
+    *, transfer: str, exit_code: int, doubles: int, start: Cli, strict_api: ConversionApi, bucket: Any
+) -> None:
+    strict_api.behaviour.remember_failed_bodies = False
+    expected = fill(bucket)
+    mode = ["--set", f"api.transfer={transfer}", "--set", "run.max_failure_rate=never"]
+    die_at(start, "request-sent", "before", 1, *mode)
+    recorded = [row["url"] for row in start_nothing(start).rows("in_flight")]
+    dead = strict_api.faults.add(Fault.status_reply(422, "fetch_failed", times=None))
+    dead.at(lambda request: request.fields.get("file_url") in recorded)
+    second = start(*mode).wait()
+    assert second.exit_code == exit_code, second.out
+    assert not any(line["permanent"] for line in second.failures)
+    assert (second.summary["possible_double_charges"] > 0) == bool(doubles)
+    assert start(*mode).wait().exit_code == 0
+    assert strict_api.paid_twice() == []
+    assert {key: body for key, (body, *_) in bucket.outputs().items()} == expected
+
+
+def start_nothing(start: Cli) -> Any:
+    """A run that ends at once, to look at what the one before it has left."""
+    return start("--version").wait()

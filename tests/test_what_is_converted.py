@@ -1,6 +1,7 @@
 """Which objects are converted, under which keys and with what beside them; each listed object has exactly one count."""
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -62,7 +63,10 @@ def test_odd_keys_work_end_to_end(transfer: str, run_cli: Cli, bucket: Any, api:
     for key in set(ODD_KEYS) - set(too_long):
         body, _, metadata = outputs[f"o/{key}"]
         assert body == marking(Conversion(sources[key], "png", "jpg", None)).body, key
-        assert metadata.get("source-key", quote(key)) == quote(key)
+        # S3 has room for 2 KB of metadata: a longer name is there as its digest.
+        is_long = len(quote(key)) > 1400
+        expected = {"source-key-sha256": sha256(key.encode()).hexdigest()} if is_long else {"source-key": quote(key)}
+        assert expected.items() <= metadata.items()
     assert run_cli("--set", "s3.output_key=o/{key}").summary["requests"] == 0
     assert len(api.paid) == len(ODD_KEYS) - len(too_long)
 
