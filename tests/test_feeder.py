@@ -33,6 +33,9 @@ class FakeBucket(program.Bucket):
         self.listed: list[str] = []
         self.pages_read = 0
 
+    def check(self) -> None:
+        """It exists."""
+
     def list_pages(self, prefix: str) -> Iterator[list[S3Object]]:
         """The pages, those of the keys that begin with the prefix."""
         self.listed.append(prefix)

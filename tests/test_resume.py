@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,13 +95,19 @@ class Model:
         """What an object must come to."""
         return converted(Conversion(self.live[key], key.rpartition(".")[2], self.target, self.quality)).body
 
-    def plan(self) -> Plan:
-        """Give each output key to the first source that wants it, and say what is left to do."""
+    def plan(self, stored: Container[str]) -> Plan:
+        """Give each output key to the first source that wants it, and say what is left to do.
+
+        A source that was deleted before it left an output among those `stored` gives its claim up.
+        """
         plan = Plan()
+        self.owners = {key: owner for key, owner in self.owners.items() if owner in self.live or key in stored}
         for key in sorted(self.live, key=str.encode):
             source, work = self.live[key], self.work(key)
-            if self.owners.setdefault(output_key(key, self.target), key) != key:
-                (plan.collided if self.collided.get(work) == source else plan.collide).append(key)
+            if self.collided.get(work) == source:
+                plan.collided.append(key)
+            elif self.owners.setdefault(output_key(key, self.target), key) != key:
+                plan.collide.append(key)
             else:
                 (plan.done if self.done.get(work) == source else plan.convert).append(key)
         return plan
@@ -293,7 +299,7 @@ class Resuming(RuleBasedStateMachine):
         """Run the real script, let the model follow, and compare."""
         self.is_broken = True
         extra_before = self._charges_too_many()
-        plan = self.model.plan()
+        plan = self.model.plan(self.bucket.keys("converted/"))
         run = self._start(trap).wait(SECONDS_TO_END)
         self.trap = None
         self._wait_for_the_api()
@@ -396,3 +402,65 @@ def test_a_few_histories_end_as_the_model_says(s3: S3Server) -> None:
 @pytest.mark.timeout(3600)
 def test_many_histories_end_as_the_model_says(s3: S3Server) -> None:
     check(s3, max_examples=150, stateful_step_count=14)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Histories that the machine does not tell
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def killed_when_paid(start: Cli, api: ConversionApi, *options: str) -> None:
+    """Run until the API has charged a conversion, and kill it before it gets the answer."""
+    trap = Trap("work_done", 1)
+    api.on("work_done", lambda _: trap.spring("work_done"))
+    run = start(*options)
+    trap.process = run.process
+    assert run.wait().exit_code == -signal.SIGKILL
+
+
+def test_a_return_to_an_earlier_quality_stores_that_quality_again(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = converted
+    bucket.put("a.png", PNG + b"a picture")
+    for quality in (None, 50, None):
+        assert run_cli("--set", f"convert.quality={quality or 'none'}").exit_code == 0
+        expected = converted(Conversion(PNG + b"a picture", "png", "jpg", quality)).body
+        assert bucket.outputs()["converted/a.jpg"][0] == expected, quality
+
+
+def test_bytes_are_sent_for_what_was_in_flight_as_a_url_that_the_api_refuses(
+    start: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = converted
+    api.behaviour.accept_file_url = False
+    bucket.put("a.png", PNG + b"a picture")
+    killed_when_paid(start, api, "--set", "api.transfer=auto")
+    run = start("--set", "api.transfer=upload").wait()
+    assert run.exit_code == 0, run.failures
+    assert "converted/a.jpg" in bucket.outputs()
+    assert len(api.paid) <= 1 + run.summary["possible_double_charges"]
+
+
+def test_a_checkpoint_lost_twice_within_a_day_keeps_no_object_from_being_converted(
+    start: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = converted
+    bucket.put("a.png", PNG + b"a picture")
+    by_url = ("--set", "api.transfer=url")
+    for _ in range(2):
+        killed_when_paid(start, api, *by_url)
+        for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
+            path.unlink()
+        until_next_second()  # in which a presigned URL is another one
+    run = start(*by_url).wait()
+    assert run.exit_code == 0, run.failures
+    assert run.summary["possible_double_charges"] == 1
+    assert "converted/a.jpg" in bucket.outputs()
+
+
+def until_next_second() -> None:
+    """Wait for the clock."""
+    now = time.time()
+    while int(time.time()) == int(now):
+        time.sleep(0.01)
