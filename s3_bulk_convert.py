@@ -118,6 +118,7 @@ JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 JOB_DEADLINE_SECONDS = 6 * 3600
 TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
+MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
 MULTIPART_BYTES = 16 << 20  # a larger output is put in parts
@@ -370,6 +371,7 @@ class FeedEnded:
     """The feeder has handed out all it will. `stop` says why, if that was not all there is."""
 
     stop: Stop | None
+    is_complete: bool = False  # the listing was read to its end
 
 
 class Verdict(Enum):
@@ -1053,7 +1055,7 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     if kind not in HTML_FORMATS and (declared == "html" or looks_like_html(head)):
         raise BadAnswer("html_answer", "the API answered with an HTML page instead of the file")
     if kind != "json" and (declared == "json" or looks_like_json_error(head)):
-        raise BadAnswer("json_answer", "the API answered with JSON instead of the file", permanent=True)
+        raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
     if is_archive_of_pages(kind, declared, disposition, head):
         return Identity("application/zip", ".zip")
     # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
@@ -1920,11 +1922,12 @@ class RetryPolicy(Retry):
         if response.status != 429 and not self.looks_up:
             self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
         if verdict is Verdict.STOP_RUN:
-            raise refusal_by_api(response.status, code, self.shared.settings.hide(message))
+            hide = self.shared.settings.hide
+            raise refusal_by_api(response.status, hide(code), hide(message))
         status: int = response.status
         failure = ObjectFailed(
             code or f"http_{status}",
-            self.shared.settings.hide(message),
+            message,
             permanent=verdict is Verdict.GIVE_UP,
             status=status,
         )
@@ -2123,10 +2126,9 @@ class ConvertClient:
                 # The URL of an earlier run may have died with its credentials: the next run signs another one.
                 refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
                 raise
-            # A 5xx leaves open whether the conversion was made, a refusal of what an earlier run sent does so too.
-            maybe_paid = exchange.maybe_done or task.resumed
             result = self._exchange(self._upload_call(task), task, exchange)
-            exchange.maybe_paid_twice |= maybe_paid
+            # A refusal leaves open what became of the request that an earlier run sent.
+            exchange.maybe_paid_twice |= task.resumed
             trust.refused()
             return result
         trust.accepted()
@@ -2138,8 +2140,8 @@ class ConvertClient:
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:
             return False
-        # A server that cannot fetch URLs may say 502 as well; once it has fetched one, a 502 is a trouble of its own.
-        return 400 <= failure.status < 500 or (failure.status == 502 and not self.shared.url_trust.has_accepted)
+        # A 5xx may come after the work: another body would pay for it a second time.
+        return 400 <= failure.status < 500
 
     def _form_fields(self, task: Task) -> tuple[tuple[str, str], ...]:
         # Without `source`, a URL's query or an unknown extension would leave the format to be guessed from the bytes.
@@ -2167,15 +2169,17 @@ class ConvertClient:
         try:
             return self._answer(call, task, exchange)
         except ObjectFailed as failure:
-            successor = self._successor(call, failure, exchange)
+            successor = self._successor(call, failure)
             if successor is None:
                 raise
-        return self._answer(successor, task, exchange)
+        result = self._answer(successor, task, exchange)
+        # Both kinds of successor leave open whether the first key's work was done.
+        exchange.maybe_paid_twice = True
+        return result
 
-    def _successor(self, call: Call, failure: ObjectFailed, exchange: Exchange) -> Call | None:
+    def _successor(self, call: Call, failure: ObjectFailed) -> Call | None:
         # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
         if judge_reply(failure.status, failure.code) is Verdict.NEW_KEY:
-            exchange.maybe_paid_twice = True
             return replace(call, idempotency_key=call.idempotency_key + ":2")
         if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
             return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
@@ -2203,7 +2207,7 @@ class ConvertClient:
             return self._receive(response, task.target, deadline)
         link, said_size = download_link(json_body(response))
         if not link:
-            raise BadAnswer("json_answer", "the API answered with JSON instead of the file", permanent=True)
+            raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
         result = self._download(link, said_size, task.target, exchange, deadline)
         if result is None:
             raise BadAnswer("stale_link", "the API answered with a link to the file, and the link does not work")
@@ -2298,12 +2302,14 @@ class ConvertClient:
                 f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}", exchange, deadline
             )
         except ObjectFailed as failure:
+            if failure.status != 404:
+                raise
             raise ObjectFailed("job_lost", f"the API does not know the job {job_id}", permanent=False) from failure
         with contextlib.closing(response):
             job = json_body(response)
         if job.get("status") == "failed":
             exchange.maybe_done = False
-            raise ObjectFailed(*job_failure(job), permanent=True)
+            raise job_failure(job)
         return job
 
     def _get(self, address: str, exchange: Exchange, deadline: float) -> requests.Response:
@@ -2390,10 +2396,13 @@ def download_link(job: Mapping[str, Any]) -> tuple[str, int | None]:
     return str(link), said if isinstance(said, int) else None
 
 
-def job_failure(job: Mapping[str, Any]) -> tuple[str, str]:
-    """Code and message of a failed job, whose `error` may be an object, a text, or absent."""
+def job_failure(job: Mapping[str, Any]) -> ObjectFailed | RunStopped:
+    """What a failed job means. Its `error` may be an object, a text, or absent."""
     code, message = parse_error(json.dumps(dict(job)).encode())
-    return code or "job_failed", redacted(message) or "the API says that the job failed"
+    if code == "quota_exceeded":
+        return refusal_by_api(429, code, redacted(message))
+    is_passing = code in {"service_unavailable", "rate_limited"}
+    return ObjectFailed(code or "job_failed", message or "the API says that the job failed", permanent=not is_passing)
 
 
 ########################################################################################################################
@@ -2499,10 +2508,12 @@ class Feeder:
     def run(self) -> None:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
         stop: Stop | None = None
+        is_complete = False
         try:
             # In this thread, because the main one must hear signals even while S3 does not answer.
             self.shared.bucket.check()
             stop = self.feed()
+            is_complete = not (stop or self.shared.stop.requested)
         except RunStopped as stopped:
             # A listing that broke off is no reason to drop what was handed out.
             stop = stopped.stop
@@ -2515,7 +2526,7 @@ class Feeder:
             stop = Stop("the program has a bug (the feeder failed)", "run it again with -v and report what it prints")
         finally:
             self._flush_counts()
-            self.tell(FeedEnded(stop))
+            self.tell(FeedEnded(stop, is_complete))
             for _ in range(self.shared.settings.run.workers):
                 self.tasks.put(None)
 
@@ -2756,8 +2767,12 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         message = redacted(f"{type(bug).__name__}: {bug}")
         outcome = Outcome(task, Event.FAILED, "bug", message, unsettled=exchange.maybe_done)
     shared.pacer.let_others_start()
+    # Here and nowhere else: whatever the API has repeated, no secret gets further than this.
+    hide = shared.settings.hide
     return replace(
         outcome,
+        code=hide(outcome.code),
+        message=hide(outcome.message)[:MESSAGE_CHARACTERS],
         seconds=time.monotonic() - started,
         requests=exchange.requests,
         throttled=exchange.throttled,
@@ -2819,6 +2834,7 @@ class Report:
         self.latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.remaining: int | None = None
         self.stop: Stop | None = None
+        self.is_whole = False  # everything there is was listed and handed out
 
     def add_counts(self, counts: Mapping[str, int]) -> None:
         """Take over what the feeder counted."""
@@ -2946,6 +2962,7 @@ class Recorder:
                 self.report.add_counts(note.counts)
             elif isinstance(note, FeedEnded):
                 self.report.stop = self.report.stop or note.stop
+                self.report.is_whole = note.is_complete
         outcomes = [note for note in notes if isinstance(note, Outcome)]
         if outcomes:
             for outcome in self._settle(outcomes):
@@ -3119,7 +3136,10 @@ def close_accounts(report: Report, *, is_complete: bool) -> None:
     missing = report.unaccounted()
     if not is_complete:
         report.counts["left"] += missing
-    elif missing:
+    elif report.is_whole and not report.counts["left"] and report.stop and not report.stop.is_by_signal:
+        # The quota, the cap or the time was used up by the very last object: nothing is left that it could stop.
+        report.stop = None
+    if is_complete and missing:
         report.stop = Stop(
             f"{missing} of the listed objects have no count", "this is a bug of the program; please report it"
         )

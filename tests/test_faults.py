@@ -116,7 +116,8 @@ ROWS = [
     survived("202 and a job in an unknown state", Fault.accepted_as_job, job_states=("dreaming", "completed")),
     survived("202 and a stale link", Fault.accepted_as_job, job_states=("completed",), stale_links=1),
     survived("202, another host", Fault.accepted_as_job, job_states=("completed",), separate_download_host=True),
-    survived("two 504s: a job instead", lambda: Fault.work_lost(504, times=2), job_states=("completed",)),
+    Row("two 504s: a job instead", (lambda: Fault.work_lost(504, times=2),), {"job_states": ("completed",)}, double=1),
+    given_up("an error text in a 200, always", lambda: Fault.json_in_200(times=None), "json_answer"),
     given_up("502 always", reply(502, "service_unavailable", times=None), "service_unavailable"),
     given_up("an HTML page in a 200, always", lambda: Fault.html_page(times=None), "html_answer"),
     given_up("connection cut before the work, always", lambda: Fault.cut_before_work(times=None), "network"),
@@ -223,3 +224,22 @@ def test_the_month_s_remainder_is_kept(run_cli: Cli, bucket: Any, api: Conversio
     assert (run.exit_code, len(api.paid), run.summary["remaining"]) == (3, 8, 12)
     assert "api.keep_remaining is 12" in run.summary["stopped_because"]
     assert run.failures == []
+
+
+def test_the_last_conversion_of_the_month_for_the_last_object_is_no_early_stop(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = marking
+    api.behaviour.month_quota = 3
+    for number in range(3):
+        bucket.put(f"{number}.png", SOURCE + bytes([number]))
+    run = run_cli()
+    assert (run.exit_code, run.summary["left"], run.summary["stopped_because"]) == (0, 0, None)
+
+
+def test_a_secret_that_the_api_repeats_gets_no_further(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    echo = f"X-Amz-Signature=0123 {api.api_key}"
+    api.faults.add(Fault.status_reply(422, echo, times=None))
+    bucket.put("a.png", SOURCE)
+    run = run_cli("--set", "api.transfer=upload")
+    assert run.failures[0]["code"] == "X-Amz-Signature=... ..."

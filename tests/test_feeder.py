@@ -416,7 +416,7 @@ def test_the_cap_on_conversions_is_kept_and_the_rest_is_left(journal: Journal) -
 
 def test_a_cap_that_is_just_enough_stops_nothing(journal: Journal) -> None:
     fed = feed(FakeBucket(pages_of(*"abcd")), journal, settings("api.max_conversions=4"))
-    assert (fed.keys, fed.ended) == (list("abcd"), [FeedEnded(None)])
+    assert (fed.keys, fed.ended) == (list("abcd"), [FeedEnded(None, is_complete=True)])
 
 
 def test_copies_within_s3_do_not_use_up_the_cap_on_paid_conversions(journal: Journal) -> None:

@@ -135,7 +135,7 @@ class Model:
         """Whether what is stored tells all that the checkpoint knew: which source an output key belongs to, say."""
         is_owner = [self.owners.get(output_key(key, self.target), key) == key for key in self.live]
         all_owners_live = set(self.owners.values()) <= set(self.live)
-        return all(is_owner) and all_owners_live and not (self.had_other_options or self.was_lost)
+        return bool(self.live) and all(is_owner) and all_owners_live and not (self.had_other_options or self.was_lost)
 
     def lose_checkpoint(self) -> None:
         """What was sent and not stored is sent again, perhaps in another form: each may be paid once more."""
@@ -165,7 +165,9 @@ class Trap:
                 os.kill(self.process.pid, signal.SIGKILL)
 
 
-MOMENTS = st.builds(Trap, st.sampled_from(get_args(Event)), st.integers(1, 4))
+MOMENTS = st.builds(Trap, st.sampled_from(get_args(Event)), st.integers(1, 3))
+SOME_KEYS = st.sets(st.sampled_from(KEYS), min_size=1, max_size=3)
+TROUBLES = st.lists(st.sampled_from(PASSING_TROUBLES), max_size=2)  # fewer than an object may have
 
 
 class Resuming(RuleBasedStateMachine):
@@ -176,9 +178,8 @@ class Resuming(RuleBasedStateMachine):
         self.model = Model()
         self.transfer = "auto"
         self.puts = self.rows_seen = 0
-        self.is_broken = False
+        self.is_broken = self.is_changed = False
         self.trap: Trap | None = None
-        self.planted: list[Fault] = []
         self.open = ExitStack()
         self.workdir = Path(self.open.enter_context(tempfile.TemporaryDirectory()))
         self.api = self.open.enter_context(
@@ -204,33 +205,33 @@ class Resuming(RuleBasedStateMachine):
         return listen
 
     def teardown(self) -> None:
-        """Whatever has happened: one run to the end, after which there is nothing left to do."""
+        """Whatever has happened, one run brings it to the end."""
         with self.open:
             if not self.is_broken:
-                self.run_to_the_end()
-                assert self._run_to_the_end().summary["requests"] == 0
+                self._run(None)
 
     # -- rules ---------------------------------------------------------------------------------------------------------
 
     @initialize(
         transfer=st.sampled_from(["auto", "url", "upload"]),
         accepts=st.booleans(),
-        keys=st.sets(st.sampled_from(KEYS), min_size=1),
+        keys=SOME_KEYS,
     )
     def begin(self, *, transfer: str, accepts: bool, keys: set[str]) -> None:
         """Some objects, a way to send them, and an API that takes presigned URLs or does not."""
         self.transfer = transfer
         self.api.behaviour.accept_file_url = accepts or transfer == "url"
-        for key in sorted(keys):
-            self.put(key)
+        self.put(keys)
 
-    @rule(key=st.sampled_from(KEYS))
-    def put(self, key: str) -> None:
-        """Add or overwrite an object, each time with something new."""
-        self.puts += 1
-        source = PNG + f"put number {self.puts}: {key}".encode() * 20
-        self.bucket.put(key, source)
-        self.model.live[key] = source
+    @rule(keys=SOME_KEYS)
+    def put(self, keys: set[str]) -> None:
+        """Add or overwrite objects, each time with something new."""
+        self.is_changed = True
+        for key in sorted(keys):
+            self.puts += 1
+            source = PNG + f"put number {self.puts}: {key}".encode() * 20
+            self.bucket.put(key, source)
+            self.model.live[key] = source
 
     @precondition(lambda self: self.model.live)
     @rule(data=st.data())
@@ -240,62 +241,55 @@ class Resuming(RuleBasedStateMachine):
         self.bucket.client.delete_object(Bucket=self.bucket.name, Key=key)
         del self.model.live[key]
 
-    @precondition(lambda self: sum(not fault.struck for fault in self.planted) < 3)
-    @rule(trouble=st.sampled_from(PASSING_TROUBLES))
-    def plant(self, trouble: Callable[[], Fault]) -> None:
-        """Let one of the next requests go wrong."""
-        self.planted.append(self.api.faults.add(trouble()))
-
     @precondition(lambda self: not self.model.was_lost)
-    @rule(wanted=st.sampled_from(["jpg", "webp"]))
-    def change_target(self, wanted: str) -> None:
-        """Ask for the other format, or for the first one again."""
-        self.model.had_other_options |= wanted != self.model.target
-        self.model.target = wanted
+    @rule(is_other_target=st.booleans(), is_other_quality=st.booleans())
+    def change_options(self, *, is_other_target: bool, is_other_quality: bool) -> None:
+        """Ask for the other target, for a quality that was not asked for before, or change the way of sending."""
+        self.is_changed = True
+        if is_other_target:
+            self.model.target = "webp" if self.model.target == "jpg" else "jpg"
+        if is_other_quality:
+            self.model.quality = (self.model.quality or 100) - 1
+        if self.transfer != "url" and not (is_other_target or is_other_quality):
+            self.transfer = "upload" if self.transfer == "auto" else "auto"
+        self.model.had_other_options |= is_other_target or is_other_quality
 
-    @precondition(lambda self: not self.model.was_lost)
-    @rule()
-    def change_quality(self) -> None:
-        """Ask for a quality that was not asked for before."""
-        self.model.had_other_options = True
-        self.model.quality = (self.model.quality or 100) - 1
+    @precondition(lambda self: self.is_changed)
+    @rule(troubles=TROUBLES)
+    def run_to_the_end(self, troubles: list[Callable[[], Fault]]) -> None:
+        """Run, through some passing troubles."""
+        self.plant(troubles)
+        self._run(None)
 
-    @precondition(lambda self: self.transfer != "url")
-    @rule(transfer=st.sampled_from(["auto", "upload"]))
-    def change_transfer(self, transfer: str) -> None:
-        """Send URLs or bytes from now on."""
-        self.transfer = transfer
-
-    @rule()
-    def run_to_the_end(self) -> None:
-        """Run, and compare everything with the model."""
-        self._run_to_the_end()
-
-    @rule(trap=MOMENTS)
-    def run_and_kill(self, trap: Trap) -> None:
+    @rule(keys=SOME_KEYS, troubles=TROUBLES, trap=MOMENTS)
+    def run_and_kill(self, *, keys: set[str], troubles: list[Callable[[], Fault]], trap: Trap) -> None:
         """Run, and kill it at a moment of the API's; if that never comes, the run ends by itself."""
+        self.put(keys)
+        self.plant(troubles)
         self._run(replace(trap))
 
     @precondition(lambda self: self.model.can_lose_checkpoint)
-    @rule(trap=st.none() | MOMENTS)
-    def lose_checkpoint(self, trap: Trap | None) -> None:
-        """Lose the checkpoint; what is stored tells the next run what is done, be it killed at first or not."""
+    @rule(trap=MOMENTS)
+    def kill_and_lose_checkpoint(self, trap: Trap) -> None:
+        """Lose the checkpoint of a run that was killed; what is stored tells the next one what is done."""
+        self.put(set(self.model.live))
+        self._run(replace(trap))
+        if not self.model.can_lose_checkpoint:
+            return
         for path in self.workdir.glob("s3_bulk_convert.sqlite3*"):
             path.unlink()
         self.rows_seen = 0
         self.model.lose_checkpoint()
-        if trap:
-            self._run(replace(trap))
-        self._run_to_the_end()
+        self._run(None)
+
+    def plant(self, troubles: list[Callable[[], Fault]]) -> None:
+        """Let some of the next requests go wrong."""
+        for trouble in troubles:
+            self.api.faults.add(trouble())
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
-    def _run_to_the_end(self) -> Run:
-        run = self._run(None)
-        assert run.exit_code in {0, 1}
-        return run
-
-    def _run(self, trap: Trap | None) -> Run:
+    def _run(self, trap: Trap | None) -> None:
         """Run the real script, let the model follow, and compare."""
         self.is_broken = True
         extra_before = self._charges_too_many()
@@ -303,16 +297,16 @@ class Resuming(RuleBasedStateMachine):
         run = self._start(trap).wait(SECONDS_TO_END)
         self.trap = None
         self._wait_for_the_api()
-        if run.exit_code == -signal.SIGKILL:
+        if trap and run.exit_code == -signal.SIGKILL:
             self.model.killed(plan, self._recorded_collisions(run))
         else:
             self._compare_summary(plan, run)
             self.model.completed(plan)
+            self.is_changed = False
             assert self._charges_too_many() - extra_before <= run.summary["possible_double_charges"]
         self._compare_paid()
         self._compare_stored()
         self.is_broken = False
-        return run
 
     def _start(self, trap: Trap | None) -> Run:
         options = [
@@ -360,6 +354,7 @@ class Resuming(RuleBasedStateMachine):
         assert skipped == {}
         if not self.model.unsettled:
             assert summary["converted"] == len(plan.convert)
+            assert bool(summary["requests"]) == bool(plan.convert)
         recorded = {line["key"] for line in run.failures if line["code"] == "output_collision"}
         assert {*plan.collide, *plan.collided} <= recorded
         self.rows_seen = len(run.rows())
