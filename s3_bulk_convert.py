@@ -118,6 +118,7 @@ JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 JOB_DEADLINE_SECONDS = 6 * 3600
 TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
+MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint within a day takes one
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
@@ -1413,6 +1414,12 @@ class Journal:
         where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
         return dict(self._rows_about("claim, key", "log INDEXED BY log_claim", where, (self.output_bucket,), claims))
 
+    def makers(self, claims: Sequence[str]) -> dict[str, str]:
+        """The fingerprints of the jobs that made what lies under those of the claims that are taken."""
+        where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
+        columns = "claim, fingerprint"
+        return dict(self._rows_about(columns, "log INDEXED BY log_claim", where, (self.output_bucket,), claims))
+
     def claimants(self, claims: Sequence[str]) -> dict[str, str]:
         """The source keys whose unsettled requests would bring an output under those of the claims."""
         return dict(
@@ -2135,7 +2142,7 @@ class ConvertClient:
         return result
 
     def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
-        return self._api.transfer == "auto" and self._may_be_about_url(failure)
+        return self._api.transfer != "url" and self._may_be_about_url(failure)
 
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:
@@ -2166,21 +2173,24 @@ class ConvertClient:
 
     def _exchange(self, call: Call, task: Task, exchange: Exchange) -> Result:
         """Send a call until it is answered; under a successor key if the key is taken, as a job if it is slow."""
-        try:
-            return self._answer(call, task, exchange)
-        except ObjectFailed as failure:
-            successor = self._successor(call, failure)
-            if successor is None:
-                raise
-        result = self._answer(successor, task, exchange)
-        # Both kinds of successor leave open whether the first key's work was done.
-        exchange.maybe_paid_twice = True
-        return result
+        has_predecessor = False
+        for number in itertools.count(2):
+            try:
+                result = self._answer(call, task, exchange)
+                # Both kinds of successor leave open whether the first key's work was done.
+                exchange.maybe_paid_twice |= has_predecessor
+                return result
+            except ObjectFailed as failure:
+                successor = self._successor(call, failure, number)
+                if successor is None:
+                    raise
+            call, has_predecessor = successor, True
+        raise AssertionError("unreachable: the numbers do not end")
 
-    def _successor(self, call: Call, failure: ObjectFailed) -> Call | None:
+    def _successor(self, call: Call, failure: ObjectFailed, number: int) -> Call | None:
         # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
-        if judge_reply(failure.status, failure.code) is Verdict.NEW_KEY:
-            return replace(call, idempotency_key=call.idempotency_key + ":2")
+        if judge_reply(failure.status, failure.code) is Verdict.NEW_KEY and number <= MOST_SUCCESSORS:
+            return replace(call, idempotency_key=f"{call.idempotency_key}:{number}")
         if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
             return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
         return None
@@ -2464,16 +2474,21 @@ def unfinished(
 ) -> Iterator[Candidate]:
     """The candidates whose version the journal knows neither as done nor, unless `retry`, as failed for good."""
     states = by_job(candidates, journal.states)
+    makers = journal.makers([claim_of(output_key(candidate.job, candidate.source.key)) for candidate in candidates])
     for candidate in candidates:
         state = states.get((candidate.job.fingerprint, candidate.source.key))
         if state is None or state.etag != candidate.source.etag:
             yield replace(candidate, is_known=state is not None)
-        elif state.event != Event.FAILED.value:
-            counts["already_done"] += 1
-        elif state.permanent and not retry:
-            counts[FAILED_BEFORE] += 1
+        elif state.event == Event.FAILED.value:
+            if retry or not state.permanent:
+                yield candidate
+            else:
+                counts[FAILED_BEFORE] += 1
+        elif makers.get(claim_of(output_key(candidate.job, candidate.source.key))) != candidate.job.fingerprint:
+            # It was done once, and other options have put another output in its place since.
+            yield replace(candidate, is_known=True)
         else:
-            yield candidate
+            counts["already_done"] += 1
 
 
 def by_job(

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
 NUMBERS = itertools.count(1)
+# Under nohup, or in the background of a script, signals are ignored, and the programs under test would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPT = Path(__file__).parent.parent / "s3_bulk_convert.py"
 
 

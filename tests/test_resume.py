@@ -29,12 +29,19 @@ Version = tuple[str, str, int | None]  # SHA-256 of the source, target, quality:
 PNG = b"\x89PNG\r\n\x1a\n"
 KEYS = ["a.heic", "a.png", "\u00fcber uns/Foto 1 (2).png", "b/c.png", "b/c.tiff"]
 WORKERS = 3  # a batch is twice as many: all objects that a run sends are in its journal before the first is sent
+
+
+def overloaded() -> Fault:
+    """Answer one request with 503."""
+    return Fault.status_reply(503, "service_unavailable", retry_after="0")
+
+
 PASSING_TROUBLES: list[Callable[[], Fault]] = [
     Fault.cut_after_work,
     Fault.cut_before_work,
     Fault.truncated_answer,
     Fault.html_page,
-    lambda: Fault.status_reply(503, "service_unavailable", retry_after="0"),
+    overloaded,
 ]
 SECONDS_TO_END = 60
 run_machine: Callable[..., None] = run_state_machine_as_test  # which Hypothesis has not annotated
