@@ -1654,7 +1654,9 @@ class Bucket:
 
     def output_of(self, task: Task) -> str:
         """The key under which this very version's output lies already; empty if it does not."""
-        return self._made_with(task, {**source_key_metadata(task.key), "source-etag": task.etag})
+        # The fingerprint too: with other options the same version comes to other bytes.
+        made_of = {"source-etag": task.etag, "job-fingerprint": task.fingerprint}
+        return self._made_with(task, {**source_key_metadata(task.key), **made_of})
 
     def _made_with(self, task: Task, wanted: dict[str, str]) -> str:
         for key in (task.output_key, task.output_key + ".zip"):
@@ -1727,6 +1729,7 @@ class Bucket:
         }
         # S3 takes ASCII only in metadata.
         metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
+        metadata["job-fingerprint"] = task.fingerprint
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
 
     @contextlib.contextmanager

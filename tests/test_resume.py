@@ -431,6 +431,20 @@ def test_a_return_to_an_earlier_quality_stores_that_quality_again(
         assert bucket.outputs()["converted/a.jpg"][0] == expected, quality
 
 
+def test_what_was_in_flight_with_another_quality_is_not_taken_for_done(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = converted
+    bucket.put("a.png", PNG + b"a picture")
+    assert run_cli().exit_code == 0
+    killed_when_paid(start, api, "--set", "convert.quality=50")
+    run = run_cli("--set", "convert.quality=50")
+    assert (run.exit_code, run.summary["replays"]) == (0, 1)
+    expected = converted(Conversion(PNG + b"a picture", "png", "jpg", 50)).body
+    assert bucket.outputs()["converted/a.jpg"][0] == expected
+    assert len(api.paid) == 2
+
+
 def test_bytes_are_sent_for_what_was_in_flight_as_a_url_that_the_api_refuses(
     start: Cli, bucket: Any, api: ConversionApi
 ) -> None:

@@ -114,10 +114,12 @@ def test_the_extension_in_the_template_keeps_both(run_cli: Cli, bucket: Any) -> 
 
 def test_an_output_says_what_it_was_made_of(run_cli: Cli, bucket: Any) -> None:
     bucket.put("in/f\u00fcr 100%.png", photo(1, "png"))
-    assert run_cli("--set", "s3.cache_control=max-age=60").exit_code == 0
+    run = run_cli("--set", "s3.cache_control=max-age=60")
+    assert run.exit_code == 0
     _, media_type, metadata = bucket.outputs()["converted/in/f\u00fcr 100%.jpg"]
     etag = bucket.client.head_object(Bucket=bucket.name, Key="in/f\u00fcr 100%.png")["ETag"].strip('"')
     assert media_type == "image/jpeg"
+    assert metadata.pop("job-fingerprint") == run.rows()[0]["fingerprint"]
     assert metadata == {"source-key": "in/f%C3%BCr%20100%25.png", "source-etag": etag, "job": "default"}
 
 
