@@ -561,6 +561,16 @@ class S3Options:
     cache_control: str | None = option(unless("none", text), "Cache-Control of outputs", default=None)
     requester_pays: bool = option(boolean, "the requester pays for S3 requests", default=False)
 
+    @property
+    def written_bucket(self) -> str:
+        """The bucket that outputs go to."""
+        return self.output_bucket or self.bucket
+
+    @property
+    def is_one_bucket(self) -> bool:
+        """Whether outputs go to where the sources are."""
+        return self.written_bucket == self.bucket
+
 
 @dataclass(frozen=True)
 class ConvertOptions:
@@ -667,16 +677,10 @@ class Settings:
     jobs: tuple[Job, ...]
     retry_failed: bool = False
     quiet: bool = False
-    verbose: bool = False
-
-    @property
-    def output_bucket(self) -> str:
-        """The bucket that outputs go to."""
-        return self.s3.output_bucket or self.s3.bucket
 
     def puts_among_sources(self, job: Job) -> bool:
         """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
-        return self.output_bucket == self.s3.bucket and not literal_prefix(job.output_key)
+        return self.s3.is_one_bucket and not literal_prefix(job.output_key)
 
     def hide(self, message: str) -> str:
         """A text of the API's without secrets, the key itself among them."""
@@ -798,7 +802,7 @@ def read_jobs(given: Sequence[Given], s3: S3Options, problems: list[str]) -> tup
 def make_job(name: str, s3: S3Options, options: ConvertOptions) -> Job:
     """A job with the fingerprint of all that decides what its outputs are and where they lie."""
     # A job may be renamed for free, unless its name decides where its outputs lie.
-    place = [s3.output_bucket or s3.bucket, s3.output_key.replace("{job}", name)]
+    place = [s3.written_bucket, s3.output_key.replace("{job}", name)]
     return Job(name, s3.prefix, s3.output_key, options, digest([options.target, options.quality, *place]))
 
 
@@ -821,7 +825,7 @@ def template_problems(job: Job, s3: S3Options) -> list[str]:
             f"[s3] output_key = {template}: every output would get the same key; expected {{stem}}, {{name}} or {{key}}"
         )
     literal = literal_prefix(template)
-    if literal and job.prefix.startswith(literal) and s3.output_bucket in {"", s3.bucket}:
+    if literal and job.prefix.startswith(literal) and s3.is_one_bucket:
         problems.append(
             f"[s3] prefix = {job.prefix}: lies under the outputs ({literal}), and outputs are never converted"
         )
@@ -944,9 +948,14 @@ def output_key(job: Job, key: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], job.output_key)
 
 
-def claim_of(planned_key: str) -> str:
-    """The name under which an output key is claimed: an archive of pages may get `.zip` behind the planned key."""
-    return planned_key.removesuffix(".zip")
+def made_keys(planned_key: str) -> tuple[str, str]:
+    """The keys that an output may really get: the planned one, or, for an archive of pages, that with `.zip` behind."""
+    return planned_key, planned_key + ".zip"
+
+
+def claim_of(key: str) -> str:
+    """The name under which an output key is claimed: the same for both `made_keys`."""
+    return key.removesuffix(".zip")
 
 
 def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None) -> str:
@@ -1410,15 +1419,17 @@ class Journal:
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
         """The source keys that have an output under those of the claims that are taken."""
-        # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
-        where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
-        return dict(self._rows_about("claim, key", "log INDEXED BY log_claim", where, (self.output_bucket,), claims))
+        return self._outputs_under(claims, "key")
 
     def makers(self, claims: Sequence[str]) -> dict[str, str]:
         """The fingerprints of the jobs that made what lies under those of the claims that are taken."""
+        return self._outputs_under(claims, "fingerprint")
+
+    def _outputs_under(self, claims: Sequence[str], column: str) -> dict[str, str]:
+        # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
         where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
-        columns = "claim, fingerprint"
-        return dict(self._rows_about(columns, "log INDEXED BY log_claim", where, (self.output_bucket,), claims))
+        table = "log INDEXED BY log_claim"
+        return dict(self._rows_about(f"claim, {column}", table, where, (self.output_bucket,), claims))
 
     def claimants(self, claims: Sequence[str]) -> dict[str, str]:
         """The source keys whose unsettled requests would bring an output under those of the claims."""
@@ -1467,7 +1478,7 @@ class Journal:
 
 ########################################################################################################################
 # S3. Errors come out as what they mean: RunStopped for what would meet every object, ObjectFailed for one object.
-#   - One client for all threads, made before they start: clients are thread-safe, sessions are not.
+#   - One client for all threads, made before the first task is handed out: clients are thread-safe, sessions are not.
 #   - A source is read with If-Match, so that the bytes are those of the version that the journal speaks of.
 #   - Nothing depends on conditional writes, which not every S3 has.
 ########################################################################################################################
@@ -1490,7 +1501,7 @@ def refused(error: Exception, doing: str) -> RunStopped:
         said = error.response.get("Error", {})
         because = f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()
     else:
-        because = f"S3 could not be reached for {doing}: {redacted(str(error))}"
+        because = f"S3 could not be reached for {doing}: {error}"
     return RunStopped(
         redacted(because), "check the bucket's name, the AWS credentials and their permissions, and run it again"
     )
@@ -1515,7 +1526,7 @@ def make_s3_client(options: S3Options, region: str | None, connections: int) -> 
     """
     # Other S3 servers refuse boto3's default integrity trailers; on Amazon they stay.
     lenient = bool(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-    checksums = {
+    checksums: Any = {
         name: "when_required"
         for name in ("request_checksum_calculation", "response_checksum_validation")
         if lenient and f"AWS_{name.upper()}" not in os.environ
@@ -1527,7 +1538,7 @@ def make_s3_client(options: S3Options, region: str | None, connections: int) -> 
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         read_timeout=60,
         user_agent_extra=f"s3_bulk_convert/{__version__}",
-        **checksums,  # type: ignore[arg-type]
+        **checksums,
     )
     try:
         session = boto3.session.Session(profile_name=options.profile, region_name=region or options.region)
@@ -1546,7 +1557,7 @@ class Bucket:
     """The source bucket and the output bucket."""
 
     def __init__(self, settings: Settings) -> None:
-        self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.output_bucket
+        self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.written_bucket
         # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
         self._connections = settings.run.workers + 4
         self.client = make_s3_client(settings.s3, None, self._connections)
@@ -1616,7 +1627,7 @@ class Bucket:
         if is_refusal(error) and not (self._has_read and code == "AccessDenied"):
             return refused(error, f"reading from {self.name}")
         unreadable = code in {"AccessDenied", "InvalidObjectState"}
-        return ObjectFailed("source_unreadable", f"S3: {redacted(str(error))}", permanent=unreadable)
+        return ObjectFailed("source_unreadable", f"S3: {error}", permanent=unreadable)
 
     def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
         try:
@@ -1631,7 +1642,7 @@ class Bucket:
 
     def has_nothing_of(self, key: str, planned_key: str) -> bool:
         """Whether neither a source nor an output under its planned key is there."""
-        outputs = (planned_key, planned_key + ".zip")
+        outputs = made_keys(planned_key)
         return not self._exists(self.name, key) and not any(self._exists(self.output_name, made) for made in outputs)
 
     def _exists(self, bucket: str, key: str) -> bool:
@@ -1659,7 +1670,7 @@ class Bucket:
         return self._made_with(task, {**source_key_metadata(task.key), **made_of})
 
     def _made_with(self, task: Task, wanted: dict[str, str]) -> str:
-        for key in (task.output_key, task.output_key + ".zip"):
+        for key in made_keys(task.output_key):
             found = self._metadata(self.output_name, key)
             if found and wanted.items() <= found.items():
                 return key
@@ -1741,7 +1752,7 @@ class Bucket:
             cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
             if isinstance(cause, Exception) and is_refusal(cause):
                 raise refused(cause, f"writing to {self.output_name}") from None
-            raise ObjectFailed("store_failed", f"S3: {redacted(str(error))}", permanent=False) from None
+            raise ObjectFailed("store_failed", f"S3: {error}", permanent=False) from None
 
 
 def listed_object(line: Any) -> S3Object:
@@ -1793,10 +1804,7 @@ class Pacer:
         if not self._is_first and self._cap is None:
             self._wait_for_an_answer(stop)
         self._is_first = False
-        with self._lock:
-            slot = max(self._next, time.monotonic())
-            self._next = slot + self._interval * self._slack
-        stop.sleep(max(0.0, slot - time.monotonic()))
+        stop.sleep(max(0.0, self.spend() - time.monotonic()))
 
     def _wait_for_an_answer(self, stop: StopFlag) -> None:
         patience = time.monotonic() + FIRST_ANSWER_SECONDS
@@ -1814,14 +1822,16 @@ class Pacer:
         """Hold the second slot back no longer: the first object is settled, with or without an answer."""
         self._has_answer.set()
 
-    def spend(self) -> None:
-        """Take a slot for a request that is sent without waiting."""
+    def spend(self) -> float:
+        """Use up the next slot, for a request that need not wait for it; its time in monotonic seconds."""
         with self._lock:
-            self._next = max(self._next, time.monotonic()) + self._interval * self._slack
+            slot = max(self._next, time.monotonic())
+            self._next = slot + self._interval * self._slack
+        return slot
 
     def pause(self, seconds: float) -> None:
         """Let nobody send for a while, and send more slowly after it."""
-        self._has_answer.set()
+        self.let_others_start()
         with self._lock:
             self._slack = min(self._slack * 1.25, 8.0)
             self._paused_until = max(self._paused_until, time.monotonic() + seconds)
@@ -1834,7 +1844,7 @@ class Pacer:
 
     def learn(self, headers: Mapping[str, str], now: float) -> None:
         """Take the limit per minute from an answer's headers; those of a replay may be a day old and do not count."""
-        self._has_answer.set()
+        self.let_others_start()
         self._slack = max(1.0, self._slack * 0.99)
         limit, reset = headers.get("X-RateLimit-Limit", ""), headers.get("X-RateLimit-Reset", "")
         if not (limit.isdigit() and int(limit) > 0 and reset.isdigit() and int(reset) >= now):
@@ -1932,8 +1942,7 @@ class RetryPolicy(Retry):
         if response.status != 429 and not self.looks_up:
             self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
         if verdict is Verdict.STOP_RUN:
-            hide = self.shared.settings.hide
-            raise refusal_by_api(response.status, hide(code), hide(message))
+            raise refusal_by_api(response.status, code, message)
         status: int = response.status
         failure = ObjectFailed(
             code or f"http_{status}",
@@ -1961,7 +1970,7 @@ class RetryPolicy(Retry):
         # When no connection was made, the server cannot have seen the request; else it may have done the work.
         if not isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.NewConnectionError):
             self.exchange.maybe_done = True
-        failure = ObjectFailed("network", redacted(f"{type(error).__name__}: {error}"), permanent=False)
+        failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
         return self._again(failure, costs_attempt=True, asked=None)
 
     def _again(self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None) -> "RetryPolicy":
@@ -2413,7 +2422,7 @@ def job_failure(job: Mapping[str, Any]) -> ObjectFailed | RunStopped:
     """What a failed job means. Its `error` may be an object, a text, or absent."""
     code, message = parse_error(json.dumps(dict(job)).encode())
     if code == "quota_exceeded":
-        return refusal_by_api(429, code, redacted(message))
+        return refusal_by_api(429, code, message)
     is_passing = code in {"service_unavailable", "rate_limited"}
     return ObjectFailed(code or "job_failed", message or "the API says that the job failed", permanent=not is_passing)
 
@@ -2446,17 +2455,18 @@ def skip_reason(source: S3Object, own_prefixes: tuple[str, ...]) -> str:
     return ARCHIVED if source.archived else ""
 
 
+def jobs_wanting(source: S3Object, routes: Sequence[Route]) -> list[Job]:
+    """The jobs that want an object; of those that would make the very same output, one."""
+    return list({route.job.fingerprint: route.job for route in routes if route.wants(source)}.values())
+
+
 def select(
     page: Iterable[S3Object], routes: Sequence[Route], own_prefixes: tuple[str, ...], counts: Counter[str]
 ) -> Iterator[Candidate]:
     """The objects of a page that jobs want; an object counts as listed once for each job that wants it."""
     for source in page:
         reason = skip_reason(source, own_prefixes)
-        wanting = (
-            []
-            if reason
-            else list({route.job.fingerprint: route.job for route in routes if route.wants(source)}.values())
-        )
+        wanting = [] if reason else jobs_wanting(source, routes)
         counts["listed"] += max(1, len(wanting))
         if not wanting:
             counts[reason or UNMATCHED] += 1
@@ -2477,8 +2487,9 @@ def unfinished(
 ) -> Iterator[Candidate]:
     """The candidates whose version the journal knows neither as done nor, unless `retry`, as failed for good."""
     states = by_job(candidates, journal.states)
-    makers = journal.makers([claim_of(output_key(candidate.job, candidate.source.key)) for candidate in candidates])
-    for candidate in candidates:
+    claims = [claim_of(output_key(candidate.job, candidate.source.key)) for candidate in candidates]
+    makers = journal.makers(claims)
+    for candidate, claim in zip(candidates, claims, strict=True):
         state = states.get((candidate.job.fingerprint, candidate.source.key))
         if state is None or state.etag != candidate.source.etag:
             yield replace(candidate, is_known=state is not None)
@@ -2487,7 +2498,7 @@ def unfinished(
                 yield candidate
             else:
                 counts[FAILED_BEFORE] += 1
-        elif makers.get(claim_of(output_key(candidate.job, candidate.source.key))) != candidate.job.fingerprint:
+        elif makers.get(claim) != candidate.job.fingerprint:
             # It was done once, and other options have put another output in its place since.
             yield replace(candidate, is_known=True)
         else:
@@ -2514,10 +2525,8 @@ class Feeder:
         settings = shared.settings
         self.budget = settings.api.max_conversions
         self.counts: Counter[str] = Counter()
-        is_shared_bucket = settings.output_bucket == settings.s3.bucket
         literals = {literal_prefix(job.output_key) for job in settings.jobs}
-        self.may_replace_source = is_shared_bucket
-        self.own_prefixes = tuple(filter(None, literals)) if is_shared_bucket else ()
+        self.own_prefixes = tuple(filter(None, literals)) if settings.s3.is_one_bucket else ()
         now = time.time()
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
@@ -2634,7 +2643,7 @@ class Feeder:
         for task in waiting:
             claim = claim_of(task.output_key)
             owner, job = owners.setdefault(claim, task.key), jobs.setdefault(claim, task.fingerprint)
-            is_itself = self.may_replace_source and task.output_key == task.key
+            is_itself = self.shared.settings.s3.is_one_bucket and task.output_key == task.key
             if owner == task.key and job == task.fingerprint and not is_itself:
                 yield replace(task, traced=task.traced or logged.get(claim) == task.key)
             else:
@@ -2675,7 +2684,7 @@ class Feeder:
         written = self._written(untraced)
         todo = [task for task in tasks if task.traced]
         for task in untraced:
-            made = next((key for key in (task.output_key, task.output_key + ".zip") if key in written), "")
+            made = next((key for key in made_keys(task.output_key) if key in written), "")
             if made and written[made] > modified[task.key] and not task.among_sources:
                 self._found[claim_of(made)] = task.key
                 self.tell(Outcome(task, Event.FOUND, output_key=made))
@@ -2689,8 +2698,8 @@ class Feeder:
         prefixes = {job.name: literal_prefix(job.output_key) for job in self.shared.settings.jobs}
         found: dict[str, float] = {}
         for prefix in sorted(set(prefixes.values())):
-            keys = [task.output_key for task in tasks if prefixes[task.job] == prefix]
-            found.update(self.shared.bucket.existing_outputs(prefix, [*keys, *(key + ".zip" for key in keys)]))
+            keys = [key for task in tasks if prefixes[task.job] == prefix for key in made_keys(task.output_key)]
+            found.update(self.shared.bucket.existing_outputs(prefix, keys))
         return found
 
     def _fail(self, task: Task, code: str, message: str) -> None:
@@ -2766,6 +2775,8 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     # An earlier run may have sent it: until the API says otherwise, the work may be done.
     exchange = Exchange(maybe_done=task.resumed, replayed=task.resumed)
+    # Whatever the API has repeated, no secret gets further than this function: all that it hands on goes through here.
+    hide = shared.settings.hide
     started = time.monotonic()
     try:
         outcome = convert_and_store(task, shared, client, exchange)
@@ -2776,17 +2787,15 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
             task, Event.FAILED, failure.code, failure.message, failure.status, failure.permanent, unsettled=keeps
         )
     except RunStopped as stopped:
-        shared.stop.request(stopped.stop)
+        shared.stop.request(replace(stopped.stop, because=hide(stopped.stop.because)))
         outcome = Outcome(task, Event.LEFT, unsettled=exchange.maybe_done)
     except Interrupted:
         outcome = Outcome(task, Event.LEFT, unsettled=exchange.maybe_done)
     except Exception as bug:
         log.exception("a worker failed")
-        message = redacted(f"{type(bug).__name__}: {bug}")
+        message = f"{type(bug).__name__}: {bug}"
         outcome = Outcome(task, Event.FAILED, "bug", message, unsettled=exchange.maybe_done)
     shared.pacer.let_others_start()
-    # Here and nowhere else: whatever the API has repeated, no secret gets further than this.
-    hide = shared.settings.hide
     return replace(
         outcome,
         code=hide(outcome.code),
@@ -2843,7 +2852,7 @@ SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAI
 
 
 class Report:
-    """What a run has come to. Every listed object ends in exactly one count, and `checked` proves it."""
+    """What a run has come to. Every listed object ends in exactly one count; `close_accounts` checks it."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -2896,7 +2905,7 @@ class Report:
         return self.eligible - self.finished - self.counts["left"]
 
     def percentile(self, percent: int) -> float | None:
-        """Seconds within which so many percent of the newest conversions were done; None before the second."""
+        """Seconds within which so many percent of the newest conversions were done; None before the first."""
         if len(self.latencies) < 2:
             return self.latencies[0] if self.latencies else None
         return statistics.quantiles(self.latencies, n=100, method="inclusive")[percent - 1]
@@ -3103,7 +3112,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     checkpoint = Path(settings.run.checkpoint)
     refuse_unwritable(Path(settings.run.failures), "run.failures")
     refuse_unwritable(Path(settings.run.summary or os.devnull), "run.summary")
-    with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.output_bucket) as journal:
+    with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.s3.written_bucket) as journal:
         bucket = Bucket(settings)
         shared = Shared(settings, stop, Pacer(settings.api.requests_per_minute), bucket, UrlTrust())
         report, progress = Report(), Progress(settings)
@@ -3154,13 +3163,13 @@ def close_accounts(report: Report, *, is_complete: bool) -> None:
     missing = report.unaccounted()
     if not is_complete:
         report.counts["left"] += missing
-    elif report.is_whole and not report.counts["left"] and report.stop and not report.stop.is_by_signal:
-        # The quota, the cap or the time was used up by the very last object: nothing is left that it could stop.
-        report.stop = None
-    if is_complete and missing:
+    elif missing:
         report.stop = Stop(
             f"{missing} of the listed objects have no count", "this is a bug of the program; please report it"
         )
+    elif report.is_whole and not report.counts["left"] and report.stop and not report.stop.is_by_signal:
+        # The quota, the cap or the time was used up by the very last object: nothing is left that it could stop.
+        report.stop = None
 
 
 def write_summary(path: Path, report: Report) -> None:
@@ -3319,14 +3328,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     give_streams()
     arguments = build_parser().parse_args(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
-    # First of all: from here on Ctrl-C is a reason to stop, and never a traceback.
+    # From here on Ctrl-C is a reason to stop, and never a traceback.
     stop = StopFlag()
     stop.install()
     try:
         settings = load_settings(arguments.config, os.environ, read_flags(arguments))
-        settings = replace(
-            settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet, verbose=arguments.verbose
-        )
+        settings = replace(settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
         return finish(run(settings, stop), settings)
     except UserError as error:
         return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)

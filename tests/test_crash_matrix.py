@@ -29,11 +29,12 @@ def fill(bucket: Any) -> dict[str, bytes]:
     return expected
 
 
-def die_at(start: Cli, effect: str, when: str, nth: int, *options: str) -> None:
-    """Run the program with three workers until an effect, and kill it there."""
+def die_at(start: Cli, effect: str, when: str, nth: int, *options: str) -> Any:
+    """Run the program with three workers until an effect, and kill it there. The killed run."""
     command = ("-m", "tests.crashing", effect, when, str(nth))
     killed = start(*options, command=command, PYTHONPATH=str(SCRIPT.parent), CONCURRENCY="3").wait()
     assert killed.exit_code == KILLED, killed.err
+    return killed
 
 
 def assert_all_promises_are_kept(run: Any, api: ConversionApi, bucket: Any, expected: dict[str, bytes]) -> None:
@@ -100,8 +101,8 @@ def test_a_url_that_died_with_its_credentials_condemns_no_object(
     strict_api.behaviour.remember_failed_bodies = False
     expected = fill(bucket)
     mode = ["--set", f"api.transfer={transfer}", "--set", "run.max_failure_rate=never"]
-    die_at(start, "request-sent", "before", 1, *mode)
-    recorded = [row["url"] for row in start_nothing(start).rows("in_flight")]
+    killed = die_at(start, "request-sent", "before", 1, *mode)
+    recorded = [row["url"] for row in killed.rows("in_flight")]
     dead = strict_api.faults.add(Fault.status_reply(422, "fetch_failed", times=None))
     dead.at(lambda request: request.fields.get("file_url") in recorded)
     second = start(*mode).wait()
@@ -111,8 +112,3 @@ def test_a_url_that_died_with_its_credentials_condemns_no_object(
     assert start(*mode).wait().exit_code == 0
     assert strict_api.paid_twice() == []
     assert {key: body for key, (body, *_) in bucket.outputs().items()} == expected
-
-
-def start_nothing(start: Cli) -> Any:
-    """A run that ends at once, to look at what the one before it has left."""
-    return start("--version").wait()

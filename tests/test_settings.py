@@ -237,7 +237,11 @@ def test_the_nearest_value_counts(
 def test_the_environment_alone_is_enough() -> None:
     environ = {"CTF_API_KEY": SECRET, "S3_BUCKET": "my-bucket", "SOURCE_PREFIX": "uploads/", "TARGET_FORMAT": "jpg"}
     settings = program.load_settings(None, {**environ, "CONCURRENCY": "10"}, [])
-    assert (settings.s3.bucket, settings.s3.prefix, settings.output_bucket) == ("my-bucket", "uploads/", "my-bucket")
+    assert (settings.s3.bucket, settings.s3.prefix, settings.s3.written_bucket) == (
+        "my-bucket",
+        "uploads/",
+        "my-bucket",
+    )
     assert (settings.api.key, settings.run.workers) == (SECRET, 10)
     assert [(job.name, job.prefix, job.options.target) for job in settings.jobs] == [("default", "uploads/", "jpg")]
 
