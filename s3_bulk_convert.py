@@ -67,7 +67,7 @@ from datetime import datetime, timezone
 from enum import Enum, IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 try:
     import boto3
@@ -269,15 +269,19 @@ class BadAnswer(Exception):
 ########################################################################################################################
 
 
-@dataclass(frozen=True)
-class S3Object:
-    """One line of a listing. `modified` in Unix seconds, `etag` without quotes."""
+class S3Object(NamedTuple):
+    """One line of a listing. A tuple, because millions of finished objects are made, looked up and dropped."""
 
     key: str  # as S3 has it: any characters, up to 1,024 bytes of UTF-8
-    etag: str
-    size: int
-    modified: float
+    etag: str  # without quotes
+    size: int  # bytes
+    last_modified: str  # ISO 8601 in UTC, as S3 writes it; few objects ever need it as a number
     archived: bool = False  # in GLACIER or DEEP_ARCHIVE, and not restored at the moment
+
+    @property
+    def modified(self) -> float:
+        """When it was written, in Unix seconds."""
+        return unix_seconds(self.last_modified)
 
 
 @dataclass(frozen=True)
@@ -992,6 +996,12 @@ def globs_match(patterns: Sequence[str]) -> Callable[[str], bool]:
     return matches
 
 
+def unix_seconds(date: str) -> float:
+    """A date in ISO 8601 as S3 writes it (`2026-11-24T08:17:00.000Z`), in Unix seconds. Raises ValueError."""
+    # Python 3.10 does not read the Z.
+    return datetime.fromisoformat(date.replace("Z", "+00:00")).timestamp()
+
+
 def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
     """A predicate on listed objects: the job wants it, by prefix, globs, size and age. `now` in Unix seconds."""
     wanted = job.options
@@ -1001,9 +1011,10 @@ def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
     most = float("inf") if wanted.max_size is None else wanted.max_size
     oldest = float("-inf") if wanted.newer_than is None else now - wanted.newer_than
     newest = float("inf") if wanted.older_than is None else now - wanted.older_than
+    has_ages = wanted.newer_than is not None or wanted.older_than is not None
 
     def wants(source: S3Object) -> bool:
-        if not (least <= source.size <= most and oldest <= source.modified <= newest):
+        if not least <= source.size <= most or (has_ages and not oldest <= source.modified <= newest):
             return False
         return (takes_all or included(source.key)) and not excluded(source.key)
 
@@ -1761,7 +1772,7 @@ def listed_object(line: Any) -> S3Object:
     archived = line.get("StorageClass") in {"GLACIER", "DEEP_ARCHIVE"}
     restore = line.get("RestoreStatus", {})
     restored = bool(restore.get("RestoreExpiryDate")) and not restore.get("IsRestoreInProgress")
-    modified = line["LastModified"].timestamp()
+    modified = line["LastModified"].isoformat()
     return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], modified, archived and not restored)
 
 

@@ -21,6 +21,7 @@ import s3_bulk_convert as program
 from s3_bulk_convert import Counted, Event, FeedEnded, Journal, Outcome, S3Object, Task
 
 NOW = 1_790_000_000.0
+LISTED_AT = "2026-09-21T14:13:20.000Z"  # the same moment, as S3 writes it
 DAY = 86_400
 COMPLETE = ("s3.bucket=bucket", "convert.target=jpg", "api.key=ctf_sk_1", "run.workers=2")
 
@@ -118,7 +119,7 @@ def settings(*assignments: str) -> program.Settings:
 
 def source(key: str, size: int = 10, etag: str = "e1", *, archived: bool = False) -> S3Object:
     """An object in the bucket."""
-    return S3Object(key, etag, size, NOW, archived)
+    return S3Object(key, etag, size, LISTED_AT, archived)
 
 
 def pages_of(*keys: str) -> list[list[S3Object]]:
