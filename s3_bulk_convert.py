@@ -150,6 +150,7 @@ FAILURES_BEFORE_RATE_COUNTS = 50
 METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
 S3_KEY_BYTES = 1_024
 SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
+MOST_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
 
 CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 JOB_LOST = "job_lost"
@@ -594,6 +595,49 @@ def unless(word: str, reader: Callable[[str], T]) -> Callable[[str], T | None]:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One of the parts into which several machines divide the work; as it stands, the only one: everything."""
+
+    index: int = 0  # from 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def named(self) -> str:
+        """How a sentence about the run goes on; empty if there is but one shard."""
+        return f" for shard {self}" if self.count > 1 else ""
+
+    def owns(self, text: str) -> bool:
+        """Whether this shard is the one that a text belongs to.
+
+        Asked of the claim of a planned output, because all sources that want one output key must meet in one shard:
+        two shards would both write it. An object that no job wants belongs to the shard that owns its key.
+        """
+        # Not `hash`, which differs from process to process. A key may hold anything: half a surrogate pair as well.
+        digested = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digested, "big") % self.count == self.index
+
+    def share(self, total: int) -> int:
+        """The part of a whole number that falls to this shard; those of all shards add up to it."""
+        return total // self.count + (self.index < total % self.count)
+
+    def file(self, path: str) -> str:
+        """The shard's own name for a file: `a.json` is `a.0-of-8.json`. A device is no file and keeps its name."""
+        stem, ending = os.path.splitext(path)
+        return path if self.count == 1 or path.startswith("/dev/") else f"{stem}.{self.index}-of-{self.count}{ending}"
+
+
+def shard(given: str) -> Shard:
+    """One of N parts, from `I/N`."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
+    if match is None or not int(match[1]) < int(match[2]) <= MOST_SHARDS:
+        raise ValueError(f"expected I/N such as 0/8, with I from 0 to N - 1 and N at most {MOST_SHARDS}")
+    return Shard(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
 class S3Options:
     """The options of [s3]."""
 
@@ -692,6 +736,7 @@ class RunOptions:
 
 
 SECTIONS: Mapping[str, Any] = {"s3": S3Options, "convert": ConvertOptions, "api": ApiOptions, "run": RunOptions}
+SHARDED_FILES = ("checkpoint", "failures", "summary")  # options of [run] that name what one run alone may write
 JOB_OPTIONS = (*(part.name for part in fields(ConvertOptions)), "prefix", "output_key")
 ENVIRONMENT = {
     "CTF_API_KEY": ("api", "key"),
@@ -700,6 +745,42 @@ ENVIRONMENT = {
     "TARGET_FORMAT": ("convert", "target"),
     "CONCURRENCY": ("run", "workers"),
 }
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An array-job engine, and the variables in which it tells a task which of how many it is.
+
+    Slurm's indexes begin anywhere and go up in steps, so that the rank has to be worked out.
+    """
+
+    name: str
+    index: str
+    count: str
+    first: str = ""
+    last: str = ""
+    step: str = ""
+
+    @property
+    def needed(self) -> list[str]:
+        """The variables without which nothing can be said; only the step may be missing."""
+        return [name for name in (self.index, self.count, self.first, self.last) if name]
+
+
+ENGINES = (
+    Engine("AWS Batch", "AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
+    Engine(
+        "Slurm",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_ARRAY_TASK_COUNT",
+        "SLURM_ARRAY_TASK_MIN",
+        "SLURM_ARRAY_TASK_MAX",
+        "SLURM_ARRAY_TASK_STEP",
+    ),
+    Engine("Cloud Run", "CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),
+    # Kubernetes has no variable for the count: the Job's author sets this one. The index alone may be another's.
+    Engine("Kubernetes", "JOB_COMPLETION_INDEX", "SHARD_COUNT"),
+)
 
 
 @dataclass(frozen=True)
@@ -735,8 +816,19 @@ class Settings:
     api: ApiOptions
     run: RunOptions
     jobs: tuple[Job, ...]
+    shard: Shard = Shard()
     retry_failed: bool = False
     quiet: bool = False
+
+    def for_shard(self, shard: Shard) -> "Settings":
+        """The same for one shard: with files of its own and its share of the cap, which may be 0.
+
+        The rate stays: it is the pacer that divides it, because what the API allows is divided too.
+        """
+        run, most = self.run, self.api.max_conversions
+        named: dict[str, Any] = {name: shard.file(path) for name in SHARDED_FILES if (path := getattr(run, name))}
+        share = None if most is None else shard.share(most)
+        return replace(self, api=replace(self.api, max_conversions=share), run=replace(run, **named), shard=shard)
 
     def puts_among_sources(self, job: Job) -> bool:
         """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
@@ -795,6 +887,55 @@ def read_environment(environ: Mapping[str, str]) -> list[Given]:
         for variable, (section, name) in ENVIRONMENT.items()
         if environ.get(variable)
     ]
+
+
+def read_shard(flag: str | None, environ: Mapping[str, str], problems: list[str]) -> Shard:
+    """The shard that the command line names or, only if it names none, an array job's environment."""
+    if flag is None:
+        return shard_from_environment(environ, problems)
+    try:
+        return shard(flag.strip())
+    except ValueError as expected:
+        problems.append(f"--shard = {flag}: {expected}")
+        return Shard()
+
+
+def shard_from_environment(environ: Mapping[str, str], problems: list[str]) -> Shard:
+    """The shard that the array-job engine names which started this task; everything, if there is none.
+
+    What is incomplete or ambiguous is a problem, never a guess: a wrong one would leave objects out, unnoticed.
+    """
+    found: dict[Shard, str] = {}
+    for engine in ENGINES:
+        given = {name: environ[name].strip() for name in (*engine.needed, engine.step) if environ.get(name)}
+        shown = ", ".join(f"{name} = {value}" for name, value in given.items())
+        try:
+            if engine.index in given or engine.count in given:
+                found.setdefault(engine_shard(engine, given), f"{engine.name} ({shown})")
+        except ValueError as problem:
+            problems.append(f"{shown}: {problem}, or give --shard 0/1 to convert everything here")
+    if len(found) > 1:
+        named = " and ".join(f"{shown} names shard {shard}" for shard, shown in found.items())
+        problems.append(f"{named}: unset what is not meant, or give --shard 0/1 to convert everything here")
+    return next(iter(found), Shard())
+
+
+def engine_shard(engine: Engine, given: Mapping[str, str]) -> Shard:
+    """The shard that an engine's variables name. Raises ValueError with what would have to be otherwise."""
+    if missing := [name for name in engine.needed if name not in given]:
+        raise ValueError(f"set {' and '.join(missing)} too")
+    numbers = {name: whole(1 if name in {engine.count, engine.step} else 0)(value) for name, value in given.items()}
+    index, count = numbers[engine.index], numbers[engine.count]
+    first, step = numbers.get(engine.first, 0), numbers.get(engine.step, 1)
+    last = numbers.get(engine.last, count - 1)
+    if first + (count - 1) * step != last:
+        raise ValueError("expected indexes without a hole, such as --array=0-15")
+    rank, rest = divmod(index - first, step)
+    if rest or not 0 <= rank < count:
+        raise ValueError(f"expected an index from {first} to {last}" + (f" in steps of {step}" if step > 1 else ""))
+    if count > MOST_SHARDS:
+        raise ValueError(f"expected at most {MOST_SHARDS} shards")
+    return Shard(rank, count)
 
 
 def unknown_name_problem(given: Given) -> str | None:
@@ -933,7 +1074,9 @@ def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
     return replace(api, key=key)
 
 
-def load_settings(path: Path | None, environ: Mapping[str, str], command_line: Sequence[Given]) -> Settings:
+def load_settings(
+    path: Path | None, environ: Mapping[str, str], command_line: Sequence[Given], shard_flag: str | None = None
+) -> Settings:
     """The configuration: command line over environment over INI file over defaults.
 
     Raises ConfigError with every problem at once, UserError if the file cannot be read.
@@ -951,10 +1094,11 @@ def load_settings(path: Path | None, environ: Mapping[str, str], command_line: S
         problems.append(f"[run] processes = {run.processes}: more than the {run.workers} workers that they share")
     jobs = read_jobs(given, s3, problems)
     api = read_key(api, problems)
+    own_shard = read_shard(shard_flag, environ, problems)
     if problems:
         origin = str(path or "config.ini") if ini else "the configuration"
         raise ConfigError(origin, list(dict.fromkeys(problems)))
-    return Settings(s3, api, run, jobs)
+    return Settings(s3, api, run, jobs).for_shard(own_shard)
 
 
 ########################################################################################################################
@@ -3146,8 +3290,9 @@ class Feeder:
         if len(allowed) == len(tasks):
             return None
         self.counts["left"] += len(tasks) - len(allowed)
+        settings = self.shared.settings
         return Stop(
-            f"the cap of {self.shared.settings.api.max_conversions} conversions is reached",
+            f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
             "run it again to go on, or raise api.max_conversions (--limit)",
         )
 
@@ -3799,7 +3944,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
 def describe(settings: Settings) -> str:
     """What a run is about, in a few words."""
     routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.options.target}" for job in settings.jobs)
-    return ", ".join(dict.fromkeys(routes))
+    return ", ".join(dict.fromkeys(routes)) + settings.shard.named
 
 
 def refuse_unwritable(path: Path, name: str) -> None:
@@ -3912,6 +4057,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target", metavar="FORMAT", help="format to convert to (convert.target)")
     add("--workers", metavar="N", help="conversions at a time (run.workers)")
     add("--limit", metavar="N", help="conversions to pay for in this run (api.max_conversions)")
+    add(
+        "--shard",
+        metavar="I/N",
+        help="only the I-th of N parts, from 0 (default: what an array job's environment says)",
+    )
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
     add("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
     add("-q", "--quiet", action="store_true", help="print only what went wrong, and one line at the end")
@@ -3990,7 +4140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopFlag()
     stop.install()
     try:
-        settings = load_settings(arguments.config, os.environ, read_flags(arguments))
+        settings = load_settings(arguments.config, os.environ, read_flags(arguments), arguments.shard)
         settings = replace(settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
         return finish(run(settings, stop), settings)
     except UserError as error:
