@@ -612,9 +612,10 @@ class Shard:
     def owns(self, text: str) -> bool:
         """Whether this shard is the one that a text belongs to.
 
-        Asked of the claim of a planned output, because all sources that want one output key must meet in one shard:
-        two shards would both write it. An object that no job wants belongs to the shard that owns its key.
+        Asked of the claim of a planned output; an object that no job wants belongs to the shard that owns its key.
         """
+        if self.count == 1:
+            return True
         # Not `hash`, which differs from process to process. A key may hold anything: half a surrogate pair as well.
         digested = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digested, "big") % self.count == self.index
@@ -3016,16 +3017,24 @@ def routes_wanting(source: S3Object, routes: Sequence[Route]) -> Sequence[Route]
 
 
 def select(
-    page: Iterable[S3Object], routes: Sequence[Route], own_prefixes: tuple[str, ...], counts: Counter[str]
+    page: Iterable[S3Object],
+    routes: Sequence[Route],
+    own_prefixes: tuple[str, ...],
+    shard: Shard,
+    counts: Counter[str],
 ) -> Iterator[Candidate]:
     """The objects of a page that jobs want; an object counts as listed once for each job that wants it."""
     for source in page:
         reason = skip_reason(source, own_prefixes)
         wanting = () if reason else routes_wanting(source, routes)
-        counts["listed"] += max(1, len(wanting))
-        if not wanting:
+        if not wanting and shard.owns(source.key):
+            counts["listed"] += 1
             counts[reason or UNMATCHED] += 1
         for route in wanting:
+            # All sources that want one output key meet in one shard: two shards would both write it.
+            if shard.count > 1 and not shard.owns(claim_of(output_key(route.job, source.key))):
+                continue
+            counts["listed"] += 1
             if route.own_extensions and source_format(source.key) in route.own_extensions:
                 counts[SAME_FORMAT] += 1
             else:
@@ -3141,7 +3150,7 @@ class Feeder:
 
     def tasks_of(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Task]:
         """What is to be done of a page."""
-        selected = list(select(page, routes, self.own_prefixes, self.counts))
+        selected = list(select(page, routes, self.own_prefixes, self.shared.settings.shard, self.counts))
         todo = list(unfinished(selected, self.journal, self.counts, retry=self.shared.settings.retry_failed))
         todo = list(self._without_own_outputs(todo))
         self._flush_counts()
@@ -3916,7 +3925,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.s3.written_bucket) as journal:
         tasks: queue.Queue[Task | None] = queue.Queue(2 * settings.run.workers)
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
-        pacer = Pacer(settings.api.requests_per_minute)
+        pacer = Pacer(settings.api.requests_per_minute, settings.shard.count)
         gate = Gate(pacer.hear)
         shared = Shared(settings, stop, gate, Bucket(settings), UrlTrust(), notes.put)
         report, progress = Report(), Progress(settings)

@@ -184,7 +184,7 @@ def test_select_counts_a_page_by_hand() -> None:
     wanted = settings("convert.include=*.png *.jpg")
     routes = [program.make_route(job, NOW) for job in wanted.jobs]
     counts: Counter[str] = Counter()
-    assert [found.source.key for found in program.select(page, routes, ("out/",), counts)] == ["a.png"]
+    assert [found.source.key for found in program.select(page, routes, ("out/",), program.Shard(), counts)] == ["a.png"]
     expected = {"listed": 6, "same_format": 1, "folder": 1, "empty": 1, "own_output": 1, "not_matched": 1}
     assert counts == expected
 
