@@ -157,11 +157,14 @@ def measure(
         process = subprocess.Popen(command, cwd=workdir, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         watch = Watch(process, with_children=with_children, is_enough=is_enough)
         watch.start()
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        watch.has_ended.set()
-        watch.join()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = monotonic() - started
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            watch.has_ended.set()
+            watch.join()
+            process.kill()  # only if the wait was interrupted: one that has ended is left alone
     peak = usage.ru_maxrss * PEAK_UNIT
     return Cost(
         process.returncode,
