@@ -42,7 +42,11 @@ def circumstances(name: str, seconds: float) -> str:
     """When, how and on what a part was measured."""
     day = datetime.now(timezone.utc).date().isoformat()
     machine = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
-    return f"`make bench ONLY={name}`, {day}, Python {platform.python_version()}, {machine}, {seconds:.0f} s in all."
+    load = ", ".join(f"{each:.1f}" for each in os.getloadavg())
+    return (
+        f"`make bench ONLY={name}`, {day}, Python {platform.python_version()}, {machine}, {seconds:.0f} s in all; load "
+        f"at its end {load} (1, 5, 15 minutes)."
+    )
 
 
 def main() -> int:

@@ -47,7 +47,7 @@ class Scale:
     size_bytes: int  # bytes to convert for each size
     process_files: int
     per_minute: int
-    window: float
+    windows: int  # of a minute each, that count
 
 
 FULL = Scale(
@@ -62,7 +62,7 @@ FULL = Scale(
     size_bytes=1_200 * MB,
     process_files=12_000,
     per_minute=300,
-    window=60,
+    windows=3,
 )
 QUICK = Scale(
     keys=20_000,
@@ -75,8 +75,8 @@ QUICK = Scale(
     sizes=(1_000, MB, 60 * MB, 110 * MB),
     size_bytes=60 * MB,
     process_files=600,
-    per_minute=50,
-    window=5,
+    per_minute=300,
+    windows=1,
 )
 
 
@@ -102,9 +102,23 @@ def start_of_recipe() -> Cost:
         return run_recipe(servers, "list", BUCKET)
 
 
-def per_file_ms(cost: Cost, start: Cost, files: int) -> float:
-    """Milliseconds of CPU for each file, the start taken off."""
-    return 1000 * (cost.cpu_seconds - start.cpu_seconds) / max(1, files)
+@lru_cache(maxsize=2)
+def first_file(*, by_recipe: bool) -> Cost:
+    """What a run over a single object takes: the start, and what is only done for the first request."""
+    with standins(keys=1, latency=0.0) as servers:
+        if by_recipe:
+            return run_recipe(servers, "convert", BUCKET, "1", servers.url)
+        return succeeded(run_program(servers, "--workers", "1"), done=1)
+
+
+def each_ms(cost: Cost, start: Cost, many: int) -> float:
+    """Milliseconds of CPU for each of so many, what the start takes taken off."""
+    return 1000 * (cost.cpu_seconds - start.cpu_seconds) / max(1, many)
+
+
+def per_file_ms(cost: Cost, files: int, *, by_recipe: bool = False) -> float:
+    """Milliseconds of CPU for each file but the first, which bears the start."""
+    return each_ms(cost, first_file(by_recipe=by_recipe), files - 1)
 
 
 def column(rows: Sequence[Sequence[Cell]], at: int) -> list[float]:
@@ -238,10 +252,9 @@ def throughput_row(workers: int, files: int, *, by_recipe: bool) -> list[Cell]:
     """One row: what it did, against workers ÷ service time."""
     cost = run_throughput(workers, files, by_recipe=by_recipe)
     rate = files / cost.counts["span_seconds"]
-    start = start_of_recipe() if by_recipe else start_of_program()
     whole = files / float(cost.summary["seconds"])
     ideal = workers / SERVICE_SECONDS
-    cpu = per_file_ms(cost, start, files)
+    cpu = per_file_ms(cost, files, by_recipe=by_recipe)
     name = "recipe" if by_recipe else "ours"
     return [workers, name, files, ideal, rate, 100 * rate / ideal, whole, cpu, cost.peak_mb]
 
@@ -265,7 +278,7 @@ def throughput(scale: Scale) -> Part:
     about = (
         f"The API takes {API_SECONDS} s, a PUT {1000 * PUT_SECONDS:.0f} ms; {OBJECT_BYTES:,} bytes come back; each "
         "object is sent by URL. *files/s* counts from the first request at the API to the last object stored; *of the "
-        "whole run* counts by the program's own clock, from its start. CPU has the start taken off."
+        "whole run* counts by the program's own clock, from its start. CPU has a run over one file taken off."
     )
     return Part("Throughput", about, [table((*columns, *more), rows)], [throughput_plot(rows)])
 
@@ -293,7 +306,7 @@ def sizes(scale: Scale) -> Part:
             flags = ("--workers", str(workers), *UPLOAD)
             cost = succeeded(run_program(servers, *flags), done=files)
         seconds = cost.counts["span_seconds"]
-        cpu = per_file_ms(cost, start_of_program(), files)
+        cpu = per_file_ms(cost, files)
         moved = size * files / MB
         rows.append([size, files, files / seconds, moved / seconds, cpu, cpu / (size / MB), cost.peak_mb])
     columns = ("bytes", "files", "files/s", "MB/s each way", "CPU ms/file", "CPU ms/MB", "peak MB")
@@ -328,7 +341,7 @@ def processes(scale: Scale) -> Part:
             succeeded(cost, done=scale.process_files)
         rate = scale.process_files / cost.counts["span_seconds"]
         base = base or rate
-        cpu = per_file_ms(cost, start_of_program(), scale.process_files)
+        cpu = per_file_ms(cost, scale.process_files)
         theirs = 1000 * cost.counts["cpu_seconds"] / scale.process_files
         rows.append([number, scale.process_files, rate, rate / base, cpu, theirs, cost.peak_mb, cost.family_mb])
     columns = ("processes", "files", "files/s", "× one process", "CPU ms/file", "stand-ins' CPU ms/file")
@@ -344,46 +357,46 @@ def processes(scale: Scale) -> Part:
 # Pace
 ########################################################################
 
-WINDOWS = 3
+WINDOW_SECONDS = 60  # of a limit per minute
 
 
 def pace(scale: Scale) -> Part:
     """How much of a limit per minute is filled, and how many answers are 429, with nothing configured."""
     workers, limit = 20, scale.per_minute
-    # One window more than is counted, so that the third one's end is seen.
-    files = round(limit * (WINDOWS + 1.5))
-    options = {"per_minute": limit, "window": scale.window, "put_latency": PUT_SECONDS, "latency": API_SECONDS}
+    # One window more than is counted: where it begins is where the last one that counts has ended.
+    files = round(limit * (scale.windows + 1.5))
+    options = {"per_minute": limit, "window": WINDOW_SECONDS, "put_latency": PUT_SECONDS, "latency": API_SECONDS}
     with standins(keys=files, **options) as servers:
-        cost = run_program(servers, "--workers", str(workers), is_enough=lambda: has_seen_enough(servers))
+        cost = run_program(servers, "--workers", str(workers), is_enough=lambda: has_begun(servers, scale.windows + 1))
         windows = cost.counts["windows"]
-    if len(windows) <= WINDOWS:
+    if len(windows) <= scale.windows:
         raise RuntimeError(f"only {len(windows)} windows were begun, exit {cost.exit_code}: {cost.err[-2000:]}")
     rows: list[list[Cell]] = []
-    for number, (window, following) in enumerate(pairwise(windows[: WINDOWS + 1]), 1):
+    for number, (window, following) in enumerate(pairwise(windows[: scale.windows + 1]), 1):
         elapsed = following["began_at"] - window["began_at"]
-        rows.append([str(number), *pace_figures([window], limit, elapsed, scale.window)])
-    elapsed = windows[WINDOWS]["began_at"] - windows[0]["began_at"]
-    rows.append(["all", *pace_figures(windows[:WINDOWS], limit, elapsed, scale.window)])
+        rows.append([str(number), *pace_figures([window], limit, elapsed)])
+    elapsed = windows[scale.windows]["began_at"] - windows[0]["began_at"]
+    rows.append(["all", *pace_figures(windows[: scale.windows], limit, elapsed)])
     columns = ("window", "accepted", "429s", "seconds until the next began", "% of the limit", "429s: % of requests")
     about = (
-        f"{workers} workers, nothing configured; the API admits {limit} requests in a window of {scale.window:.0f} s "
+        f"{workers} workers, nothing configured; the API admits {limit} requests in a window of {WINDOW_SECONDS} s "
         "that begins with the first request after the last one ended. *% of the limit* counts the time until the next "
         "window began, so that a pause between two windows is a loss as well."
     )
     return Part("Pace", about, [table(columns, rows)])
 
 
-def has_seen_enough(servers: Standins) -> bool:
-    """Whether the window after the last one that counts has begun."""
-    return len(servers.counts()["windows"]) > WINDOWS
+def has_begun(servers: Standins, number: int) -> bool:
+    """Whether so many windows have begun."""
+    return len(servers.counts()["windows"]) >= number
 
 
-def pace_figures(windows: Sequence[dict[str, float]], limit: int, elapsed: float, window: float) -> list[Cell]:
+def pace_figures(windows: Sequence[dict[str, float]], limit: int, elapsed: float) -> list[Cell]:
     """The row of some windows that took `elapsed` seconds together."""
     accepted = int(sum(each["accepted"] for each in windows))
     refused = int(sum(each["refused"] for each in windows))
     return [
-        *(accepted, refused, elapsed, 100 * accepted / (limit * elapsed / window)),
+        *(accepted, refused, elapsed, 100 * accepted / (limit * elapsed / WINDOW_SECONDS)),
         100 * refused / max(1, accepted + refused),
     ]
 
@@ -399,9 +412,9 @@ def cost(scale: Scale) -> Part:
     files = scale.process_files // 4
     with standins(keys=files, latency=0.0, put_latency=0.0) as servers:
         run = succeeded(run_program(servers, "--workers", "20"), done=files)
-        rows.append(cost_row("a file converted, by URL", files, run, start_of_program()))
+        rows.append(cost_row("a file converted, by URL", files, run, first_file(by_recipe=False)))
         run = succeeded(run_program(servers, "--workers", "20", *UPLOAD), done=files)
-        rows.append(cost_row("a file converted, by upload", files, run, start_of_program()))
+        rows.append(cost_row("a file converted, by upload", files, run, first_file(by_recipe=False)))
     with standins(keys=scale.keys) as servers:
         run = succeeded(run_program(servers, *WANT_NOTHING), done=scale.keys, count="listed")
         rows.append(cost_row("1,000 keys listed", scale.keys // 1000, run, start_of_program()))
@@ -420,7 +433,7 @@ def cost(scale: Scale) -> Part:
 def cost_row(what: str, many: int, run: Cost, start: Cost) -> list[Cell]:
     """One row."""
     theirs = 1000 * run.counts["cpu_seconds"] / many
-    ours = per_file_ms(run, start, many)
+    ours = each_ms(run, start, many)
     requests = int(run.counts["requests"])
     each = 1e6 * run.counts["cpu_seconds"] / requests
     return [what, many, requests, each, theirs, ours, f"{100 * theirs / (theirs + ours):.0f} %"]
