@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 import signal
@@ -55,6 +57,11 @@ def wait_until(holds: Callable[[], Any]) -> None:
         threading.Event().wait(0.02)
 
 
+def has_paid(api: ConversionApi, count: int) -> bool:
+    """Whether so many conversions are paid."""
+    return len(api.paid) >= count
+
+
 @pytest.fixture
 def strict_api(api: ConversionApi) -> ConversionApi:
     """The API at its strictest: a key belongs to the bytes that were first sent with it."""
@@ -90,8 +97,8 @@ def test_a_worker_process_that_is_killed_is_replaced_and_nothing_is_paid_twice(
     expected = fill(bucket, 40)
     strict_api.behaviour.latency = 0.1
     run = start(*THREE)
-    for killed in range(1, 4):
-        wait_until(lambda killed=killed: len(strict_api.paid) >= 8 * killed)
+    for paid in (8, 16, 24):
+        wait_until(functools.partial(has_paid, strict_api, paid))
         os.kill(min(worker_pids(run)), signal.SIGKILL)
     assert_all_is_well(run.wait(), strict_api, bucket, expected)
     assert "a worker process died with" in run.err
@@ -184,5 +191,5 @@ def test_a_429_that_one_process_gets_lets_nobody_send(run_cli: Cli, strict_api: 
     limited.at(lambda request: request.is_conversion and is_the_tenth(request))
     run = run_cli(*THREE)
     assert (run.exit_code, run.summary["throttled"]) == (0, 1)
-    pauses = [later - earlier for earlier, later in zip(hits, hits[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in itertools.pairwise(hits)]
     assert max(pauses) > 1.5
