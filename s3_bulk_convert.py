@@ -42,6 +42,7 @@ import difflib
 import email.utils
 import fnmatch
 import functools
+import gc
 import hashlib
 import io
 import itertools
@@ -138,9 +139,13 @@ MULTIPART_BYTES = 16 << 20  # a larger output is put in parts
 S3_TIMEOUT_SECONDS = 60
 PAGE_KEYS = 1000  # what S3 lists at once
 LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes 160 ms
+PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
 LIST_URL_SECONDS = 300
 FAST_FAILURES_ENDURED = 3  # in a row; after them boto3 lists alone
 FOLDER_LEVELS_PROBED = 4  # for folders to list side by side
+PAGES_WORTH_A_SPAN = 4  # a shorter one is read to its end by whoever reads it: its last page is read by two
+DIGITS_OF_A_KEY = 6  # by which it is told where keys lie
+LAST_KEY = "\U0010ffff" * (1024 // 4)  # no key comes after it
 MOST_CUTS_BY_FOLDERS = 4 * LIST_THREADS  # so that one large folder among small ones does not hold up the end
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
 SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for so long belongs to a deleted object
@@ -614,8 +619,6 @@ class Shard:
 
         Asked of the claim of a planned output; an object that no job wants belongs to the shard that owns its key.
         """
-        if self.count == 1:
-            return True
         # Not `hash`, which differs from process to process. A key may hold anything: half a surrogate pair as well.
         digested = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digested, "big") % self.count == self.index
@@ -1209,7 +1212,7 @@ def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
     """A predicate on listed objects: the job wants it, by prefix, globs, size and age. `now` in Unix seconds."""
     wanted = job.options
     included, excluded = globs_match(wanted.include), globs_match(wanted.exclude)
-    takes_all = "*" in wanted.include
+    takes_all, leaves_out = "*" in wanted.include, bool(wanted.exclude)
     least = wanted.min_size or 0
     most = float("inf") if wanted.max_size is None else wanted.max_size
     oldest = float("-inf") if wanted.newer_than is None else now - wanted.newer_than
@@ -1219,7 +1222,7 @@ def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
     def wants(source: S3Object) -> bool:
         if not least <= source.size <= most or (has_ages and not oldest <= source.modified <= newest):
             return False
-        return (takes_all or included(source.key)) and not excluded(source.key)
+        return (takes_all or included(source.key)) and not (leaves_out and excluded(source.key))
 
     return wants
 
@@ -1655,13 +1658,18 @@ class Journal:
 
     def knows_only(self, fingerprint: str) -> bool:
         """Whether no other job, of whatever bucket, has ever left a row here."""
-        query = "SELECT bucket, fingerprint FROM log WHERE (bucket, fingerprint) > (?, ?) ORDER BY 1, 2 LIMIT 1"
-        with self._lock, explaining_sqlite(self.path):
-            # From one entry of the index to the next that differs, never over all the rows in between.
-            first = self._db.execute(query, ("", "")).fetchone()
-            return first is None or (
-                first == (self.bucket, fingerprint) and self._db.execute(query, first).fetchone() is None
+        # Four looks into the index; `!=` would read all of it.
+        query = " UNION ALL ".join(
+            f"SELECT * FROM (SELECT 1 FROM log INDEXED BY log_state WHERE {others} LIMIT 1)"
+            for others in (
+                "bucket < ?1",
+                "bucket > ?1",
+                "bucket = ?1 AND fingerprint < ?2",
+                "bucket = ?1 AND fingerprint > ?2",
             )
+        )
+        with self._lock, explaining_sqlite(self.path):
+            return self._db.execute(query, (self.bucket, fingerprint)).fetchone() is None
 
     def sent(self, fingerprint: str, keys: Sequence[str]) -> dict[str, Sent]:
         """The unsettled requests of earlier runs for those of the keys that have one."""
@@ -1744,77 +1752,95 @@ class Journal:
 # that are read side by side:
 #   - Spans are disjoint and cover everything: a cut ends one span where the next begins, so each key is listed once,
 #     whatever is guessed about where keys lie.
-#   - All spans are owned by the thread that reads; the pool's threads only fetch and parse pages.
-#   - No more pages are on their way than the reader asks for: at least the next one, at most `LIST_THREADS`.
+#   - All spans are owned by the thread that reads, which also parses: the pool's threads only fetch. Python would let
+#     no two of them parse at a time, and they would only get in each other's way.
+#   - No more pages are on their way than the reader has a use for, and than it takes to keep it from waiting.
 ########################################################################################################################
+
+
+def number_of(key: str, skipped: int) -> int:
+    """Where a key lies behind its first characters, if keys were numbers with the printable characters as digits."""
+    number = 0
+    for position in range(skipped, skipped + DIGITS_OF_A_KEY):
+        # Characters that are not printable ASCII count as the nearest that is.
+        digit = min(max(ord(key[position]) - 0x20, 0), 94) if position < len(key) else 0
+        number = number * 95 + digit
+    return number
 
 
 @dataclass
 class Span:
-    """Keys that are not listed yet: those after `after`, up to and including `until` (None: to the end)."""
+    """Keys that are not listed yet: those after `after`, up to and including `until`."""
 
     after: str
-    until: str | None = None
+    until: str
     token: str = ""  # where a page has been read: S3's own word for where it goes on
+    pages: float = math.inf  # that it probably has
+
+    def _common(self) -> int:
+        pairs = enumerate(zip(self.after, self.until, strict=False))
+        return next((at for at, (one, other) in pairs if one != other), min(len(self.after), len(self.until)))
 
     def cut(self, at: str) -> "Span | None":
         """End this span at a key inside of it; the span of what comes behind, or None if the key is not inside."""
-        if at <= self.after or (self.until is not None and at >= self.until):
+        if not self.after < at < self.until:
             return None
         behind = Span(at, self.until)
         self.until = at
         return behind
 
+    def part(self, share: float) -> str:
+        """A key that lies a part of the way into the span, as if keys were evenly spread over it.
+
+        Where they are not, spans turn out empty, and are cut again closer to where keys are.
+        """
+        common = self._common()
+        low, high = number_of(self.after, common), number_of(self.until, common)
+        number = low + int((high - low) * share)
+        digits = [number // 95**power % 95 for power in reversed(range(DIGITS_OF_A_KEY))]
+        return self.after[:common] + "".join(chr(0x20 + digit) for digit in digits)
+
     def share_of(self, page: Page) -> list[S3Object]:
         """The objects of a page that lie within this span, as it is now."""
         objects, until = page.objects, self.until
-        if until is None or not objects or objects[-1].key <= until:
+        if not objects or objects[-1].key <= until:
             return objects
         return [source for source in objects if source.key <= until]
 
     def rest(self, page: Page) -> "Span | None":
         """What is left of this span after a page; None if nothing is."""
         last = page.objects[-1].key if page.objects else self.after
-        if page.is_last or (self.until is not None and last >= self.until):
+        if page.is_last or last >= self.until:
             return None
-        return Span(last, self.until, page.token)
+        common = self._common()
+        start, now, end = (number_of(key, common) for key in (self.after, last, self.until))
+        is_known = now > start and not self.until.endswith(LAST_KEY)
+        return Span(last, self.until, page.token, (end - now) / (now - start) if is_known else math.inf)
 
 
-def middle_of(span: Span, prefix: str, part: float) -> str:
-    """A key that lies a part of the way into a span, as if keys were evenly spread over the printable characters.
-
-    Where they are not, spans turn out empty, and are cut again closer to where keys are.
-    """
-    low, high = span.after[len(prefix) :], span.until[len(prefix) :] if span.until is not None else "\x7f"
-    pairs = enumerate(zip(low, high, strict=False))
-    common = next((at for at, (one, other) in pairs if one != other), min(len(low), len(high)))
-    values = [0, 0]
-    for position in range(common, common + 4):
-        for which, side in enumerate((low, high)):
-            # Characters that are not printable ASCII count as the nearest that is.
-            digit = min(max(ord(side[position]) - 0x20, 0), 94) if position < len(side) else 0
-            values[which] = values[which] * 95 + digit
-    value = values[0] + int((values[1] - values[0]) * part)
-    digits = [value // 95**power % 95 for power in (3, 2, 1, 0)]
-    return prefix + low[:common] + "".join(chr(0x20 + digit) for digit in digits)
+FetchedPage = Callable[[], Page]  # a page that has come in; calling it parses it
 
 
 class PageReader(Protocol):
-    """Reads one page of keys that begin with a prefix; `where` names its Delimiter, StartAfter or ContinuationToken."""
+    """Fetches a page of keys that begin with a prefix; `where` names its Delimiter, StartAfter or ContinuationToken."""
 
-    def __call__(self, prefix: str, **where: str) -> Page:
-        """Read it."""
+    def __call__(self, prefix: str, *, until: str = LAST_KEY, **where: str) -> FetchedPage:
+        """Fetch it; a page whose first key comes after `until` may be parsed as empty, and the last one.
+
+        Raises RunStopped if the listing is refused or breaks off; so may the parsing.
+        """
 
 
 class Listing:
-    """The pages of all keys that begin with a prefix. `hunger` says how many pages may be on their way."""
+    """The pages of all keys that begin with a prefix. `hunger` says how many pages may be on their way at the most."""
 
-    def __init__(self, read_page: PageReader, prefix: str, hunger: Callable[[], int]) -> None:
-        self._read_page, self._prefix, self._hunger = read_page, prefix, hunger
-        self._waiting = [Span("")]
-        self._reading: dict[Future[Page], Span] = {}
+    def __init__(self, fetch_page: PageReader, prefix: str, hunger: Callable[[], int]) -> None:
+        self._fetch_page, self._prefix, self._hunger = fetch_page, prefix, hunger
+        self._waiting = [Span("", prefix + LAST_KEY)]
+        self._reading: dict[Future[FetchedPage], Span] = {}
         self._folders: Future[list[str]] | None = None
         self._is_cut_by_folders = False
+        self._width = 1  # pages at a time; it grows while the reader has to wait for them
 
     def pages(self) -> Generator[list[S3Object], None, None]:
         """The objects, a page at a time; in the order of their keys where one page is read at a time.
@@ -1825,8 +1851,12 @@ class Listing:
         try:
             while self._waiting or self._reading:
                 self._read_on(pool)
-                for done in wait(self._reading, return_when=FIRST_COMPLETED).done:
-                    span, page = self._reading.pop(done), done.result()
+                since = time.monotonic()
+                ready = wait(self._reading, return_when=FIRST_COMPLETED).done
+                if time.monotonic() - since > PAGE_WAIT_SECONDS:
+                    self._width = min(2 * self._width, LIST_THREADS)
+                for done in ready:
+                    span, page = self._reading.pop(done), done.result()()
                     objects, rest = span.share_of(page), span.rest(page)
                     self._waiting += [rest] if rest else []
                     # Before the reader gets this one, so that the next is there when it comes back.
@@ -1837,14 +1867,14 @@ class Listing:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _read_on(self, pool: ThreadPoolExecutor) -> None:
-        wanted = min(max(1, self._hunger()), LIST_THREADS)
+        wanted = max(1, min(self._width, self._hunger()))
         if wanted > 1:
             self._cut_by_folders(pool)
         self._cut_in_parts(wanted - len(self._reading) - len(self._waiting))
         while self._waiting and len(self._reading) < wanted:
             span = self._waiting.pop()
             where = {"ContinuationToken": span.token} if span.token else {"StartAfter": span.after}
-            self._reading[pool.submit(self._read_page, self._prefix, **where)] = span
+            self._reading[pool.submit(self._fetch_page, self._prefix, until=span.until, **where)] = span
 
     def _cut_by_folders(self, pool: ThreadPoolExecutor) -> None:
         """Cut the spans at folders, which are asked for once, on the side."""
@@ -1862,7 +1892,7 @@ class Listing:
         """The folders directly below the prefix, or below the only one that is there; at most a page of them."""
         level, folders = self._prefix, [""]
         for _ in range(FOLDER_LEVELS_PROBED):
-            page = self._read_page(level, Delimiter="/")
+            page = self._fetch_page(level, Delimiter="/")()
             folders = page.folders
             if len(folders) != 1:
                 break
@@ -1870,11 +1900,11 @@ class Listing:
         return folders
 
     def _cut_in_parts(self, wanted: int) -> None:
-        """Cut a span that waits into as many more parts as are wanted."""
+        """Cut the span that waits into as many more parts as are wanted, if each would have some pages."""
         if wanted > 0 and self._waiting:
             span = self._waiting[-1]
-            for part in range(wanted, 0, -1):
-                behind = span.cut(middle_of(span, self._prefix, part / (part + 1)))
+            for part in range(int(min(wanted, span.pages / PAGES_WORTH_A_SPAN)), 0, -1):
+                behind = span.cut(span.part(part / (part + 1)))
                 self._waiting += [behind] if behind else []
 
 
@@ -2007,31 +2037,43 @@ class Bucket:
 
     def list_pages(self, prefix: str, hunger: Callable[[], int]) -> Generator[list[S3Object], None, None]:
         """The objects whose keys begin with `prefix`, a page at a time; see Listing. Raises RunStopped."""
-        return Listing(functools.partial(self.read_page, self.name), prefix, hunger).pages()
+        return Listing(functools.partial(self.fetch_page, self.name), prefix, hunger).pages()
 
     def read_page(self, bucket: str, prefix: str, **where: str) -> Page:
-        """One page of a listing: `where` names its Delimiter, and StartAfter or ContinuationToken.
+        """One page of a listing. Raises RunStopped if it is refused or breaks off."""
+        return self.fetch_page(bucket, prefix, **where)()
 
-        Raises RunStopped if the listing is refused or breaks off.
-        """
+    def fetch_page(self, bucket: str, prefix: str, *, until: str = LAST_KEY, **where: str) -> FetchedPage:
+        """One page of a listing, ready to be parsed; see PageReader."""
         request: Any = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **where, **self._payer}
         request["OptionalObjectAttributes"] = ["RestoreStatus"]
         if self._fast_failures < FAST_FAILURES_ENDURED:
             try:
-                page = parse_page(self._fetch_page(request))
-                self._fast_failures = 0
-                return page
-            except (BadListing, BotoCoreError, requests.RequestException, urllib3.exceptions.HTTPError):
-                # boto3 asks again, and knows about redirects, retries and the words for what is wrong.
+                return functools.partial(self._parse, self._fetch_xml(request), until, request)
+            except (BadListing, BotoCoreError, requests.RequestException):
                 self._fast_failures += 1
+        page = self._ask_boto3(request)
+        return lambda: page
+
+    def _parse(self, xml: bytes, until: str, request: Mapping[str, Any]) -> Page:
         try:
-            # boto3 asks for URL-encoded keys and decodes them: XML cannot carry every character that a key may have.
+            page = parse_page(xml, until)
+        except BadListing:
+            self._fast_failures += 1
+            return self._ask_boto3(request)
+        self._fast_failures = 0
+        return page
+
+    def _ask_boto3(self, request: Mapping[str, Any]) -> Page:
+        """The same page by boto3, which is slow, but knows about redirects, retries and the words for what is wrong."""
+        try:
+            # It asks for URL-encoded keys and decodes them: XML cannot carry every character that a key may have.
             return page_of_reply(self.client.list_objects_v2(**request))
         except (ClientError, BotoCoreError) as error:
-            raise refused(error, f"the listing of {bucket}") from None
+            raise refused(error, f"the listing of {request['Bucket']}") from None
 
-    def _fetch_page(self, request: Mapping[str, Any]) -> bytes:
-        """The XML of a page, without boto3's parser, which takes ten times as long as all the rest."""
+    def _fetch_xml(self, request: Mapping[str, Any]) -> bytes:
+        """A page as S3 sends it, because boto3's parser takes ten times as long as all the rest."""
         address = self.client.generate_presigned_url("list_objects_v2", Params=request, ExpiresIn=LIST_URL_SECONDS)
         # boto3 signs them with the URL, so they must be sent.
         headers = {"x-amz-optional-object-attributes": "RestoreStatus"}
@@ -2193,24 +2235,28 @@ class BadListing(Exception):
     """An answer that is not a page of a listing. boto3 is asked instead."""
 
 
-def parse_page(xml: bytes) -> Page:
-    """A page from S3's XML, parsed in C. Raises BadListing if it is not whole, or is something else."""
+def parse_page(xml: bytes, until: str = LAST_KEY) -> Page:
+    """A page from S3's XML, parsed in C; see PageReader. Raises BadListing if it is not whole, or is something else."""
+    first = re.search(rb"<EncodingType>url</EncodingType>.*?<Contents>\s*<Key>([^<]*)</Key>", xml, re.DOTALL)
+    if first and urllib.parse.unquote_plus(first[1].decode()) > until:
+        # Another span has these keys; most of what a page costs is saved.
+        return Page([], [])
     try:
         # Without its namespace every name is as the documentation has it.
         root = ElementTree.fromstring(re.sub(rb' xmlns="[^"]*"', b"", xml, count=1))
-    except ElementTree.ParseError as error:
+        told, token = root.findtext("IsTruncated"), root.findtext("NextContinuationToken", "")
+        is_encoded = root.findtext("EncodingType") == "url"
+        objects = [parsed_object(entry, is_encoded=is_encoded) for entry in root.findall("Contents")]
+        folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
+        count = int(root.findtext("KeyCount") or len(objects) + len(folders))
+    except (ElementTree.ParseError, ValueError) as error:
         raise BadListing(str(error)) from None
-    told = root.findtext("IsTruncated")
-    if root.tag != "ListBucketResult" or told is None:
+    # What does not add up is no page: a listing that ends early would leave objects out, unnoticed.
+    is_whole = root.tag == "ListBucketResult" and count == len(objects) + len(folders)
+    if not is_whole or told not in {"true", "false"} or (told == "true" and not token):
         raise BadListing(root.tag)
-    is_encoded = root.findtext("EncodingType") == "url"
-    objects = [parsed_object(entry, is_encoded=is_encoded) for entry in root.findall("Contents")]
-    folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
-    token = root.findtext("NextContinuationToken", "") if told == "true" else ""
-    # Two readings of one page must agree before it may count as read.
-    if int(root.findtext("KeyCount") or -1) not in {len(objects) + len(folders), -1} or (told == "true" and not token):
-        raise BadListing("its numbers do not add up")
-    return Page(objects, [urllib.parse.unquote_plus(name) for name in folders] if is_encoded else folders, token)
+    folders = [urllib.parse.unquote_plus(name) for name in folders] if is_encoded else folders
+    return Page(objects, folders, token if told == "true" else "")
 
 
 def parsed_object(entry: ElementTree.Element, *, is_encoded: bool) -> S3Object:
@@ -2989,14 +3035,14 @@ class Route(NamedTuple):
 
     job: Job
     wants: Callable[[S3Object], bool]
-    own_extensions: frozenset[str]  # of sources that are in the target format already, and are to be skipped
+    own_endings: tuple[str, ...]  # of keys that may be in the target format already, and are skipped if they are
 
 
 def make_route(job: Job, now: float) -> Route:
     """A job made ready. `now` in Unix seconds."""
     target = canonical(job.options.target)
-    same = {target, *(alias for alias, name in FORMAT_ALIASES.items() if name == target)}
-    return Route(job, job_filter(job, now), frozenset(same if job.options.same_format == "skip" else ()))
+    same = [target, *(alias for alias, name in FORMAT_ALIASES.items() if name == target)]
+    return Route(job, job_filter(job, now), tuple(f".{ext}" for ext in same if job.options.same_format == "skip"))
 
 
 def skip_reason(source: S3Object, own_prefixes: tuple[str, ...]) -> str:
@@ -3012,8 +3058,9 @@ def skip_reason(source: S3Object, own_prefixes: tuple[str, ...]) -> str:
 
 def routes_wanting(source: S3Object, routes: Sequence[Route]) -> Sequence[Route]:
     """The routes that want an object; of those that would make the very same output, one."""
-    wanting = [route for route in routes if route.wants(source)]
-    return wanting if len(wanting) < 2 else list({route.job.fingerprint: route for route in wanting}.values())
+    if len(routes) == 1:
+        return routes if routes[0].wants(source) else ()
+    return list({route.job.fingerprint: route for route in routes if route.wants(source)}.values())
 
 
 def select(
@@ -3024,18 +3071,19 @@ def select(
     counts: Counter[str],
 ) -> Iterator[Candidate]:
     """The objects of a page that jobs want; an object counts as listed once for each job that wants it."""
+    is_divided = shard.count > 1
     for source in page:
         reason = skip_reason(source, own_prefixes)
         wanting = () if reason else routes_wanting(source, routes)
-        if not wanting and shard.owns(source.key):
+        if not wanting and not (is_divided and not shard.owns(source.key)):
             counts["listed"] += 1
             counts[reason or UNMATCHED] += 1
         for route in wanting:
             # All sources that want one output key meet in one shard: two shards would both write it.
-            if shard.count > 1 and not shard.owns(claim_of(output_key(route.job, source.key))):
+            if is_divided and not shard.owns(claim_of(output_key(route.job, source.key))):
                 continue
             counts["listed"] += 1
-            if route.own_extensions and source_format(source.key) in route.own_extensions:
+            if source.key.lower().endswith(route.own_endings) and is_in_target_format(source.key, route.job):
                 counts[SAME_FORMAT] += 1
             else:
                 yield Candidate(route.job, source)
@@ -3101,7 +3149,6 @@ class Feeder:
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
         self.routes = [make_route(job, now) for job in settings.jobs]
-        self._pages_wanted = 1
 
     def run(self) -> None:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
@@ -3132,7 +3179,7 @@ class Feeder:
         """Hand out the tasks of every page. Jobs with the same prefix share one listing."""
         for prefix in dict.fromkeys(route.job.prefix for route in self.routes):
             routes = [route for route in self.routes if route.job.prefix == prefix]
-            with contextlib.closing(self.shared.bucket.list_pages(prefix, lambda: self._pages_wanted)) as pages:
+            with contextlib.closing(self.shared.bucket.list_pages(prefix, self._hunger)) as pages:
                 stop = self._feed_pages(pages, routes)
             if stop or self.shared.stop.requested:
                 return stop
@@ -3143,10 +3190,11 @@ class Feeder:
             stop = self._hand_out(self.tasks_of(page, routes))
             if stop or self.shared.stop.requested:
                 return stop
-            # While there is work, a page that is read early is only a page that grows old.
-            is_hungry = self.tasks.qsize() < self.shared.settings.run.workers
-            self._pages_wanted = min(2 * self._pages_wanted, LIST_THREADS) if is_hungry else 1
         return None
+
+    def _hunger(self) -> int:
+        # While there is work, a page that is read early is only a page that grows old.
+        return LIST_THREADS if self.tasks.qsize() < self.shared.settings.run.workers else 1
 
     def tasks_of(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Task]:
         """What is to be done of a page."""
@@ -3923,6 +3971,8 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     refuse_unwritable(Path(settings.run.failures), "run.failures")
     refuse_unwritable(Path(settings.run.summary or os.devnull), "run.summary")
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.s3.written_bucket) as journal:
+        # What is imported is never garbage: looking at it again and again would cost a third of reading a page.
+        gc.freeze()
         tasks: queue.Queue[Task | None] = queue.Queue(2 * settings.run.workers)
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
         pacer = Pacer(settings.api.requests_per_minute, settings.shard.count)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
@@ -22,6 +22,12 @@ ENTRY = """<Contents><Key>{key}</Key><LastModified>2026-09-21T14:13:20.000Z</Las
 <Size>7</Size><StorageClass>{kept}</StorageClass>{more}</Contents>"""
 
 
+@pytest.fixture(autouse=True)
+def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every page makes the reader wait long enough to want more at a time."""
+    monkeypatch.setattr(program, "PAGE_WAIT_SECONDS", -1.0)
+
+
 class SortedKeys:
     """A bucket in memory that is listed as S3 lists: in pages, by StartAfter, token and delimiter."""
 
@@ -30,7 +36,7 @@ class SortedKeys:
         self.requests: list[dict[str, str]] = []
         self._lock = threading.Lock()
 
-    def read_page(self, prefix: str, **where: str) -> Page:
+    def read_page(self, prefix: str, *, until: str = program.LAST_KEY, **where: str) -> Page:
         """One page."""
         with self._lock:
             self.requests.append(where)
@@ -40,8 +46,15 @@ class SortedKeys:
         after = where.get("ContinuationToken", where.get("StartAfter", "")).removeprefix("token:")
         found = [key for key in self.keys[bisect.bisect_right(self.keys, after) :] if key.startswith(prefix)]
         shown = found[: self._page_keys]
+        if shown and shown[0] > until:
+            return Page([], [])
         token = f"token:{shown[-1]}" if len(found) > len(shown) else ""
         return Page([S3Object(key, "e1", 7, "") for key in shown], [], token)
+
+    def fetch_page(self, prefix: str, *, until: str = program.LAST_KEY, **where: str) -> program.FetchedPage:
+        """One page, fetched."""
+        page = self.read_page(prefix, until=until, **where)
+        return lambda: page
 
     @staticmethod
     def is_in_folder(key: str, prefix: str) -> bool:
@@ -51,7 +64,7 @@ class SortedKeys:
 
 def listed(bucket: SortedKeys, prefix: str, hunger: Callable[[], int]) -> list[str]:
     """The keys of all pages, in the order in which they come."""
-    return [found.key for page in Listing(bucket.read_page, prefix, hunger).pages() for found in page]
+    return [found.key for page in Listing(bucket.fetch_page, prefix, hunger).pages() for found in page]
 
 
 KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
@@ -59,7 +72,7 @@ PATHS = st.from_regex(r"(a/|b/|cc/d/|)[0-9]{1,4}\.png", fullmatch=True)
 
 
 @given(keys=st.lists(KEYS | PATHS, max_size=60), hungers=st.lists(st.integers(1, 20), min_size=1, max_size=9))
-@hypothesis_settings(max_examples=200, deadline=None)
+@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_every_key_is_listed_exactly_once_however_hungry_the_reader(keys: list[str], hungers: list[int]) -> None:
     turns = iter(hungers * 1000)
     bucket = SortedKeys(keys)
@@ -82,7 +95,7 @@ def test_a_reader_without_hunger_gets_the_keys_in_order_page_by_page() -> None:
 
 def test_one_page_is_read_ahead_and_no_more() -> None:
     bucket = SortedKeys([f"{number:03}" for number in range(20)])
-    pages = Listing(bucket.read_page, "", lambda: 1).pages()
+    pages = Listing(bucket.fetch_page, "", lambda: 1).pages()
     assert [found.key for found in next(pages)] == ["000", "001", "002"]
     pages.close()
     assert len(bucket.requests) <= 2
@@ -100,17 +113,8 @@ def test_one_page_is_read_ahead_and_no_more() -> None:
     ],
 )
 def test_a_hungry_reader_s_pages_are_read_side_by_side(keys: list[str]) -> None:
-    at_once: list[int] = []
-    reading = threading.Semaphore(program.LIST_THREADS)
     bucket = SortedKeys(keys, page_keys=10)
-
-    def read_page(prefix: str, **where: str) -> Page:
-        with reading:
-            at_once.append(threading.active_count())
-            return bucket.read_page(prefix, **where)
-
-    found = [source.key for page in Listing(read_page, "", lambda: 8).pages() for source in page]
-    assert sorted(found) == bucket.keys
+    assert sorted(listed(bucket, "", lambda: 8)) == bucket.keys
     pages = [request for request in bucket.requests if "Delimiter" not in request]
     starts = [request for request in pages if "StartAfter" in request]
     assert len(starts) > 8
@@ -121,13 +125,13 @@ def test_a_hungry_reader_s_pages_are_read_side_by_side(keys: list[str]) -> None:
 def test_an_error_of_one_page_is_the_listing_s() -> None:
     bucket = SortedKeys([f"{number:03}" for number in range(50)])
 
-    def read_page(prefix: str, **where: str) -> Page:
+    def fetch_page(prefix: str, *, until: str = program.LAST_KEY, **where: str) -> program.FetchedPage:
         if where.get("ContinuationToken", "").endswith("011"):
             raise program.RunStopped("S3 refused", "try again")
-        return bucket.read_page(prefix, **where)
+        return bucket.fetch_page(prefix, until=until, **where)
 
     with pytest.raises(program.RunStopped, match="S3 refused"):
-        list(Listing(read_page, "", lambda: 4).pages())
+        list(Listing(fetch_page, "", lambda: 4).pages())
 
 
 ########################################################################
