@@ -1993,7 +1993,9 @@ def failed_objects(lines: Iterable[str], name: str, bucket: str) -> Iterator[S3O
             if failure["bucket"] == bucket:
                 yield named_object(str(failure["key"]), name, number)
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise bad_line(name, number, 'is no JSON with "bucket" and "key", as the first line is; remove it') from None
+            raise bad_line(
+                name, number, 'is no JSON with "bucket" and "key", as the first line is; remove it'
+            ) from None
 
 
 def read_manifest(text: str, name: str, bucket: str) -> Manifest:
