@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import subprocess
@@ -180,7 +181,7 @@ def test_memory_does_not_grow_with_the_file(source: program.Bucket, tmp_path: Pa
 def test_failures_of_this_very_run_are_not_read_again(source: program.Bucket, tmp_path: Path) -> None:
     path = write(tmp_path / "failures.jsonl", "".join(failure(f"k{number}") + "\n" for number in range(1_500)))
     pages = 0
-    for page in keys_from(str(path), source):
+    for page in itertools.islice(keys_from(str(path), source), 5):
         pages += 1
         with path.open("a", encoding="utf-8") as lines:
             lines.writelines(failure(found.key) + "\n" for found in page)
@@ -315,11 +316,13 @@ def test_a_file_that_cannot_be_opened_is_named(source: program.Bucket, tmp_path:
         keys(tmp_path, source)
 
 
-@pytest.mark.parametrize("damage", ["cut", "header", "middle", "checksum"])
+@pytest.mark.parametrize("damage", ["cut", "header", "block", "middle", "checksum"])
 def test_a_damaged_gz_is_never_taken_for_whole(damage: str, source: program.Bucket, tmp_path: Path) -> None:
     packed = bytearray(gzip.compress("".join(f"{os.urandom(8).hex()}\n" for _ in range(500)).encode()))
     if damage == "cut":
         del packed[-20:]
+    elif damage == "block":
+        packed[10] = 0x07  # a kind of block that does not exist
     else:
         packed[{"header": 2, "middle": len(packed) // 2, "checksum": -8}[damage]] ^= 0x55
     path = tmp_path / "keys.gz"
