@@ -38,11 +38,13 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import argparse
 import configparser
 import contextlib
+import csv
 import difflib
 import email.utils
 import fnmatch
 import functools
 import gc
+import gzip
 import hashlib
 import io
 import itertools
@@ -52,10 +54,12 @@ import math
 import mimetypes
 import multiprocessing
 import multiprocessing.resource_tracker
+import operator
 import os
 import queue
 import random
 import re
+import shutil
 import sqlite3
 import stat
 import statistics
@@ -64,6 +68,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -147,6 +152,8 @@ PAGES_WORTH_A_SPAN = 4  # a shorter one is read to its end by whoever reads it: 
 DIGITS_OF_A_KEY = 6  # by which it is told where keys lie
 LAST_KEY = "\U0010ffff" * (1024 // 4)  # no key comes after it
 MOST_CUTS_BY_FOLDERS = 4 * LIST_THREADS  # so that one large folder among small ones does not hold up the end
+HEADS_AT_A_TIME = 16  # S3 takes thousands; more would starve the workers' own requests
+LINE_BYTES = 8 << 20  # of a file of keys: a manifest may be one line, a key's line is far shorter
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
 SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for so long belongs to a deleted object
 FOUND_KEPT = 10_000  # more than the notes that can wait for the recorder: 8 for each of at most 1,000 workers
@@ -169,7 +176,7 @@ FORMAT_ALIASES = {
     "markdown": "md",
 }
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
-ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
+ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
 SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE = "same_format", "own_output", "failed_before"
 
@@ -822,6 +829,7 @@ class Settings:
     jobs: tuple[Job, ...]
     shard: Shard = Shard()
     retry_failed: bool = False
+    keys_from: str | None = None
     quiet: bool = False
 
     def for_shard(self, shard: Shard) -> "Settings":
@@ -2006,7 +2014,7 @@ class Bucket:
     def __init__(self, settings: Settings) -> None:
         self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.written_bucket
         # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
-        self._connections = settings.run.workers + 4
+        self._connections = settings.run.workers + HEADS_AT_A_TIME
         self.client = make_s3_client(settings.s3, None, self._connections)
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._has_read = False
@@ -2084,6 +2092,53 @@ class Bucket:
         if reply.status_code != 200:
             raise BadListing(f"status {reply.status_code}")
         return reply.content
+
+    def current(self, page: Sequence[S3Object]) -> list[S3Object | ObjectFailed]:
+        """The objects of a page in the version that is there now, in the same order; why, where there is none to read.
+
+        Raises RunStopped if S3 refuses them all or cannot be reached.
+        """
+        with ThreadPoolExecutor(HEADS_AT_A_TIME) as pool:
+            heads = list(pool.map(self._head, page))
+        is_any_seen = any(isinstance(head, S3Object) for head in heads)
+        return [
+            head if isinstance(head, S3Object) else self._not_seen(source.key, head, is_any_seen=is_any_seen)
+            for source, head in zip(page, heads, strict=True)
+        ]
+
+    def _head(self, source: S3Object) -> S3Object | ClientError:
+        try:
+            return headed_object(source.key, self.client.head_object(Bucket=self.name, Key=source.key, **self._payer))
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
+                return error
+            raise refused(error, f"reading from {self.name}") from None
+
+    def _not_seen(self, key: str, error: Exception, *, is_any_seen: bool) -> ObjectFailed:
+        if error_code(error) in {"404", "NoSuchKey"}:
+            return ObjectFailed("source_gone", "there is no object with this key", permanent=False)
+        # A refused HEAD has no body; that of a GET says whether it is the credentials, or this object.
+        try:
+            self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0", **self._payer)["Body"].close()
+        except (ClientError, BotoCoreError) as explained:
+            error = explained
+        # To who may not list, S3 says the same of an object that does not exist.
+        if is_refusal(error) and not (is_any_seen and error_code(error) == "AccessDenied"):
+            raise refused(error, f"reading from {self.name}")
+        return ObjectFailed("source_unreadable", f"S3: {error}", permanent=False)
+
+    @contextlib.contextmanager
+    def fetched(self, url: str) -> Iterator[IO[bytes]]:
+        """A temporary copy of an object of any bucket, from its `s3://` URL. Raises OSError, RunStopped."""
+        name, _, key = url.removeprefix("s3://").partition("/")
+        # A copy, because S3 hangs up on a stream that is read no faster than objects are converted.
+        with tempfile.TemporaryFile() as copy:
+            try:
+                shutil.copyfileobj(self.client.get_object(Bucket=name, Key=key, **self._payer)["Body"], copy)
+            except (ClientError, BotoCoreError) as error:
+                raise refused(error, f"reading {url}") from None
+            copy.seek(0)
+            yield copy
 
     def presign(self, key: str) -> str:
         """A URL that reads one object."""
@@ -2287,12 +2342,235 @@ def listed_object(line: Any) -> S3Object:
     return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], line["LastModified"].isoformat(), archived)
 
 
+def headed_object(key: str, head: Any) -> S3Object:
+    """What the answer to a HEAD says of an object."""
+    restored = 'ongoing-request="false"' in head.get("Restore", "")
+    archived = head.get("StorageClass") in ARCHIVE_CLASSES and not restored
+    return S3Object(key, head["ETag"].strip('"'), head["ContentLength"], head["LastModified"].isoformat(), archived)
+
+
 def source_key_metadata(key: str) -> dict[str, str]:
     """The metadata that names an output's source; a key too long for S3's 2 KB of metadata is named by its digest."""
     quoted = urllib.parse.quote(key, safe="/")
     if len(quoted) > METADATA_KEY_BYTES:
         return {"source-key-sha256": hashlib.sha256(key.encode()).hexdigest()}
     return {"source-key": quoted}
+
+
+########################################################################################################################
+# Keys. From a file instead of a listing: plain keys, an S3 Inventory, or a failures file, told apart by what is in it.
+#   - The file is read as a stream. It is the caller's to ask `Bucket.current` for the version of an object that is not
+#     done yet: a plain key has none, and an inventory is a day old.
+#   - A file that is cut or damaged ends the run as a broken listing does: its rest must not look like done.
+########################################################################################################################
+
+INVENTORY_ROW = re.compile(r'"[^"]+","[^"]*"(,"|$)')
+INVENTORY_MANIFEST = re.compile(r'"(sourceBucket|fileFormat|fileSchema)"\s*:')
+KEYS_HINT = "give keys, one a line in UTF-8; an S3 Inventory in CSV, best its manifest.json; or a failures file"
+
+
+class Manifest(NamedTuple):
+    """What an S3 Inventory says of itself."""
+
+    columns: list[str]
+    files: list[tuple[str, str]]  # key in the destination bucket, MD5 in hex
+    destination: str  # bucket
+
+
+def keys_from(source: str, bucket: Bucket) -> Iterator[list[S3Object]]:
+    """The objects that a file names, in pages without duplicates; without ETag, size and date where it has only keys.
+
+    `source` is a path, `-` for stdin, or `s3://bucket/key`. Raises UserError for what is wrong with the file, and
+    RunStopped once a page is out.
+    """
+    has_begun = False
+    try:
+        with opened_lines(source, bucket) as lines:
+            objects = objects_named(lines, source, bucket)
+            while page := {named.key: named for named in itertools.islice(objects, PAGE_KEYS)}:
+                yield list(page.values())
+                has_begun = True
+    except UserError as error:
+        if has_begun:
+            raise RunStopped(error.message, error.hint) from None
+        raise
+
+
+@contextlib.contextmanager
+def opened_lines(name: str, bucket: Bucket, md5: str = "") -> Iterator[Iterator[str]]:
+    """The lines of a file, unpacked if it is gz. Raises UserError if it cannot be read or has another MD5."""
+    try:
+        with opened_bytes(name, bucket) as file:
+            if md5 and md5_of(file) != md5:
+                raise UserError(f"{name} is damaged: its MD5 is not the manifest's", "copy it again from its bucket")
+            if cast(io.BufferedReader, file).peek(2)[:2] == b"\x1f\x8b":
+                unpacked = cast(io.RawIOBase, gzip.GzipFile(fileobj=file))
+                yield text_lines(io.BufferedReader(unpacked), name, None)
+            else:
+                yield text_lines(file, name, size_of(file))
+    except (OSError, EOFError, zlib.error) as problem:
+        what = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{name} cannot be read: {what}", "check that the file is there and whole") from None
+
+
+def opened_bytes(name: str, bucket: Bucket) -> contextlib.AbstractContextManager[IO[bytes]]:
+    """A file, stdin, or a copy of an object. Raises OSError, or RunStopped if S3 refuses."""
+    if name == "-":
+        if sys.stdin is None:
+            raise UserError("stdin is closed", "pipe keys into it, or give a file")
+        return contextlib.nullcontext(sys.stdin.buffer)
+    if name.startswith("s3://"):
+        return bucket.fetched(name)
+    return Path(name).open("rb")
+
+
+def md5_of(file: IO[bytes]) -> str:
+    """The MD5 of a file in hex; it can then be read from its beginning."""
+    # Before the first line is taken: from a damaged file nothing is converted.
+    digest = hashlib.md5(usedforsecurity=False)
+    while block := file.read(CHUNK_BYTES):
+        digest.update(block)
+    file.seek(0)
+    return digest.hexdigest()
+
+
+def size_of(file: IO[bytes]) -> int | None:
+    """The bytes in a regular file; None for a pipe."""
+    status = os.fstat(file.fileno())
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def text_lines(file: IO[bytes], name: str, size: int | None) -> Iterator[str]:
+    """The lines of the first `size` bytes, without their ends. Raises UserError with the number of a bad one."""
+    # Not to the file's end: this very run may be appending its failures to it.
+    left = sys.maxsize if size is None else size
+    number = 0
+    while left > 0 and (line := file.readline(LINE_BYTES)):
+        number += 1
+        left -= len(line)
+        if len(line) == LINE_BYTES:
+            raise bad_line(name, number, "is too long")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            raise bad_line(name, number, "is not UTF-8") from None
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def bad_line(name: str, number: int, what: str) -> UserError:
+    """The error for a line of a file."""
+    return UserError(f"{name}: line {number} {what}", KEYS_HINT)
+
+
+def objects_named(lines: Iterator[str], name: str, bucket: Bucket) -> Iterator[S3Object]:
+    """The objects that the lines of a file name, whatever its form. Raises UserError."""
+    # A manifest's own names stand in its first lines.
+    head = list(itertools.islice(lines, 8))
+    first = head[0] if head else ""
+    lines = itertools.chain(head, lines)
+    if first.lstrip().startswith("{") and INVENTORY_MANIFEST.search("\n".join(head)):
+        return inventory_objects(read_manifest("\n".join(lines), name, bucket.name), name, bucket)
+    if INVENTORY_ROW.match(first):
+        return row_objects(lines, name, ["Bucket", "Key"], bucket.name)
+    if is_failure_line(first):
+        return failed_objects(lines, name, bucket.name)
+    # Names of files decide nothing, but such a file hardly holds plain keys: each would be missed in the bucket.
+    if first and name.lower().removesuffix(".gz").endswith((".csv", ".json", ".jsonl")):
+        raise bad_line(name, 1, 'is not what is expected there: "bucket","key",... as S3 Inventory writes it, or JSON')
+    return (named_object(line, name, number) for number, line in enumerate(lines, 1) if line)
+
+
+def named_object(key: str, name: str, number: int) -> S3Object:
+    """An object of which only the key is known. Raises UserError if it cannot be a key."""
+    if not 0 < len(key.encode()) <= S3_KEY_BYTES:
+        raise bad_line(name, number, f"is no key: S3 allows 1 to {S3_KEY_BYTES} bytes")
+    return S3Object(key, "", 0, "")
+
+
+def is_failure_line(line: str) -> bool:
+    """Whether it is a line of a failures file."""
+    try:
+        return bool({"bucket", "key"} <= json.loads(line).keys())
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+def failed_objects(lines: Iterable[str], name: str, bucket: str) -> Iterator[S3Object]:
+    """The objects of this bucket in a failures file. Raises UserError."""
+    for number, line in filter(operator.itemgetter(1), enumerate(lines, 1)):
+        try:
+            failure = json.loads(line)
+            if failure["bucket"] == bucket:
+                yield named_object(str(failure["key"]), name, number)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise bad_line(
+                name, number, 'is no JSON with "bucket" and "key", as the first line is; remove it'
+            ) from None
+
+
+def read_manifest(text: str, name: str, bucket: str) -> Manifest:
+    """The manifest of an inventory of `bucket` in CSV. Raises UserError if it is anything else."""
+    try:
+        content = json.loads(text)
+        source, file_format = content["sourceBucket"], content["fileFormat"]
+        columns = [column.strip() for column in content["fileSchema"].split(",")]
+        files = [(file["key"], file.get("MD5checksum", "")) for file in content["files"]]
+        destination = content["destinationBucket"].rpartition(":")[2]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{name} is no whole manifest.json of S3 Inventory", "copy it again from its bucket") from None
+    if file_format != "CSV":
+        raise UserError(f"{name} is an inventory in {file_format}", "set the format of the S3 Inventory to CSV")
+    if source != bucket:
+        raise UserError(f"{name} is an inventory of the bucket {source}, not of {bucket}", "correct s3.bucket or FILE")
+    if not {"Bucket", "Key"} <= set(columns):
+        raise UserError(f"{name} has no columns Bucket and Key", "give the manifest as S3 Inventory wrote it")
+    return Manifest(columns, files, destination)
+
+
+def inventory_objects(manifest: Manifest, name: str, bucket: Bucket) -> Iterator[S3Object]:
+    """The objects of an inventory, in the order of its files. Raises UserError."""
+    for key, md5 in manifest.files:
+        place = local_copy(name, key) or f"s3://{manifest.destination}/{key}"
+        with opened_lines(place, bucket, md5) as lines:
+            yield from row_objects(lines, place, manifest.columns, bucket.name)
+
+
+def local_copy(manifest: str, key: str) -> str:
+    """Where a file of an inventory lies beside its manifest; empty if it does not."""
+    # A copy begins at any folder of the bucket: the files lie in a folder beside the manifest's, or below it.
+    parts = key.split("/")
+    here = Path(manifest).absolute().parent
+    ends = ["/".join(parts[start:]) for start in range(len(parts))]
+    places = (folder / end for folder in (here, here.parent) for end in ends if end)
+    return next((str(place) for place in places if place.is_file()), "")
+
+
+def row_objects(lines: Iterable[str], name: str, columns: Sequence[str], bucket: str) -> Iterator[S3Object]:
+    """The newest versions in the rows of an inventory; columns beyond those named are not read. Raises UserError."""
+    rows = csv.reader(lines, strict=True)
+    try:
+        for row in filter(None, rows):
+            if len(row) < len(columns):
+                raise bad_line(name, rows.line_num, f"has fewer columns than {', '.join(columns)}")
+            cells = dict(zip(columns, row, strict=False))
+            if cells["Bucket"] != bucket:
+                raise bad_line(name, rows.line_num, f"is of the bucket {cells['Bucket']}, not of {bucket}")
+            if cells.get("IsLatest") != "false" and cells.get("IsDeleteMarker") != "true":
+                yield row_object(cells, name, rows.line_num)
+    except (csv.Error, ValueError) as problem:
+        raise bad_line(name, rows.line_num, f"cannot be read: {problem}") from None
+
+
+def row_object(cells: Mapping[str, str], name: str, number: int) -> S3Object:
+    """The object of a row. Raises ValueError, or UserError for a key that cannot be one."""
+    # S3 writes a space as + and a plus as %2B there. Without "strict", broken UTF-8 would become another key.
+    named = named_object(urllib.parse.unquote_plus(cells["Key"], errors="strict"), name, number)
+    return named._replace(
+        etag=cells.get("ETag", "").strip('"'),
+        size=int(cells.get("Size") or 0),
+        last_modified=cells.get("LastModifiedDate", ""),
+        archived=cells.get("StorageClass") in ARCHIVE_CLASSES,
+    )
 
 
 ########################################################################################################################
@@ -4123,6 +4401,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
     add("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
+    add("--keys-from", metavar="FILE", help="take keys from FILE (- is stdin) instead of listing; see README")
     add("-q", "--quiet", action="store_true", help="print only what went wrong, and one line at the end")
     add("-v", "--verbose", action="store_true", help="say more; show tracebacks")
     add("--version", action="version", version=f"%(prog)s {__version__}")
@@ -4201,6 +4480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings(arguments.config, os.environ, read_flags(arguments), arguments.shard)
         settings = replace(settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
+        settings = replace(settings, keys_from=arguments.keys_from)
         return finish(run(settings, stop), settings)
     except UserError as error:
         return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)

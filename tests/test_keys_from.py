@@ -1,0 +1,426 @@
+"""Keys from a file: every form comes out as the same keys, and nothing that is cut or damaged looks finished."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote_plus
+
+import pytest
+
+import s3_bulk_convert as program
+from s3_bulk_convert import ObjectFailed, RunStopped, S3Object, UserError, keys_from
+from tests.conftest import SCRIPT
+from tests.test_from_outside import Relay
+from tests.test_s3_server import DOTTED_KEYS
+from tests.test_s3_server import ODD_KEYS as SERVER_KEYS
+from tests.test_what_is_converted import ODD_KEYS as CONVERTED_KEYS
+
+if TYPE_CHECKING:
+    from tests.conftest import TestBucket
+    from tests.s3_server import S3Server
+
+ODD_KEYS = list(dict.fromkeys([*CONVERTED_KEYS, *SERVER_KEYS, *DOTTED_KEYS]))
+LINES = [key for key in ODD_KEYS if "\n" not in key]
+SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag, StorageClass"
+DATE = "2026-11-24T01:00:00.000Z"
+SOURCE = "bucket"
+
+
+def make_bucket(name: str = SOURCE, **environment: str) -> program.Bucket:
+    """A bucket as the program has it."""
+    flags = [part for given in (f"s3.bucket={name}", "convert.target=jpg", "api.key=k") for part in ("--set", given)]
+    given = program.read_flags(program.build_parser().parse_args(flags))
+    return program.Bucket(program.load_settings(None, environment, given))
+
+
+@pytest.fixture
+def source(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> program.Bucket:
+    """The program's bucket on the real S3 server; it need not exist."""
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    return make_bucket()
+
+
+def keys(path: Path | str, source: program.Bucket) -> list[str]:
+    """All keys that a file names."""
+    return [found.key for page in keys_from(str(path), source) for found in page]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write a file, as gz where its name says so."""
+    content = content.encode() if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def inventory_rows(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as S3 Inventory writes them: all quoted, keys URL-encoded with + for a space."""
+    written = io.StringIO()
+    csv.writer(written, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    return written.getvalue()
+
+
+def full_row(key: str, latest: str = "true", deleted: str = "false", storage: str = "STANDARD") -> list[str]:
+    """A row with all columns of SCHEMA."""
+    return [SOURCE, quote_plus(key, safe="/"), "v1", latest, deleted, "7", DATE, "e1", storage]
+
+
+def write_manifest(root: Path, rows: Iterable[Sequence[str]], **changes: Any) -> Path:
+    """An inventory of one data file below `root` as S3 lays it out."""
+    packed = write(root / "inv/bucket/daily/data/1.csv.gz", inventory_rows(rows)).read_bytes()
+    part = {
+        "key": "inv/bucket/daily/data/1.csv.gz",
+        "size": len(packed),
+        "MD5checksum": hashlib.md5(packed).hexdigest(),
+    }
+    manifest = {
+        "sourceBucket": SOURCE,
+        "destinationBucket": "arn:aws:s3:::inventories",
+        "version": "2016-11-30",
+        "creationTimestamp": "1790000000000",
+        "fileFormat": "CSV",
+        "fileSchema": SCHEMA,
+        "files": [part],
+        **changes,
+    }
+    return write(root / "inv/bucket/daily/2026-11-24T01-00Z/manifest.json", json.dumps(manifest, indent=2))
+
+
+def failure(key: str, bucket: str = SOURCE) -> str:
+    """A line of a failures file."""
+    return json.dumps({"ts": DATE, "bucket": bucket, "key": key, "message": '"sourceBucket": x'}, ensure_ascii=False)
+
+
+def plain_form(directory: Path) -> Path:
+    return write(directory / "keys.txt", "\n".join(LINES))
+
+
+def plain_form_of_windows(directory: Path) -> Path:
+    return write(directory / "keys.gz", "\ufeff" + "\r\n".join(["", *LINES, "", ""]))
+
+
+def inventory_file(directory: Path) -> Path:
+    return write(directory / "1.csv", inventory_rows([SOURCE, quote_plus(key, safe="/")] for key in ODD_KEYS))
+
+
+def whole_inventory_file(directory: Path) -> Path:
+    return write(directory / "1.csv.gz", inventory_rows(map(full_row, ODD_KEYS)))
+
+
+def manifest_form(directory: Path) -> Path:
+    return write_manifest(directory, map(full_row, ODD_KEYS))
+
+
+def failures_form(directory: Path) -> Path:
+    return write(directory / "failures.jsonl", "\n".join([failure("no", "other"), *map(failure, ODD_KEYS)]) + "\n")
+
+
+FORMS = [plain_form, plain_form_of_windows, inventory_file, whole_inventory_file, manifest_form, failures_form]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_odd_keys_come_through_every_form(form: Callable[[Path], Path], source: program.Bucket, tmp_path: Path) -> None:
+    expected = LINES if form in {plain_form, plain_form_of_windows} else ODD_KEYS
+    assert keys(form(tmp_path), source) == expected
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_stdin_takes_every_form(form: Callable[[Path], Path], source: program.Bucket, tmp_path: Path) -> None:
+    path = form(tmp_path)
+    # The data files of a manifest are looked for from where the program runs.
+    command = "import sys, tests.test_keys_from as t; print(ascii(t.keys('-', t.make_bucket())))"
+    python = [sys.executable, "-c", command]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
+    ran = subprocess.run(
+        python, input=path.read_bytes(), capture_output=True, check=True, cwd=path.parent, env=environment
+    )
+    assert ran.stdout.decode().strip() == ascii(keys(path, source))
+
+
+def test_plain_keys_are_taken_verbatim(source: program.Bucket, tmp_path: Path) -> None:
+    given = ["a+b%20c.png", ' "quoted" ', "{braces}", "bucket,key", "{", "[1]", '"', "a\x0bb\x85c\u2028d"]
+    assert keys(write(tmp_path / "keys", "\n".join(given)), source) == given
+
+
+def test_pages_are_bounded_and_name_a_key_once(source: program.Bucket, tmp_path: Path) -> None:
+    path = write(tmp_path / "keys", "".join(f"k{number // 2}\n" for number in range(5_000)))
+    pages = list(keys_from(str(path), source))
+    assert [len(page) for page in pages] == [500] * 5
+    assert [found for page in pages for found in page] == [S3Object(f"k{number}", "", 0, "") for number in range(2_500)]
+
+
+def test_an_empty_file_names_nothing(source: program.Bucket, tmp_path: Path) -> None:
+    assert list(keys_from(str(write(tmp_path / "none.csv.gz", "")), source)) == []
+
+
+def test_memory_does_not_grow_with_the_file(source: program.Bucket, tmp_path: Path) -> None:
+    path = write(tmp_path / "keys.gz", "".join(f"folder/{number:060}.png\n" for number in range(300_000)))
+    tracemalloc.start()
+    for page in keys_from(str(path), source):
+        assert len(page) == program.PAGE_KEYS
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000
+
+
+def test_failures_of_this_very_run_are_not_read_again(source: program.Bucket, tmp_path: Path) -> None:
+    path = write(tmp_path / "failures.jsonl", "".join(failure(f"k{number}") + "\n" for number in range(1_500)))
+    pages = 0
+    for page in itertools.islice(keys_from(str(path), source), 5):
+        pages += 1
+        with path.open("a", encoding="utf-8") as lines:
+            lines.writelines(failure(found.key) + "\n" for found in page)
+    assert pages == 2
+
+
+########################################################################
+# S3 Inventory
+########################################################################
+
+
+def test_an_inventory_gives_the_newest_versions_with_what_it_knows(source: program.Bucket, tmp_path: Path) -> None:
+    rows = [
+        full_row("a b+c.png"),
+        full_row("old.png", latest="false"),
+        full_row("gone.png", deleted="true"),
+        full_row("cold.png", storage="DEEP_ARCHIVE"),
+    ]
+    [page] = keys_from(str(write_manifest(tmp_path, rows)), source)
+    assert page == [S3Object("a b+c.png", "e1", 7, DATE), S3Object("cold.png", "e1", 7, DATE, archived=True)]
+
+
+@pytest.mark.parametrize("root", ["", "inv", "inv/bucket", "inv/bucket/daily"])
+def test_an_inventory_is_found_whatever_folder_was_copied(root: str, source: program.Bucket, tmp_path: Path) -> None:
+    write_manifest(tmp_path, [full_row("a.png")])
+    copied = tmp_path / root
+    moved = copied.rename(tmp_path.parent / f"{tmp_path.name}-copied")
+    [manifest] = moved.rglob("manifest.json")
+    assert keys(manifest, source) == ["a.png"]
+
+
+def test_an_inventory_is_found_beside_its_manifest(
+    source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write_manifest(tmp_path, [full_row("a.png")])
+    [part] = tmp_path.rglob("*.csv.gz")
+    part.rename(manifest.with_name(part.name))
+    monkeypatch.chdir(manifest.parent)
+    assert keys("manifest.json", source) == ["a.png"]
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_an_inventory_is_read_from_its_bucket(
+    *, is_local: bool, bucket: TestBucket, source: program.Bucket, tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path, map(full_row, ODD_KEYS), destinationBucket=f"arn:aws:s3:::{bucket.name}")
+    [part] = tmp_path.rglob("*.csv.gz")
+    bucket.put("inv/bucket/daily/data/1.csv.gz", part.read_bytes())
+    bucket.put("inv/manifest.json", manifest.read_bytes())
+    part.unlink()
+    assert keys(manifest if is_local else f"s3://{bucket.name}/inv/manifest.json", source) == ODD_KEYS
+
+
+def test_a_damaged_inventory_gives_no_key(source: program.Bucket, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, [full_row(f"{number}") for number in range(3_000)])
+    [part] = tmp_path.rglob("*.csv.gz")
+    write(part, inventory_rows([full_row(f"{number}") for number in range(2_000)]))
+    with pytest.raises(UserError, match=r"1.csv.gz is damaged"):
+        next(keys_from(str(manifest), source))
+
+
+def test_an_inventory_that_is_not_there_ends_the_run(source: program.Bucket, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, [])
+    [part] = tmp_path.rglob("*.csv.gz")
+    part.unlink()
+    with pytest.raises(RunStopped, match=r"S3 refused reading s3://inventories/inv/bucket/daily/data/1.csv.gz"):
+        keys(manifest, source)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sourceBucket": "other"}, "an inventory of the bucket other, not of bucket"),
+        ({"fileFormat": "ORC", "fileSchema": "struct<bucket:string>"}, "an inventory in ORC"),
+        ({"fileFormat": "Parquet"}, "an inventory in Parquet"),
+        ({"fileSchema": "Bucket, Size"}, "has no columns Bucket and Key"),
+        ({"fileSchema": f"{SCHEMA}, More"}, "line 1 has fewer columns than Bucket, Key, .*More"),
+        ({"files": None}, "is no whole manifest.json"),
+        ({"files": ["a"]}, "is no whole manifest.json"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    changes: dict[str, Any], said: str, source: program.Bucket, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said) as refused:
+        keys(write_manifest(tmp_path, [full_row("a.png")], **changes), source)
+    assert refused.value.hint
+
+
+########################################################################
+# What is wrong with a file
+########################################################################
+
+OTHER_ROW = '"other","a.png"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("keys", b"good\n\nbad\xff\n", "line 3 is not UTF-8"),
+        ("keys", "a\n".encode("utf-16"), "line 1 is not UTF-8"),
+        ("keys", b"good\n" + b"k" * 1025, "line 2 is no key: S3 allows 1 to 1024 bytes"),
+        ("keys.gz", b"k" * (9 << 20), "line 1 is too long"),
+        ("keys.csv", b"a.png\nb.png\n", "line 1 is not what is expected there"),
+        ("keys.CSV.gz", b"bucket,a.png\n", "line 1 is not what is expected there"),
+        ("manifest.json", b"{}\n", "line 1 is not what is expected there"),
+        ("manifest.json", b'{"sourceBucket": "bucket", "fileFor', "is no whole manifest.json"),
+        ("1.csv", OTHER_ROW.encode(), "line 1 is of the bucket other, not of bucket"),
+        ("1.csv", b'"bucket","a.png"\n"bucket"\n', "line 2 has fewer columns"),
+        ("1.csv", b'"bucket","a.png"\n"bucket","b.p', "line 2 cannot be read: unexpected end"),
+        ("1.csv", b'"bucket","a.png"\n"bucket","%ff"\n', "line 2 cannot be read: 'utf-8'"),
+        ("1.csv", b'"bucket","a.png"\n"bucket",""\n', "line 2 is no key"),
+        ("1.csv", b'"bucket","a.png"\n"bucket","' + b"k" * 200_000 + b'"\n', "line 2 cannot be read: field larger"),
+        ("failures.jsonl", f'{failure("a")}\n{{"bucket": "buck'.encode(), "line 2 is no JSON"),
+        ("failures.jsonl", f'{failure("a")}\n{{"bucket": "bucket", "key": "\\ud800"}}'.encode(), "line 2 is no JSON"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(
+    name: str, content: bytes, said: str, source: program.Bucket, tmp_path: Path
+) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(UserError, match=said) as refused:
+        keys(path, source)
+    assert refused.value.message.startswith(str(path))
+    assert refused.value.hint
+
+
+def test_a_file_that_cannot_be_opened_is_named(source: program.Bucket, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none.txt cannot be read: No such file or directory"):
+        keys(tmp_path / "none.txt", source)
+    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+        keys(tmp_path, source)
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "block", "middle", "checksum"])
+def test_a_damaged_gz_is_never_taken_for_whole(damage: str, source: program.Bucket, tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress("".join(f"{os.urandom(8).hex()}\n" for _ in range(500)).encode()))
+    if damage == "cut":
+        del packed[-20:]
+    elif damage == "block":
+        packed[10] = 0x07  # a kind of block that does not exist
+    else:
+        packed[{"header": 2, "middle": len(packed) // 2, "checksum": -8}[damage]] ^= 0x55
+    path = tmp_path / "keys.gz"
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match=r"keys.gz"):
+        keys(path, source)
+
+
+def test_trouble_after_the_first_page_stops_the_run(source: program.Bucket, tmp_path: Path) -> None:
+    path = write(tmp_path / "keys", b"k\n" * 1_000 + b"\xff\n")
+    pages = keys_from(str(path), source)
+    assert next(pages) == [S3Object("k", "", 0, "")]
+    with pytest.raises(RunStopped, match=r"line 1001 is not UTF-8"):
+        next(pages)
+
+
+def test_a_manifest_in_a_bucket_that_refuses_stops_the_run(source: program.Bucket) -> None:
+    with pytest.raises(RunStopped, match=r"S3 refused reading s3://no-such-bucket/manifest.json"):
+        keys("s3://no-such-bucket/manifest.json", source)
+
+
+########################################################################
+# The version that is there now
+########################################################################
+
+
+def named(*given: str) -> list[S3Object]:
+    """Objects of which only the key is known."""
+    return [S3Object(key, "", 0, "") for key in given]
+
+
+@pytest.mark.usefixtures("source")
+def test_current_objects_are_as_a_listing_has_them(bucket: TestBucket) -> None:
+    for key in ODD_KEYS:
+        bucket.put(key, key.encode())
+    ours = make_bucket(bucket.name)
+    listed = {found.key: found for page in ours.list_pages("") for found in page}
+    found = [one for one in ours.current(named(*ODD_KEYS)) if isinstance(one, S3Object)]
+    assert [one._replace(last_modified="") for one in found] == [
+        listed[key]._replace(last_modified="") for key in ODD_KEYS
+    ]
+    assert all(abs(one.modified - listed[one.key].modified) <= 1 for one in found)
+
+
+@pytest.fixture
+def relayed(
+    s3: S3Server, bucket: TestBucket, source: program.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Relay, program.Bucket]]:
+    """A relay before the S3 server, and the program's bucket behind it, with a.png in it."""
+    source.client.put_object(Bucket=bucket.name, Key="a.png", Body=b"a")
+    with Relay(s3.endpoint) as relay:
+        threading.Thread(target=relay.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", relay.url)
+        yield relay, make_bucket(bucket.name)
+        relay.shutdown()
+
+
+def test_an_object_that_is_not_there_is_said_to_be_gone(relayed: tuple[Relay, program.Bucket]) -> None:
+    _, missing = relayed[1].current(named("a.png", "b.png"))
+    assert isinstance(missing, ObjectFailed)
+    assert (missing.code, missing.permanent) == ("source_gone", False)
+
+
+def test_among_others_a_refused_object_is_blamed_alone(relayed: tuple[Relay, program.Bucket]) -> None:
+    relay, ours = relayed
+    relay.refuse = lambda _, path: "secret" in path
+    refused, seen = ours.current(named("secret.png", "a.png"))
+    assert isinstance(refused, ObjectFailed)
+    assert (refused.code, "AccessDenied" in refused.message) == ("source_unreadable", True)
+    assert isinstance(seen, S3Object)
+
+
+def test_credentials_that_end_within_a_page_blame_no_object(relayed: tuple[Relay, program.Bucket]) -> None:
+    relay, ours = relayed
+    relay.refuse = lambda command, path: "late" in path and command in {"HEAD", "GET"}
+    relay.refusal = b"<Error><Code>ExpiredToken</Code><Message>no</Message></Error>"
+    with pytest.raises(RunStopped, match=r"S3 refused reading from .*: ExpiredToken"):
+        ours.current(named("a.png", "late.png"))
+
+
+def test_a_page_that_is_refused_altogether_stops_the_run(relayed: tuple[Relay, program.Bucket]) -> None:
+    relay, ours = relayed
+    relay.refuse = lambda *_: True
+    with pytest.raises(RunStopped, match=r"S3 refused reading from .*: AccessDenied"):
+        ours.current(named("a.png", "b.png"))
+
+
+@pytest.mark.parametrize(
+    ("storage", "restore", "archived"),
+    [
+        ("GLACIER", None, True),
+        ("DEEP_ARCHIVE", 'ongoing-request="true"', True),
+        ("GLACIER", 'ongoing-request="false", expiry-date="Fri, 21 Dec 2029 00:00:00 GMT"', False),
+        (None, None, False),
+    ],
+)
+def test_an_archived_object_is_known_by_its_head(*, storage: str | None, restore: str | None, archived: bool) -> None:
+    head = {"ETag": '"e"', "ContentLength": 1, "LastModified": datetime.now(timezone.utc)}
+    more = {"StorageClass": storage, "Restore": restore}
+    found = program.headed_object("k", {**head, **{name: value for name, value in more.items() if value}})
+    assert (found.key, found.etag, found.archived) == ("k", "e", archived)
