@@ -133,7 +133,7 @@ METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is 
 S3_KEY_BYTES = 1_024
 SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
 
-CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
+CONVERT_PATH, JOBS_PATH, USAGE_PATH = "/v1/convert", "/v1/jobs", "/v1/usage"
 FORMAT_ALIASES = {
     "jpeg": "jpg",
     "jpe": "jpg",
@@ -688,7 +688,7 @@ class Settings:
 
     def hide(self, message: str) -> str:
         """A text of the API's without secrets, the key itself among them."""
-        return redacted(message.replace(self.api.key, "..."))
+        return redacted(message.replace(self.api.key or "\0", "..."))
 
 
 def specs_of(section: str) -> dict[str, OptionSpec]:
@@ -1298,6 +1298,28 @@ class RunLock:
             return "it has only just started"
         return f"process {match[1]}, for {max(0, int(time.time()) - int(match[2]))} s"
 
+    def holder(self) -> str:
+        """Who holds the lock, in words; empty if nobody does. Takes none, which would turn a starting run away."""
+        try:
+            with self.path.open(encoding="ascii") as handle:
+                said = self._holder(handle)
+        except (OSError, ValueError):
+            return ""
+        pid = "".join(re.findall(r"process (\d+)", said))
+        return said if pid and holds_a_lock(pid) else ""
+
+
+def holds_a_lock(pid: str) -> bool:
+    """Whether a process holds a `flock`; where the system does not list them, whether it lives."""
+    try:
+        listed = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.kill(int(pid), 0)
+            return True
+        return False
+    return re.search(rf"FLOCK +\S+ +WRITE +{pid} ", listed) is not None
+
 
 @contextlib.contextmanager
 def explaining_sqlite(path: Path) -> Iterator[None]:
@@ -1485,6 +1507,109 @@ class Journal:
             *(outcome.requests, round(outcome.seconds, 3), outcome.bytes_out),
             *(outcome.code, outcome.message, int(outcome.permanent)),
         )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the checkpoint knows of one bucket and fingerprint. `states`: (event, is permanent, code) -> objects."""
+
+    bucket: str
+    fingerprint: str
+    job: str
+    target: str
+    output_bucket: str
+    states: Mapping[tuple[str, bool, str], int]
+    in_flight: int
+    oldest_sent_at: float | None  # Unix seconds
+
+
+class JournalReader(Journal):
+    """The checkpoint as it is, while a run may be at work on it: no file is made or changed. A missing one is empty."""
+
+    def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
+        self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
+        self.is_there = path.exists()
+        self._lock = threading.Lock()
+        with explaining_sqlite(path):
+            self._db = sqlite3.connect(self._address(), isolation_level=None, uri=True, timeout=30)
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(self._db.close)
+                if self.is_there:
+                    self._refuse_foreign()
+                else:
+                    self._open_schema()
+                on_failure.pop_all()
+
+    def _address(self) -> str:
+        if not self.is_there:
+            return "file::memory:"
+        # A write-ahead log needs its `-shm`, which SQLite would make; where there is no such log, nobody writes.
+        is_in_use = self.path.with_name(self.path.name + "-wal").exists() or RunLock(self.path).holder()
+        return f"{self.path.absolute().as_uri()}?mode=ro{'' if is_in_use else '&immutable=1'}"
+
+    def bytes_on_disk(self) -> int:
+        """The size of the checkpoint, with what is not yet merged into it."""
+        paths = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def last_activity(self) -> float | None:
+        """When the last outcome was written, or the last request was made durable, in Unix seconds."""
+        newest = "SELECT max((SELECT time FROM log ORDER BY id DESC LIMIT 1), 0), (SELECT max(sent_at) FROM in_flight)"
+        logged, sent = self._ask(newest)[0]
+        return max(logged or 0, sent or 0) or None
+
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """The buckets and fingerprints that there are rows of."""
+        found: list[tuple[str, str]] = []
+        for table in ("log", "in_flight"):
+            group: Any = ("", "")
+            # A blob sorts behind every text: each step jumps over all keys of the last group.
+            step = f"SELECT bucket, fingerprint FROM {table} WHERE (bucket, fingerprint, key) > (?, ?, x'') "
+            while rows := self._ask(step + "ORDER BY bucket, fingerprint, key LIMIT 1", *group):
+                group = rows[0]
+                found.append(group)
+        return sorted(set(found))
+
+    def tallies(self) -> Iterator[Tally]:
+        """The states of all objects, counted by SQLite within one index, so that ten million take seconds."""
+        for scope in self.fingerprints():
+            about = "SELECT job, target, output_bucket FROM log WHERE bucket = ? AND fingerprint = ? "
+            described = self._ask(about + "ORDER BY key DESC, id DESC LIMIT 1", *scope) or [("", "", "")]
+            sent = "SELECT count(*), min(sent_at) FROM in_flight WHERE bucket = ? AND fingerprint = ?"
+            yield Tally(*scope, *described[0], self._states(scope), *self._ask(sent, *scope)[0])
+
+    def _states(self, scope: tuple[str, str]) -> dict[tuple[str, bool, str], int]:
+        rows = "FROM log WHERE bucket = ? AND fingerprint = ? GROUP BY key"
+        # With max(), SQLite takes the other columns from the row that has it: the newest one.
+        newest = f"(SELECT max(id) AS newest, event, permanent {rows}) AS state"
+        code = "CASE event WHEN 'failed' THEN (SELECT code FROM log WHERE id = newest) ELSE '' END"
+        others = f"SELECT event, permanent, {code}, count(*) FROM {newest} WHERE event <> 'converted' GROUP BY 1, 2, 3"
+        # Most are converted: those are what is left of all, which is counted without looking at their states.
+        query = f"SELECT 'all', 0, '', count(*) FROM (SELECT 1 {rows}) UNION ALL SELECT * FROM ({others})"
+        counts = {(event, bool(lasting), code): count for event, lasting, code, count in self._ask(query, *scope * 2)}
+        everything = counts.pop(("all", False, ""))
+        return {(Event.CONVERTED.value, False, ""): everything - sum(counts.values()), **counts}
+
+    def history(self, key: str, most: int) -> list[dict[str, Any]]:
+        """The newest rows of one object in every job, newest first."""
+        known = [fingerprint for bucket, fingerprint in self.fingerprints() if bucket == self.bucket]
+        where = f"bucket = ? AND key = ? AND fingerprint IN ({','.join('?' * len(known))})"
+        return self._named(f"SELECT * FROM log WHERE {where} ORDER BY id DESC LIMIT {most}", self.bucket, key, *known)
+
+    def requests_of(self, key: str) -> list[dict[str, Any]]:
+        """The unsettled requests for one object, without their URLs."""
+        columns = "fingerprint, etag, claim, sent_at"
+        return self._named(f"SELECT {columns} FROM in_flight WHERE bucket = ? AND key = ?", self.bucket, key)
+
+    def _ask(self, query: str, *values: str) -> list[Any]:
+        with self._lock, explaining_sqlite(self.path):
+            return self._db.execute(query, values).fetchall()
+
+    def _named(self, query: str, *values: str) -> list[dict[str, Any]]:
+        with self._lock, explaining_sqlite(self.path):
+            cursor = self._db.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
 ########################################################################################################################
@@ -1753,6 +1878,49 @@ class Bucket:
         metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
         metadata["job-fingerprint"] = task.fingerprint
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
+
+    def look_up(self, key: str) -> S3Object | None:
+        """One object as a listing shows it; None if it is not there. Raises RunStopped."""
+        request: Any = {"Bucket": self.name, "Prefix": key, "MaxKeys": 1, **self._payer}
+        try:
+            # No key that begins with another one sorts before it.
+            page: Any = self.client.list_objects_v2(**request, OptionalObjectAttributes=["RestoreStatus"])
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"the listing of {self.name}") from None
+        return next((listed_object(line) for line in page.get("Contents", []) if line["Key"] == key), None)
+
+    def made_of(self, planned_key: str) -> dict[str, dict[str, str]]:
+        """Key -> metadata of what lies under a planned key."""
+        found = {key: self._metadata(self.output_name, key) for key in made_keys(planned_key)}
+        return {key: metadata for key, metadata in found.items() if metadata is not None}
+
+    def read_first_byte(self, key: str) -> None:
+        """Read from one source. Raises RunStopped."""
+        try:
+            self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0", **self._payer)["Body"].read()
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"reading from {self.name}") from None
+
+    def list_outputs(self, prefix: str) -> None:
+        """List outputs. Raises RunStopped."""
+        self._output_page(prefix, "")
+
+    def write_probe(self, task: Task) -> str:
+        """Write an empty object as an output would be written, and return its version; empty if it has none."""
+        with self._explaining_writes(task.output_key):
+            written: Any = self.client.put_object(
+                Bucket=self.output_name, Key=task.output_key, Body=b"", **self._output_arguments(task)
+            )
+        return str(written.get("VersionId", ""))
+
+    def delete_probe(self, key: str, version: str) -> None:
+        """Delete that version of that object. Raises RunStopped."""
+        # Without its version, a versioned bucket would keep it, and a marker in addition.
+        which: Any = {"VersionId": version} if version else {}
+        try:
+            self.client.delete_object(Bucket=self.output_name, Key=key, **which, **self._payer)
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"deleting from {self.output_name}") from None
 
     @contextlib.contextmanager
     def _explaining_writes(self, key: str) -> Iterator[None]:
@@ -2378,6 +2546,81 @@ class ConvertClient:
             result.body.close()
             return None
         return result
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What `/v1/usage` says; None for whatever it does not say. Its fields are documented nowhere (docs/rate-limits)."""
+
+    plan: str | None = None
+    monthly_limit: int | None = None  # conversions
+    remaining: int | None = None  # conversions, this month
+    requests_per_minute: int | None = None
+    bills_overage: bool | None = None
+
+
+def ask_usage(api: ApiOptions) -> Usage:
+    """What the API says of the plan and the month. Raises RunStopped if it refuses the key, UserError if it is silent."""
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {api.key}"
+        return request
+
+    timeout = (CONNECT_TIMEOUT_SECONDS, api.timeout)
+    try:
+        with requests.get(
+            api.url + USAGE_PATH, auth=authorize, stream=True, allow_redirects=False, timeout=timeout
+        ) as answer:
+            status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        raise UserError(f"{api.url} cannot be reached: {type(error).__name__}", "check api.url and the network") from None
+    code, message = parse_error(json.dumps(body).encode())
+    # An API that has no such page says nothing of the key.
+    if status not in {404, 405} and judge_reply(status, code) is Verdict.STOP_RUN:
+        raise refusal_by_api(status, code, message)
+    if status >= 500 or status == 429:
+        raise UserError(f"the API answered {status} {code}".rstrip(), "try it again later")
+    usage = read_usage(body)
+    return replace(usage, requests_per_minute=usage.requests_per_minute or (int(limit) if limit.isdigit() else None))
+
+
+# What is no number of conversions, though it may be called a limit.
+OTHER_LIMIT = r"size|bytes|[kmg]b\b|storage|second|minute|hour|day|daily|rpm|concurren|rate|request|overage|price|cost|file"
+
+
+def read_usage(body: Mapping[str, Any]) -> Usage:
+    """What is known of the plan and the month, whatever the fields are called and however deep they lie."""
+    told = dict(flattened(body))
+    month = {name: value for name, value in told.items() if not re.search(OTHER_LIMIT, name)}
+    limit = first_number(month, r"(limit|quota|included|allowance|per_month|(limits|max)_conversions)$")
+    remaining = first_number(month, r"(remaining|left|available)$")
+    used = first_number(month, r"(used|usage|count|this_month|^(data_|usage_)*conversions)$")
+    if remaining is None and limit is not None and used is not None:
+        remaining = max(0, limit - used)
+    plans = (value for name, value in told.items() if re.search(r"(^|_)plan(_name|_id|_slug)?$", name))
+    billed = (value for name, value in told.items() if "overage" in name and isinstance(value, bool))
+    per_minute = r"(per_minute|rpm|rate_?limit(_limit)?)$"
+    plan = next((value for value in plans if isinstance(value, str)), None)
+    return Usage(plan, limit, remaining, first_number(told, per_minute), next(billed, None))
+
+
+def flattened(body: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested JSON objects, under the names on the way to them, joined by `_`; those on top first."""
+    for name, value in sorted(body.items(), key=lambda pair: isinstance(pair[1], dict)):
+        # camelCase is one of the spellings.
+        spelt = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower().replace("-", "_")
+        joined = f"{path}_{spelt}".strip("_")
+        if isinstance(value, dict):
+            yield from flattened(value, joined)
+        else:
+            yield joined, value
+
+
+def first_number(told: Mapping[str, Any], pattern: str) -> int | None:
+    """The first whole number of 0 or more under a name that ends so; one about conversions comes first."""
+    named = [(name, str(value)) for name, value in told.items() if re.search(pattern, name)]
+    numbers = [(name, int(value)) for name, value in named if re.fullmatch(r"\d{1,15}", value)]
+    return next((number for _, number in sorted(numbers, key=lambda pair: "convers" not in pair[0])), None)
 
 
 @contextlib.contextmanager
