@@ -3646,17 +3646,21 @@ def next_steps(settings: Settings, journal: JournalReader, bucket: Bucket, sourc
         if isinstance(outcome, Outcome):
             what = f"fail: {outcome.code}, {outcome.message}" if outcome.code else "take the output that is there"
             steps[outcome.task.fingerprint] = what
-    for route in feeder.routes:
-        if route not in routes:
-            steps[route.job.fingerprint] = f"not list it, for its key does not begin with {route.job.prefix}"
-        elif route.job.fingerprint not in steps:
-            # What is left has been counted under its reason; by itself, it is the only one that is counted.
-            feeder.counts.clear()
-            feeder.tasks_of([source], [route])
-            steps[route.job.fingerprint] = f"leave it: {', '.join(name for name in feeder.counts if name != 'listed')}"
-    if len(settings.jobs) == 1:
-        return steps[settings.jobs[0].fingerprint]
-    return "; ".join(f"{steps[job.fingerprint]} (job {job.name})" for job in settings.jobs)
+    by_job = {route.job.name: step_of(route, source, feeder, steps) for route in feeder.routes}
+    if len(by_job) == 1:
+        return "".join(by_job.values())
+    return "; ".join(f"{step} (job {name})" for name, step in by_job.items())
+
+
+def step_of(route: Route, source: S3Object, feeder: Feeder, steps: Mapping[str, str]) -> str:
+    """What becomes of an object in one job; `steps`: by fingerprint, which several jobs may share."""
+    if not source.key.startswith(route.job.prefix):
+        return f"not list it, for its key does not begin with {route.job.prefix}"
+    # By itself, so that the only reason that is counted is this job's.
+    feeder.counts.clear()
+    feeder.tasks_of([source], [route])
+    reasons = [name for name in feeder.counts if name != "listed"]
+    return f"leave it: {', '.join(reasons)}" if reasons else steps[route.job.fingerprint]
 
 
 def step_for(task: Task, bucket: Bucket) -> str:
@@ -3899,6 +3903,7 @@ def writing_findings(settings: Settings, bucket: Bucket, prefix: str) -> Iterato
     needs += "kms:GenerateDataKey), and check s3.storage_class, s3.sse, s3.acl"
     yield proved(f"write {where}", partial(can_write, bucket, probe, versions), needs)
     if versions:
+        yield proved(f"look at {where}", partial(can_look, bucket, key))
         yield proved(f"delete {where}", partial(can_delete, bucket, key, versions[0]))
 
 
@@ -3913,6 +3918,14 @@ def can_write(bucket: Bucket, probe: Task, versions: list[str]) -> str:
     """That an output can be written; its version goes to `versions`. Raises RunStopped or ObjectFailed."""
     versions.append(bucket.write_probe(probe))
     return "with the options of the outputs"
+
+
+def can_look(bucket: Bucket, key: str) -> str:
+    """That an output says what it was made of. Raises Doubt if not: a run works without, and may pay more."""
+    if key not in bucket.made_of(key):
+        hint = f"allow s3:GetObject on {bucket.output_name}, or a resumed run may pay again for what is there"
+        raise Doubt("the metadata of an output cannot be read", hint)
+    return "an output says what it was made of"
 
 
 def can_delete(bucket: Bucket, key: str, version: str) -> str:
