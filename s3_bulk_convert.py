@@ -3511,9 +3511,9 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def shown_key(key: str) -> str:
-    """A key that cannot play tricks on a terminal."""
-    return key if key.isprintable() else json.dumps(key)
+def shown(words: str) -> str:
+    """A key, or what somebody says, that cannot play tricks on a terminal."""
+    return words if words.isprintable() else json.dumps(words)
 
 
 def status_lines(settings: Settings) -> Iterator[str]:
@@ -3562,7 +3562,7 @@ def why_lines(settings: Settings, key: str) -> Iterator[str]:
         raise UserError("--why: the key is not UTF-8, and S3 has no such keys", "check the terminal's locale") from None
     path = Path(settings.run.checkpoint)
     with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
-        yield f"object         s3://{settings.s3.bucket}/{shown_key(key)}"
+        yield f"object         s3://{settings.s3.bucket}/{shown(key)}"
         yield from checkpoint_lines(journal, key)
         bucket, source, would = foresee(settings, journal, key)
         yield f"in the bucket  {source_facts(source) if source else 'no' if bucket else 'it cannot be told'}"
@@ -3606,11 +3606,11 @@ def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
     yield f"checkpoint     {'newest first:' if rows else 'it has not been converted, found or failed'}"
     for row in rows:
         lasting = "for good" if row["permanent"] else "for now"
-        failure = f" {lasting}: {row['code']} {row['message']}".rstrip() if row["event"] == "failed" else ""
-        made = f" as {shown_key(row['output_key'])}" if not failure else ""
+        failure = f" {lasting}: {shown(row['code'] + ' ' + row['message'])}" if row["event"] == "failed" else ""
+        made = f" as {shown(row['output_key'])}" if not failure else ""
         yield f"  {local_time(row['time'])} {row['event']}{failure}{made}, to {row['target']}, ETag {row['etag']}"
     for sent in journal.requests_of(key):
-        yield f"in flight      since {local_time(sent['sent_at'])}, for {shown_key(sent['claim'])}, ETag {sent['etag']}"
+        yield f"in flight      since {local_time(sent['sent_at'])}, for {shown(sent['claim'])}, ETag {sent['etag']}"
 
 
 def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
@@ -3618,8 +3618,8 @@ def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
     planned = output_key(job, key)
     claim = [claim_of(planned)]
     owner = {**journal.claimants(claim), **journal.owners(claim)}.get(claim[0])
-    whose = "nobody's yet" if owner is None else "its own" if owner == key else f"that of {shown_key(owner)}"
-    yield f"output key     {shown_key(planned)} (job {job.name}), {whose}"
+    whose = "nobody's yet" if owner is None else "its own" if owner == key else f"that of {shown(owner)}"
+    yield f"output key     {shown(planned)} (job {job.name}), {whose}"
 
 
 def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> Iterator[str]:
@@ -3630,7 +3630,7 @@ def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> I
             version = "no output of this object"
         else:
             version = "made of this version" if source and etag == source.etag else f"made of another version, {etag}"
-        yield f"output         {shown_key(made)} is there, {version}"
+        yield f"output         {shown(made)} is there, {version}"
 
 
 def next_steps(settings: Settings, journal: JournalReader, bucket: Bucket, source: S3Object) -> str:
@@ -3645,7 +3645,7 @@ def next_steps(settings: Settings, journal: JournalReader, bucket: Bucket, sourc
     for outcome in told:
         if isinstance(outcome, Outcome):
             what = f"fail: {outcome.code}, {outcome.message}" if outcome.code else "take the output that is there"
-            steps[outcome.task.fingerprint] = what
+            steps[outcome.task.fingerprint] = shown(what)
     by_job = {route.job.name: step_of(route, source, feeder, steps) for route in feeder.routes}
     if len(by_job) == 1:
         return "".join(by_job.values())
@@ -3670,6 +3670,11 @@ def step_for(task: Task, bucket: Bucket) -> str:
     # After a request that an earlier run made, the worker looks before it sends anything.
     if task.look_first and bucket.output_of(task):
         return "find its output, which is there, and pay nothing"
+    if task.look_first or task.among_sources:
+        try:
+            bucket.refuse_to_overwrite(task)
+        except ObjectFailed as failure:
+            return f"fail: {failure.code}, {shown(failure.message)}"
     if task.resumed:
         return "send the request in flight again, which the API answers free of charge if it has done the work"
     return f"convert it to {task.target}, which is paid for"
@@ -3707,13 +3712,20 @@ def proved(what: str, proof: Callable[[], str], needs: str = "") -> Finding:
     return Finding("FAIL", what, f"{said}; {needs if needs and 'AccessDenied' in said else hint}")
 
 
+def say(line: str) -> None:
+    """Print a line at once, in the characters that the terminal has; if nobody reads it, it is not printed."""
+    encoding = sys.stdout.encoding or "utf-8"
+    with contextlib.suppress(OSError):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def check(settings: Settings) -> ExitCode:
     """Prove what a run needs, one line each."""
     is_ready = True
     for finding in findings(settings):
         # Each line as soon as it is known: the next one may have to wait for the network.
         is_ready &= finding.verdict != "FAIL"
-        print(settings.hide(str(finding)), flush=True)
+        say(settings.hide(str(finding)))
     return ExitCode.DONE if is_ready else ExitCode.USAGE
 
 
@@ -3875,7 +3887,7 @@ def reading_findings(settings: Settings, bucket: Bucket, listed: Sequence[S3Obje
 def can_read(bucket: Bucket, key: str) -> str:
     """That an object can be read. Raises RunStopped."""
     bucket.read_first_byte(key)
-    return f"s3://{bucket.name}/{shown_key(key)}"
+    return f"s3://{bucket.name}/{shown(key)}"
 
 
 def url_works(address: str) -> str:
@@ -4093,19 +4105,19 @@ def carry_out(arguments: argparse.Namespace, settings: Settings) -> ExitCode:
     if arguments.check:
         return check(settings)
     if arguments.status:
-        return print_all(status_lines(settings))
+        return print_all(status_lines(settings), settings)
     if arguments.why is not None:
-        return print_all(why_lines(settings, arguments.why))
+        return print_all(why_lines(settings, arguments.why), settings)
     # Only a run has something to finish: from here on Ctrl-C is a reason to stop.
     stop = StopFlag()
     stop.install()
     return finish(run(settings, stop), settings)
 
 
-def print_all(lines: Iterable[str]) -> ExitCode:
+def print_all(lines: Iterable[str], settings: Settings) -> ExitCode:
     """Print lines as they come, without secrets."""
     for line in lines:
-        print(redacted(line), flush=True)
+        say(settings.hide(line))
     return ExitCode.DONE
 
 

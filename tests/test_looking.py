@@ -70,7 +70,7 @@ def test_check_proves_everything_and_leaves_nothing_behind(run_cli: Cli, bucket:
     assert (run.exit_code, run.err) == (0, "")
     assert len(starting("OK", run)) == len(run.out.splitlines()) == 21, run.out
     assert (left_in(run), bucket.keys(), api.paid) == ({}, ["a.png"], [])
-    assert api.requests == []
+    assert [request.path for request in api.requests] == ["/", "/v1/usage"]
 
 
 def test_check_leaves_no_version_of_its_probe_in_a_versioned_bucket(run_cli: Cli, bucket: Any) -> None:
@@ -427,6 +427,25 @@ def test_why_answers_for_each_job(run_cli: Cli, bucket: Any, tmp_path: Path) -> 
     steps = "convert it to jpg, which is paid for (job one); leave it: not_matched (job three); "
     steps += "not list it, for its key does not begin with out/ (job two)"
     assert last_line(run_cli("-c", str(ini), "--why", "in/a.png")) == f"the next run would {steps}"
+
+
+def test_why_foresees_that_nothing_is_overwritten_among_the_sources(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.jpg", picture("of somebody else"))
+    bucket.put("a.png", picture())
+    run = run_cli("--set", "s3.output_key={stem}.jpg", "--set", "run.skip_existing=no", "--why", "a.png")
+    assert last_line(run).startswith("the next run would fail: output_collision, a.jpg exists and is no output of this")
+
+
+def test_why_is_readable_where_the_terminal_has_few_characters_and_a_message_has_odd_ones(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("ä.png", picture())
+    api.faults.add(replace(Fault.status_reply(422, "unsupported_route"), message="\x1b[2J gone"))
+    run_cli()
+    run = run_cli("--why", "ä.png", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert run.exit_code == 0
+    assert r"/\xe4.png" in run.out
+    assert r'"unsupported_route \u001b[2J gone"' in run.out
 
 
 @pytest.mark.parametrize("other", ["--status", "--retry-failed", "--why=a"])
