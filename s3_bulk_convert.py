@@ -1318,14 +1318,17 @@ class RunLock:
 
 def holds_a_lock(pid: str) -> bool:
     """Whether a process holds a `flock`; where the system does not list them, whether it lives."""
-    try:
-        listed = Path("/proc/locks").read_text(encoding="ascii")
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.kill(int(pid), 0)
-            return True
+    # On Windows there is no lock, and `kill` would be what it says.
+    if sys.platform == "win32":
         return False
-    return re.search(rf"FLOCK +\S+ +WRITE +{pid} ", listed) is not None
+    try:
+        return re.search(rf"FLOCK +\S+ +WRITE +{pid} ", Path("/proc/locks").read_text(encoding="ascii")) is not None
+    except OSError:
+        try:
+            os.kill(int(pid), 0)
+        except OSError as problem:
+            return isinstance(problem, PermissionError)
+        return True
 
 
 @contextlib.contextmanager
