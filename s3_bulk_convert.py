@@ -75,6 +75,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import Enum, IntEnum
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -153,6 +154,7 @@ DIGITS_OF_A_KEY = 6  # by which it is told where keys lie
 LAST_KEY = "\U0010ffff" * (1024 // 4)  # no key comes after it
 MOST_CUTS_BY_FOLDERS = 4 * LIST_THREADS  # so that one large folder among small ones does not hold up the end
 HEADS_AT_A_TIME = 16  # S3 takes thousands; more would starve the workers' own requests
+KEYS_REMEMBERED = 50_000  # of a file of keys, because it may name one twice
 LINE_BYTES = 8 << 20  # of a file of keys: a manifest may be one line, a key's line is far shorter
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
 SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for so long belongs to a deleted object
@@ -161,10 +163,12 @@ LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
 METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
 S3_KEY_BYTES = 1_024
+SCARCE_DISK_BYTES, LITTLE_DISK_BYTES = 100 * 10**6, 10**9  # a failure, a warning of --check
 SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
 MOST_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
 
-CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
+OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3": "2.0"}
+CONVERT_PATH, JOBS_PATH, USAGE_PATH = "/v1/convert", "/v1/jobs", "/v1/usage"
 JOB_LOST = "job_lost"
 FORMAT_ALIASES = {
     "jpeg": "jpg",
@@ -848,7 +852,7 @@ class Settings:
 
     def hide(self, message: str) -> str:
         """A text of the API's without secrets, the key itself among them."""
-        return redacted(message.replace(self.api.key, "..."))
+        return redacted(message.replace(self.api.key or "\0", "..."))
 
 
 def specs_of(section: str) -> dict[str, OptionSpec]:
@@ -1087,11 +1091,17 @@ def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
 
 
 def load_settings(
-    path: Path | None, environ: Mapping[str, str], command_line: Sequence[Given], shard_flag: str | None = None
+    path: Path | None,
+    environ: Mapping[str, str],
+    command_line: Sequence[Given],
+    shard_flag: str | None = None,
+    *,
+    needs_key: bool = True,
 ) -> Settings:
     """The configuration: command line over environment over INI file over defaults.
 
-    Raises ConfigError with every problem at once, UserError if the file cannot be read.
+    `needs_key`: whether a missing API key is a problem. Raises ConfigError with every problem at once, UserError if the
+    file cannot be read.
     """
     # A later value replaces an earlier one: this order is the precedence.
     ini = read_ini(path or Path("config.ini"), required=path is not None)
@@ -1105,7 +1115,7 @@ def load_settings(
     if run.processes > run.workers:
         problems.append(f"[run] processes = {run.processes}: more than the {run.workers} workers that they share")
     jobs = read_jobs(given, s3, problems)
-    api = read_key(api, problems)
+    api = read_key(api, problems if needs_key else [])
     own_shard = read_shard(shard_flag, environ, problems)
     if problems:
         origin = str(path or "config.ini") if ini else "the configuration"
@@ -1228,7 +1238,9 @@ def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
     has_ages = wanted.newer_than is not None or wanted.older_than is not None
 
     def wants(source: S3Object) -> bool:
-        if not least <= source.size <= most or (has_ages and not oldest <= source.modified <= newest):
+        if not source.key.startswith(job.prefix) or not least <= source.size <= most:
+            return False
+        if has_ages and not oldest <= source.modified <= newest:
             return False
         return (takes_all or included(source.key)) and not (leaves_out and excluded(source.key))
 
@@ -1526,6 +1538,31 @@ class RunLock:
             return "it has only just started"
         return f"process {match[1]}, for {max(0, int(time.time()) - int(match[2]))} s"
 
+    def holder(self) -> str:
+        """Who holds the lock, in words; empty if nobody does. Takes none, which would turn a starting run away."""
+        try:
+            with self.path.open(encoding="ascii") as handle:
+                said = self._holder(handle)
+        except (OSError, ValueError):
+            return ""
+        pid = "".join(re.findall(r"process (\d+)", said))
+        return said if pid and holds_a_lock(pid) else ""
+
+
+def holds_a_lock(pid: str) -> bool:
+    """Whether a process holds a `flock`; where the system does not list them, whether it lives."""
+    # On Windows there is no lock, and `kill` would be what it says.
+    if sys.platform == "win32":
+        return False
+    try:
+        return re.search(rf"FLOCK +\S+ +WRITE +{pid} ", Path("/proc/locks").read_text(encoding="ascii")) is not None
+    except OSError:
+        try:
+            os.kill(int(pid), 0)
+        except OSError as problem:
+            return isinstance(problem, PermissionError)
+        return True
+
 
 @contextlib.contextmanager
 def explaining_sqlite(path: Path) -> Iterator[None]:
@@ -1753,6 +1790,124 @@ class Journal:
             *(outcome.requests, round(outcome.seconds, 3), outcome.bytes_out),
             *(outcome.code, outcome.message, int(outcome.permanent)),
         )
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the checkpoint knows of one bucket and fingerprint. `states`: (event, is permanent, code) -> objects."""
+
+    bucket: str
+    fingerprint: str
+    job: str
+    target: str
+    output_bucket: str
+    states: Mapping[tuple[str, bool, str], int]
+    in_flight: int
+    oldest_sent_at: float | None  # Unix seconds
+
+
+class JournalReader(Journal):
+    """The checkpoint as it is, while a run may be at work on it: no file is made or changed. A missing one is empty."""
+
+    def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
+        self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
+        self.is_there = path.exists()
+        self._lock = threading.Lock()
+        with explaining_sqlite(path):
+            self._db = sqlite3.connect(self._address(), isolation_level=None, uri=True, timeout=30)
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(self._db.close)
+                if self.is_there:
+                    self._refuse_foreign()
+                    self._refuse_older()
+                else:
+                    self._open_schema()
+                on_failure.pop_all()
+
+    def __enter__(self) -> "JournalReader":
+        return self
+
+    def _refuse_older(self) -> None:
+        if self._version() < JOURNAL_VERSION:
+            raise UserError(
+                f"the checkpoint {self.path} is of an older version of this program",
+                "start a run, which brings it up to date; --limit 1 is enough",
+            )
+
+    def _address(self) -> str:
+        if not self.is_there:
+            return "file::memory:"
+        # A write-ahead log needs its `-shm`, which SQLite would make; where there is no such log, nobody writes.
+        is_in_use = self.path.with_name(self.path.name + "-wal").exists() or RunLock(self.path).holder()
+        return f"{self.path.absolute().as_uri()}?mode=ro{'' if is_in_use else '&immutable=1'}"
+
+    def bytes_on_disk(self) -> int:
+        """The size of the checkpoint, with what is not yet merged into it."""
+        paths = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def last_activity(self) -> float | None:
+        """When the last outcome was written, or the last request was made durable, in Unix seconds."""
+        newest = "SELECT max((SELECT time FROM log ORDER BY id DESC LIMIT 1), 0), (SELECT max(sent_at) FROM in_flight)"
+        logged, sent = self._ask(newest)[0]
+        return max(logged or 0, sent or 0) or None
+
+    def fingerprints(self) -> list[tuple[str, str]]:
+        """The buckets and fingerprints that there are rows of."""
+        found: list[tuple[str, str]] = []
+        for table in ("log", "in_flight"):
+            group: Any = ("", "")
+            # A blob sorts behind every text: each step jumps over all keys of the last group.
+            step = f"SELECT bucket, fingerprint FROM {table} WHERE (bucket, fingerprint, key) > (?, ?, x'') "
+            while rows := self._ask(step + "ORDER BY bucket, fingerprint, key LIMIT 1", *group):
+                group = rows[0]
+                found.append(group)
+        return sorted(set(found))
+
+    def tallies(self) -> Iterator[Tally]:
+        """The states of all objects, counted by SQLite within one index, so that ten million take seconds."""
+        for bucket, fingerprint in self.fingerprints():
+            scope = (bucket, fingerprint)
+            about = "SELECT job, target, output_bucket FROM log WHERE bucket = ? AND fingerprint = ? "
+            described = self._ask(about + "ORDER BY key DESC, id DESC LIMIT 1", *scope)
+            job, target, output_bucket = described[0] if described else ("", "", "")
+            sent = "SELECT count(*), min(sent_at) FROM in_flight WHERE bucket = ? AND fingerprint = ?"
+            [(count, oldest)] = self._ask(sent, *scope)
+            yield Tally(*scope, job, target, output_bucket, self._states(scope), count, oldest)
+
+    def _states(self, scope: tuple[str, str]) -> dict[tuple[str, bool, str], int]:
+        rows = "FROM log WHERE bucket = ? AND fingerprint = ? GROUP BY key"
+        # With max(), SQLite takes the other columns from the row that has it: the newest one.
+        newest = f"(SELECT max(id) AS newest, event, permanent {rows}) AS state"
+        code = "CASE event WHEN 'failed' THEN (SELECT code FROM log WHERE id = newest) ELSE '' END"
+        others = f"SELECT event, permanent, {code}, count(*) FROM {newest} WHERE event <> 'converted' GROUP BY 1, 2, 3"
+        # Most are converted: those are what is left of all, which is counted without looking at their states.
+        query = f"SELECT 'all', 0, '', count(*) FROM (SELECT 1 {rows}) UNION ALL SELECT * FROM ({others})"
+        counts = {(event, bool(lasting), code): count for event, lasting, code, count in self._ask(query, *scope * 2)}
+        everything = counts.pop(("all", False, ""))
+        return {(Event.CONVERTED.value, False, ""): everything - sum(counts.values()), **counts}
+
+    def history(self, key: str, most: int) -> list[dict[str, Any]]:
+        """The newest rows of one object in every job, newest first."""
+        # By name, because the index has the fingerprint before the key: without it, all keys would be read.
+        known = [fingerprint for bucket, fingerprint in self.fingerprints() if bucket == self.bucket]
+        where = f"bucket = ? AND key = ? AND fingerprint IN ({','.join('?' * len(known))})"
+        return self._named(f"SELECT * FROM log WHERE {where} ORDER BY id DESC LIMIT {most}", self.bucket, key, *known)
+
+    def requests_of(self, key: str) -> list[dict[str, Any]]:
+        """The unsettled requests for one object, without their URLs."""
+        columns = "fingerprint, etag, claim, sent_at"
+        return self._named(f"SELECT {columns} FROM in_flight WHERE bucket = ? AND key = ?", self.bucket, key)
+
+    def _ask(self, query: str, *values: str) -> list[Any]:
+        with self._lock, explaining_sqlite(self.path):
+            return self._db.execute(query, values).fetchall()
+
+    def _named(self, query: str, *values: str) -> list[dict[str, Any]]:
+        with self._lock, explaining_sqlite(self.path):
+            cursor = self._db.execute(query, values)
+            names = [column[0] for column in cursor.description]
+            return [dict(zip(names, row, strict=True)) for row in cursor]
 
 
 ########################################################################################################################
@@ -2273,6 +2428,45 @@ class Bucket:
         metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
         metadata["job-fingerprint"] = task.fingerprint
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
+
+    def look_up(self, key: str) -> S3Object | None:
+        """One object as a listing shows it; None if it is not there. Raises RunStopped."""
+        request: Any = {"Bucket": self.name, "Prefix": key, "MaxKeys": 1, **self._payer}
+        try:
+            # No key that begins with another one sorts before it.
+            page: Any = self.client.list_objects_v2(**request, OptionalObjectAttributes=["RestoreStatus"])
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"the listing of {self.name}") from None
+        return next((listed_object(line) for line in page.get("Contents", []) if line["Key"] == key), None)
+
+    def made_of(self, planned_key: str) -> dict[str, dict[str, str]]:
+        """Key -> metadata of what lies under a planned key."""
+        found = {key: self._metadata(self.output_name, key) for key in made_keys(planned_key)}
+        return {key: metadata for key, metadata in found.items() if metadata is not None}
+
+    def read_first_byte(self, key: str) -> None:
+        """Read from one source. Raises RunStopped."""
+        try:
+            self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0", **self._payer)["Body"].read()
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"reading from {self.name}") from None
+
+    def write_probe(self, task: Task) -> str:
+        """Write an empty object as an output would be written, and return its version; empty if it has none."""
+        with self._explaining_writes(task.output_key):
+            written: Any = self.client.put_object(
+                Bucket=self.output_name, Key=task.output_key, Body=b"", **self._output_arguments(task)
+            )
+        return str(written.get("VersionId", ""))
+
+    def delete_probe(self, key: str, version: str) -> None:
+        """Delete that version of that object. Raises RunStopped."""
+        # Without its version, a versioned bucket would keep it, and a marker in addition.
+        which: Any = {"VersionId": version} if version else {}
+        try:
+            self.client.delete_object(Bucket=self.output_name, Key=key, **which, **self._payer)
+        except (ClientError, BotoCoreError) as error:
+            raise refused(error, f"deleting from {self.output_name}") from None
 
     @contextlib.contextmanager
     def _explaining_writes(self, key: str) -> Iterator[None]:
@@ -3231,6 +3425,93 @@ class ConvertClient:
         return result
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What `/v1/usage` says; None for whatever it does not say. Its fields are documented nowhere."""
+
+    plan: str | None = None
+    monthly_limit: int | None = None  # conversions
+    remaining: int | None = None  # conversions, this month
+    requests_per_minute: int | None = None
+    bills_overage: bool | None = None
+
+
+@contextlib.contextmanager
+def asking(address: str, **request: Any) -> Iterator[requests.Response]:
+    """The answer to a single GET, unread. Raises UserError with the host alone: an address may be signed."""
+    try:
+        timeout = (CONNECT_TIMEOUT_SECONDS, 60)
+        # A redirect would carry the key, or the signature, to somebody else.
+        with requests.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
+            yield answer
+    except requests.RequestException as error:
+        host = urllib.parse.urlsplit(address).netloc
+        hint = "check its address and the network; for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
+        raise UserError(f"{host} cannot be reached: {type(error).__name__}", hint) from None
+
+
+def ask_usage(api: ApiOptions) -> Usage:
+    """What the API says of the plan and the month. Raises RunStopped for a refusal, UserError for silence."""
+
+    def authorize(request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {api.key}"
+        return request
+
+    with asking(api.url + USAGE_PATH, auth=authorize) as answer:
+        status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
+    code, message = parse_error(json.dumps(body).encode())
+    # An API that has no such page says nothing of the key.
+    if status not in {404, 405} and judge_reply(status, code) is Verdict.STOP_RUN:
+        raise refusal_by_api(status, code, message)
+    # No retry: whoever asks wants to know how it is now.
+    if status >= 500 or status == 429:
+        raise UserError(f"the API answered {status} {code}".rstrip(), "try it again later")
+    usage = read_usage(body)
+    return replace(usage, requests_per_minute=usage.requests_per_minute or (int(limit) if limit.isdigit() else None))
+
+
+# What is no number of conversions, though it may be called a limit.
+OTHER_LIMIT = (
+    r"size|bytes|[kmg]b\b|storage|second|minute|hour|day|daily|rpm|concurren|rate|request|overage|price|cost|file"
+)
+
+
+def read_usage(body: Mapping[str, Any]) -> Usage:
+    """What is known of the plan and the month, whatever the fields are called and however deep they lie."""
+    told = dict(flattened(body))
+    month = {name: value for name, value in told.items() if not re.search(OTHER_LIMIT, name)}
+    limit = first_number(month, r"(limit|quota|included|allowance|per_month|(limits|max)_conversions)$")
+    remaining = first_number(month, r"(remaining|left|available)$")
+    used = first_number(month, r"(used|usage|count|this_month|^(data_|usage_)*conversions)$")
+    if remaining is None and limit is not None and used is not None:
+        remaining = max(0, limit - used)
+    # A price or a prefix of another field may be called so too: only texts are names, only booleans are answers.
+    plans = (value for name, value in told.items() if re.search(r"(^|_)plan(_name|_id|_slug)?$", name))
+    billed = (value for name, value in told.items() if "overage" in name and isinstance(value, bool))
+    per_minute = r"(per_minute|rpm|rate_?limit(_limit)?)$"
+    plan = next((value for value in plans if isinstance(value, str)), None)
+    return Usage(plan, limit, remaining, first_number(told, per_minute), next(billed, None))
+
+
+def flattened(body: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested JSON objects, under the names on the way to them, joined by `_`; those on top first."""
+    for name, value in sorted(body.items(), key=lambda pair: isinstance(pair[1], dict)):
+        # camelCase is one of the spellings.
+        spelt = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(name)).lower().replace("-", "_")
+        joined = f"{path}_{spelt}".strip("_")
+        if isinstance(value, dict):
+            yield from flattened(value, joined)
+        else:
+            yield joined, value
+
+
+def first_number(told: Mapping[str, Any], pattern: str) -> int | None:
+    """The first whole number of 0 or more under a name that ends so; one about conversions comes first."""
+    named = [(name, str(value)) for name, value in told.items() if re.search(pattern, name)]
+    numbers = [(name, int(value)) for name, value in named if re.fullmatch(r"\d{1,15}", value)]
+    return next((number for _, number in sorted(numbers, key=lambda pair: "convers" not in pair[0])), None)
+
+
 @contextlib.contextmanager
 def suppressing_lost_job() -> Iterator[None]:
     """Let a job that the API has forgotten be sent anew."""
@@ -3403,6 +3684,25 @@ def makers_of(candidates: Sequence[Candidate], journal: Journal) -> Mapping[str,
     return journal.makers([claim_of(output_key(candidate.job, candidate.source.key)) for candidate in candidates])
 
 
+def interruptible(pages: Iterable[T], stop: StopFlag) -> Iterator[T]:
+    """What a source yields that may be silent for long, as a pipe may be. Raises Interrupted when the run is to end."""
+    source, pool = iter(pages), ThreadPoolExecutor(1)
+    try:
+        # A page is a list, so that None is never one.
+        while (page := waited_for(pool.submit(next, source, None), stop)) is not None:
+            yield page
+    finally:
+        pool.shutdown(wait=False)
+
+
+def waited_for(coming: "Future[T]", stop: StopFlag) -> T:
+    """What a future comes to. Raises Interrupted when the run is to end first."""
+    while not wait([coming], timeout=0.2).done:
+        if stop.requested:
+            raise Interrupted
+    return coming.result()
+
+
 def by_job(
     candidates: Sequence[Candidate], look_up: Callable[[str, Sequence[str]], Mapping[str, T]]
 ) -> dict[str, Mapping[str, T]]:
@@ -3424,6 +3724,7 @@ class Feeder:
         literals = {literal_prefix(job.output_key) for job in settings.jobs}
         self.own_prefixes = tuple(filter(None, literals)) if settings.s3.is_one_bucket else ()
         now = time.time()
+        self._has_begun = False  # a page has come in
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
         self.routes = [make_route(job, now) for job in settings.jobs]
@@ -3441,7 +3742,7 @@ class Feeder:
             # A listing that broke off is no reason to drop what was handed out.
             stop = stopped.stop
         except UserError as error:
-            stop = Stop(error.message, error.hint)
+            stop = Stop(error.message, error.hint, ExitCode.STOPPED if self._has_begun else error.exit_code)
         except Interrupted:
             pass
         except Exception:
@@ -3455,6 +3756,8 @@ class Feeder:
 
     def feed(self) -> Stop | None:
         """Hand out the tasks of every page. Jobs with the same prefix share one listing."""
+        if self.shared.settings.keys_from:
+            return self._feed_pages(self._named_pages(self.shared.settings.keys_from), self.routes)
         for prefix in dict.fromkeys(route.job.prefix for route in self.routes):
             routes = [route for route in self.routes if route.job.prefix == prefix]
             with contextlib.closing(self.shared.bucket.list_pages(prefix, self._hunger)) as pages:
@@ -3465,10 +3768,41 @@ class Feeder:
 
     def _feed_pages(self, pages: Iterable[list[S3Object]], routes: Sequence[Route]) -> Stop | None:
         for page in pages:
-            stop = self._hand_out(self.tasks_of(page, routes))
+            self._has_begun = True
+            tasks = self.tasks_of(page, routes)
+            self._flush_counts()
+            stop = self._hand_out(tasks)
             if stop or self.shared.stop.requested:
                 return stop
         return None
+
+    def _named_pages(self, source: str) -> Iterator[list[S3Object]]:
+        """The objects that a file names, as they are now; those that are done already need not be looked at."""
+        # A failures file names an object once for each failure: the second must not go out while the first does.
+        recent: dict[str, None] = {}
+        for page in interruptible(keys_from(source, self.shared.bucket), self.shared.stop):
+            fresh = [named for named in page if named.key not in recent]
+            recent.update(dict.fromkeys(named.key for named in fresh))
+            for key in list(recent)[:-KEYS_REMEMBERED]:
+                del recent[key]
+            unknown = self._unknown_keys(fresh)
+            known = [named for named in fresh if named.key not in unknown]
+            yield known + list(self._current([named for named in fresh if named.key in unknown]))
+
+    def _unknown_keys(self, page: Sequence[S3Object]) -> set[str]:
+        """The keys of those objects that are not known to be done in the version that is named."""
+        named = [Candidate(route.job, source) for source in page for route in self.routes if source.etag]
+        todo = unfinished(named, self.journal, Counter(), retry=self.shared.settings.retry_failed)
+        return {source.key for source in page if not source.etag} | {candidate.source.key for candidate in todo}
+
+    def _current(self, page: Sequence[S3Object]) -> Iterator[S3Object]:
+        for named, found in zip(page, self.shared.bucket.current(page), strict=True):
+            if isinstance(found, S3Object):
+                yield found
+            else:
+                self.counts["listed"] += 1
+                task = self._task(Candidate(self.routes[0].job, named), {})
+                self.tell(Outcome(task, Event.FAILED, found.code, found.message))
 
     def _hunger(self) -> int:
         # While there is work, a page that is read early is only a page that grows old.
@@ -3479,7 +3813,6 @@ class Feeder:
         selected = list(select(page, routes, self.own_prefixes, self.shared.settings.shard, self.counts))
         todo = list(unfinished(selected, self.journal, self.counts, retry=self.shared.settings.retry_failed))
         todo = list(self._without_own_outputs(todo))
-        self._flush_counts()
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
@@ -4285,13 +4618,13 @@ def describe(settings: Settings) -> str:
 
 
 def refuse_unwritable(path: Path, name: str) -> None:
-    """Raise UserError if a file cannot be appended to; leave no empty one behind."""
-    existed = path.exists()
+    """Raise UserError if a file cannot be appended to; make none."""
     try:
-        path.open("a", encoding="utf-8").close()
-        # An empty failures file would look like a run without failures.
-        if not existed:
-            path.unlink()
+        # Not even for a moment: another run may be making the same file, and an empty one would say "no failures".
+        if path.exists():
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as problem:
         raise UserError(
             f"{name} = {path} cannot be written: {problem.strerror}", f"set {name} to another path"
@@ -4356,6 +4689,504 @@ def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
 
 
 ########################################################################################################################
+# Looking. Commands that convert nothing and leave nothing behind: `--status` reads the checkpoint alone, `--why` asks
+# S3 and the very rules of a run, `--check` proves what a run needs. None takes the lock: a run may be at work.
+########################################################################################################################
+
+
+def local_time(seconds: float) -> str:
+    """A time (Unix seconds) in the local zone, with how long ago that is."""
+    shown = datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
+    return f"{shown} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration for people, in its largest unit."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def shown(words: str) -> str:
+    """A key, or what somebody says, that cannot play tricks on a terminal."""
+    return words if words.isprintable() else json.dumps(words)
+
+
+def status_lines(settings: Settings) -> Iterator[str]:
+    """What the checkpoint knows. Raises UserError if there is none."""
+    path = Path(settings.run.checkpoint)
+    with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
+        if not journal.is_there:
+            raise UserError(
+                f"there is no checkpoint {path}", "start it where the runs are started, or set run.checkpoint"
+            )
+        last, holder = journal.last_activity(), RunLock(path).holder()
+        yield f"checkpoint     {path}, {human_bytes(journal.bytes_on_disk())}"
+        yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
+        yield f"last activity  {local_time(last) if last else 'none'}"
+        # A job may have been renamed since, or have left the configuration.
+        names = {job.fingerprint: f"job {job.name}" for job in settings.jobs}
+        for tally in journal.tallies():
+            yield from tally_lines(tally, names.get(tally.fingerprint, f"{tally.job}, no job of this configuration"))
+
+
+def tally_lines(tally: Tally, job: str) -> Iterator[str]:
+    """The states of the objects of one bucket and fingerprint."""
+    yield ""
+    # Until its first outcome, a fingerprint is a number that says nothing.
+    if tally.target:
+        yield f"s3://{tally.bucket} to {tally.target} in s3://{tally.output_bucket}: {job}"
+    else:
+        yield f"s3://{tally.bucket}: {job}, nothing finished yet"
+    for event in (Event.CONVERTED, Event.FOUND):
+        yield f"  {event.value:<11}  {sum(n for (said, _, _), n in tally.states.items() if said == event.value)}"
+    for is_permanent, words in ((True, "for good"), (False, "for now")):
+        codes = {
+            code: n for (said, lasts, code), n in tally.states.items() if said == "failed" and lasts is is_permanent
+        }
+        listed = ", ".join(f"{code} {count}" for code, count in sorted(codes.items(), key=lambda pair: -pair[1]))
+        yield f"  failed       {sum(codes.values())} {words}{': ' if listed else ''}{listed}"
+    oldest = f", the oldest since {local_time(tally.oldest_sent_at)}" if tally.oldest_sent_at else ""
+    yield f"  in flight    {tally.in_flight}{oldest}"
+
+
+def why_lines(settings: Settings, key: str) -> Iterator[str]:
+    """All that is known about one object, and what the next run would do with it, which is the last line."""
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise UserError("--why: the key is not UTF-8, and S3 has no such keys", "check the terminal's locale") from None
+    path = Path(settings.run.checkpoint)
+    with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
+        yield f"object         s3://{settings.s3.bucket}/{shown(key)}"
+        yield from checkpoint_lines(journal, key)
+        bucket, source, would = foresee(settings, journal, key)
+        yield f"in the bucket  {source_facts(source) if source else 'no' if bucket else 'it cannot be told'}"
+        for job in settings.jobs:
+            yield from output_lines(job, key, journal)
+            yield from made_lines(job, key, bucket, source) if bucket else ()
+        yield f"the next run would {would}"
+
+
+def foresee(settings: Settings, journal: JournalReader, key: str) -> tuple[Bucket | None, S3Object | None, str]:
+    """The bucket, if it can be reached, the object, if it is there, and what the next run would do with it."""
+    bucket = source = None
+    try:
+        reached = Bucket(settings)
+        reached.check()
+        source = reached.look_up(key)
+        bucket = reached
+        if source is None:
+            return bucket, None, "do nothing: it is not in the bucket"
+        return bucket, source, next_steps(settings, journal, bucket, source)
+    except RunStopped as stopped:
+        return bucket, source, f"stop before it: {stopped.stop.because}; {stopped.stop.hint}"
+    except UserError as error:
+        return bucket, source, f"not start: {error.message}; {error.hint}"
+
+
+def source_facts(source: S3Object) -> str:
+    """What the listing says of an object."""
+    archived = ", archived" if source.archived else ""
+    return f"{human_bytes(source.size)}, ETag {source.etag}, written {local_time(source.modified)}{archived}"
+
+
+def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
+    """What the checkpoint says of one object: at most ten rows, and what is in flight."""
+    if not journal.is_there:
+        yield f"checkpoint     there is none ({journal.path})"
+        return
+    # An object that fails in every run has a row of each.
+    rows = journal.history(key, 10)
+    # No URL is shown: it is signed.
+    yield f"checkpoint     {'newest first:' if rows else 'it has not been converted, found or failed'}"
+    for row in rows:
+        lasting = "for good" if row["permanent"] else "for now"
+        failure = f" {lasting}: {shown(row['code'] + ' ' + row['message'])}" if row["event"] == "failed" else ""
+        made = f" as {shown(row['output_key'])}" if not failure else ""
+        yield f"  {local_time(row['time'])} {row['event']}{failure}{made}, to {row['target']}, ETag {row['etag']}"
+    for sent in journal.requests_of(key):
+        yield f"in flight      since {local_time(sent['sent_at'])}, for {shown(sent['claim'])}, ETag {sent['etag']}"
+
+
+def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
+    """Where a job puts the output of an object, and whose that key is."""
+    planned = output_key(job, key)
+    claim = [claim_of(planned)]
+    owner = {**journal.claimants(claim), **journal.owners(claim)}.get(claim[0])
+    whose = "nobody's yet" if owner is None else "its own" if owner == key else f"that of {shown(owner)}"
+    yield f"output key     {shown(planned)} (job {job.name}), {whose}"
+
+
+def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> Iterator[str]:
+    """What lies under the output key of an object."""
+    for made, metadata in bucket.made_of(output_key(job, key)).items():
+        etag = metadata.get("source-etag")
+        if not source_key_metadata(key).items() <= metadata.items():
+            version = "no output of this object"
+        else:
+            version = "made of this version" if source and etag == source.etag else f"made of another version, {etag}"
+        yield f"output         {shown(made)} is there, {version}"
+
+
+def next_steps(settings: Settings, journal: JournalReader, bucket: Bucket, source: S3Object) -> str:
+    """What the next run would do with an object, job by job: asked of the feeder, which is what decides it."""
+    told: list[Note] = []
+    # Nothing takes from its queue, and its journal cannot be written: it can only say what it would do.
+    pacer = Pacer(None)
+    shared = Shared(settings, StopFlag(), Gate(pacer.hear), bucket, UrlTrust(), told.append)
+    feeder = Feeder(shared, pacer, journal, queue.Queue())
+    routes = [route for route in feeder.routes if source.key.startswith(route.job.prefix)]
+    steps = {task.fingerprint: step_for(task, bucket) for task in feeder.tasks_of([source], routes)}
+    # What needs no worker is told to the recorder: failures that cost nothing, and outputs that are found.
+    for outcome in told:
+        if isinstance(outcome, Outcome):
+            what = f"fail: {outcome.code}, {outcome.message}" if outcome.code else "take the output that is there"
+            steps[outcome.task.fingerprint] = shown(what)
+    by_job = {route.job.name: step_of(route, source, feeder, steps) for route in feeder.routes}
+    if len(by_job) == 1:
+        return "".join(by_job.values())
+    return "; ".join(f"{step} (job {name})" for name, step in by_job.items())
+
+
+def step_of(route: Route, source: S3Object, feeder: Feeder, steps: Mapping[str, str]) -> str:
+    """What becomes of an object in one job; `steps`: by fingerprint, which several jobs may share."""
+    if not source.key.startswith(route.job.prefix):
+        return f"not list it, for its key does not begin with {route.job.prefix}"
+    # By itself, so that the only reason that is counted is this job's.
+    feeder.counts.clear()
+    feeder.tasks_of([source], [route])
+    reasons = [name for name in feeder.counts if name != "listed"]
+    return f"leave it: {', '.join(reasons)}" if reasons else steps[route.job.fingerprint]
+
+
+def step_for(task: Task, bucket: Bucket) -> str:
+    """What a worker would do with a task."""
+    if task.copy:
+        return "copy it, at no charge"
+    # After a request that an earlier run made, the worker looks before it sends anything.
+    if task.look_first and bucket.output_of(task):
+        return "find its output, which is there, and pay nothing"
+    if task.look_first or task.among_sources:
+        try:
+            bucket.refuse_to_overwrite(task)
+        except ObjectFailed as failure:
+            return f"fail: {failure.code}, {shown(failure.message)}"
+    if task.resumed:
+        return "send the request in flight again, which the API answers free of charge if it has done the work"
+    return f"convert it to {task.target}, which is paid for"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check came to: `OK`, `WARN` or `FAIL`, what was looked at, and what is so or what is to be done."""
+
+    verdict: str
+    what: str
+    said: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<4} {self.what}: {self.said}"
+
+
+class Doubt(UserError):
+    """Something that a run may survive, and a person should know of."""
+
+
+def proved(what: str, proof: Callable[[], str], needs: str = "") -> Finding:
+    """The finding of one check: `proof` returns what is so, or raises what is not. `needs`: what would permit it."""
+    try:
+        return Finding("OK", what, proof())
+    except Doubt as doubt:
+        return Finding("WARN", what, f"{doubt.message}; {doubt.hint}")
+    except UserError as error:
+        said, hint = error.message, error.hint
+    except RunStopped as stopped:
+        said, hint = stopped.stop.because, stopped.stop.hint
+    except ObjectFailed as failure:
+        said, hint = failure.message, needs
+    # Wrong credentials and a wrong bucket have nothing to do with permissions.
+    return Finding("FAIL", what, f"{said}; {needs if needs and 'AccessDenied' in said else hint}")
+
+
+def say(line: str) -> None:
+    """Print a line at once, in the characters that the terminal has; if nobody reads it, it is not printed."""
+    encoding = sys.stdout.encoding or "utf-8"
+    with contextlib.suppress(OSError):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def check(settings: Settings) -> ExitCode:
+    """Prove what a run needs, one line each."""
+    is_ready = True
+    for finding in findings(settings):
+        # Each line as soon as it is known: the next one may have to wait for the network.
+        is_ready &= finding.verdict != "FAIL"
+        say(settings.hide(str(finding)))
+    return ExitCode.DONE if is_ready else ExitCode.USAGE
+
+
+def findings(settings: Settings) -> Iterator[Finding]:
+    """Everything that is checked, what is nearest first."""
+    yield proved("versions", versions)
+    yield Finding("OK", "configuration", describe(settings))
+    checkpoint = Path(settings.run.checkpoint)
+    yield proved("run.checkpoint", partial(checkpoint_is_usable, settings))
+    yield proved("lock", partial(lock_is_free, checkpoint))
+    for name in ("failures", "summary"):
+        path = getattr(settings.run, name)
+        if path:
+            yield proved(f"run.{name}", partial(is_writable, Path(path), f"run.{name}"))
+    for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
+        yield proved(f"space in {folder}", partial(has_space, folder))
+    yield from bucket_findings(settings)
+    yield from api_findings(settings.api)
+
+
+def versions() -> str:
+    """The versions that are at work. Raises UserError if one is too old."""
+    found = {name: str(getattr(sys.modules[name], "__version__", "")) for name in OLDEST_PACKAGES}
+    # Two numbers are enough, and "2.0a1" has them as well.
+    old = [
+        f"{name}>={oldest}"
+        for name, oldest in OLDEST_PACKAGES.items()
+        if [int(part) for part in re.findall(r"\d+", found[name])[:2]] < [int(part) for part in oldest.split(".")]
+    ]
+    if old:
+        wanted = " ".join(f"'{name}'" for name in old)
+        raise UserError(f"too old for {', '.join(old)}", f"type: {sys.executable} -m pip install {wanted}")
+    return ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {version}" for name, version in found.items())])
+
+
+def is_writable(path: Path, name: str) -> str:
+    """Where a file is or would be. Raises UserError if it cannot be written."""
+    refuse_unwritable(path, name)
+    return f"{path} can be written"
+
+
+def checkpoint_is_usable(settings: Settings) -> str:
+    """What the checkpoint is. Raises UserError or RunStopped if a run could not use it."""
+    path = Path(settings.run.checkpoint)
+    # Before SQLite opens it: to close a file is to give up this process's SQLite locks on it.
+    for written in (path, RunLock(path).path, path.with_name(path.name + "-wal")):
+        refuse_unwritable(written, "run.checkpoint")
+    with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
+        return f"{path} can be written{'' if journal.is_there else '; it does not exist yet'}"
+
+
+def lock_is_free(checkpoint: Path) -> str:
+    """That no run is at work. Raises Doubt if one is."""
+    holder = RunLock(checkpoint).holder()
+    # In cron that is as it should be, and no reason to fail.
+    if holder:
+        raise Doubt(f"a run is at work ({holder})", "another one would exit 4")
+    return "no run is at work"
+
+
+def has_space(folder: Path) -> str:
+    """How much is free. Raises UserError or Doubt if that is little."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as problem:
+        raise UserError(f"it cannot be read: {problem.strerror}", "correct run.checkpoint or TMPDIR") from None
+    if free < SCARCE_DISK_BYTES:
+        raise UserError(f"only {human_bytes(free)} are free", "free some space, or set run.checkpoint or TMPDIR")
+    if free < LITTLE_DISK_BYTES:
+        raise Doubt(f"{human_bytes(free)} are free", "large outputs wait there, one for each worker")
+    return f"{human_bytes(free)} are free"
+
+
+def seconds_ahead(address: str, **request: Any) -> float | None:
+    """How far a server's clock is ahead of this one; None if it does not tell the time. Raises UserError."""
+    # Without credentials: whatever it answers, it says when, even to a request whose signature is from another time.
+    with asking(address, **request) as answer:
+        try:
+            said = email.utils.parsedate_to_datetime(answer.headers["Date"])
+        except (KeyError, ValueError, TypeError):
+            return None
+    return said.replace(tzinfo=said.tzinfo or timezone.utc).timestamp() - time.time()
+
+
+def clock_agrees(ahead_seconds: float | None) -> str:
+    """That two clocks agree. Raises UserError or Doubt if they do not."""
+    if ahead_seconds is None:
+        return "it does not tell the time"
+    differs = f"it is {abs(ahead_seconds):.0f} s {'ahead of' if ahead_seconds > 0 else 'behind'} this machine's clock"
+    # Amazon allows 15 minutes; a clock that is off by 5 is not kept by anybody.
+    if abs(ahead_seconds) > 300:
+        raise UserError(differs, "set the clock (chronyd, ntpd): S3 refuses requests from another time")
+    if abs(ahead_seconds) > 60:
+        raise Doubt(differs, "set the clock (chronyd, ntpd)")
+    return "this machine's clock agrees"
+
+
+def bucket_findings(settings: Settings) -> Iterator[Finding]:
+    """What a run needs of S3."""
+    try:
+        bucket = Bucket(settings)
+        ahead = seconds_ahead(bucket.client.meta.endpoint_url, verify=trusted_by_boto3())
+    except UserError as error:
+        # Whatever else is asked of S3 would fail for the same reason.
+        yield Finding("FAIL", "S3", f"{error.message}; {error.hint}")
+        return
+    yield proved("clock of S3", partial(clock_agrees, ahead))
+    yield proved("bucket", partial(buckets_are_there, bucket))
+    listed: list[S3Object] = []
+    # A policy may allow one prefix and not another.
+    for prefix in dict.fromkeys(job.prefix for job in settings.jobs):
+        where = f"s3://{bucket.name}/{prefix}"
+        yield proved(
+            f"list {where}", partial(can_list, bucket, prefix, listed), f"allow s3:ListBucket on {bucket.name}"
+        )
+    yield from reading_findings(settings, bucket, listed)
+    for prefix in dict.fromkeys(literal_prefix(job.output_key) for job in settings.jobs):
+        yield from writing_findings(settings, bucket, prefix)
+
+
+def trusted_by_boto3() -> str | bool:
+    """What `requests` is to take for trusted certificates, so that it judges S3 as boto3 does."""
+    return os.environ.get("AWS_CA_BUNDLE") or True
+
+
+def buckets_are_there(bucket: Bucket) -> str:
+    """The buckets and the region. Raises RunStopped."""
+    bucket.check()
+    names = " and ".join(dict.fromkeys((bucket.name, bucket.output_name)))
+    return f"{names} there, region {bucket.client.meta.region_name}"
+
+
+def can_list(bucket: Bucket, prefix: str, listed: list[S3Object]) -> str:
+    """What the first page of a listing has; it goes to `listed`. Raises RunStopped, or Doubt if there is nothing."""
+    # The first page alone: how many there are is for the run to find out.
+    page = bucket.read_page(bucket.name, prefix).objects
+    listed += page
+    if not page:
+        raise Doubt("no key begins so", "check s3.bucket and s3.prefix")
+    return f"{len(page)} objects{' and more' if len(page) == PAGE_KEYS else ''}"
+
+
+def reading_findings(settings: Settings, bucket: Bucket, listed: Sequence[S3Object]) -> Iterator[Finding]:
+    """Whether this program, and the API by a presigned URL, can read the first object that can be a source."""
+    needs = f"allow s3:GetObject on {bucket.name} (and kms:Decrypt on its key)"
+    literals = tuple(filter(None, (literal_prefix(job.output_key) for job in settings.jobs)))
+    own_prefixes = literals if settings.s3.is_one_bucket else ()
+    # What a run would skip may be unreadable for good reasons: an archived object, a folder of another tool.
+    readable = (entry for entry in listed if not skip_reason(entry, own_prefixes) and not has_dot_segments(entry.key))
+    source = next(readable, None)
+    if source is None:
+        yield Finding("WARN", "read", "nothing was listed that could be read; try again when there is something")
+        return
+    yield proved("read", partial(can_read, bucket, source.key), needs)
+    if settings.api.transfer != "upload":
+        yield proved("presigned URL", partial(url_works, bucket.presign(source.key)))
+
+
+def can_read(bucket: Bucket, key: str) -> str:
+    """That an object can be read. Raises RunStopped."""
+    bucket.read_first_byte(key)
+    return f"s3://{bucket.name}/{shown(key)}"
+
+
+def url_works(address: str) -> str:
+    """That a presigned URL can be fetched. Raises UserError."""
+    # One byte, in the same way as the API: by an HTTP client that knows nothing of S3.
+    with asking(address, headers={"Range": "bytes=0-0"}, verify=trusted_by_boto3()) as answer:
+        if answer.status_code not in {200, 206}:
+            hint = "check s3.region, s3.endpoint_url and the clock, or set api.transfer = upload"
+            raise UserError(f"S3 answers it with {answer.status_code}", hint)
+    return "it works from here; the API must be able to reach S3 as well"
+
+
+def writing_findings(settings: Settings, bucket: Bucket, prefix: str) -> Iterator[Finding]:
+    """Whether outputs can be listed and written, proved with an empty object that is deleted again."""
+    where = f"s3://{bucket.output_name}/{prefix}"
+    if settings.run.skip_existing:
+        needs = f"allow s3:ListBucket on {bucket.output_name}, or set run.skip_existing = no"
+        yield proved(f"list {where}", partial(can_list_outputs, bucket, prefix), needs)
+    # The name is drawn: neither an object of yours nor the probe of another check is ever overwritten.
+    key = f"{prefix}.s3_bulk_convert-check-{os.urandom(8).hex()}"
+    target = settings.jobs[0].options.target
+    probe = Task("check", "", key, "", 0, target, None, output_key=key, idempotency_key="")
+    versions: list[str] = []
+    needs = f"allow s3:PutObject on {bucket.output_name}/{prefix}* (with s3.acl s3:PutObjectAcl, with a KMS key "
+    needs += "kms:GenerateDataKey), and check s3.storage_class, s3.sse, s3.acl"
+    yield proved(f"write {where}", partial(can_write, bucket, probe, versions), needs)
+    if versions:
+        yield proved(f"look at {where}", partial(can_look, bucket, key))
+        yield proved(f"delete {where}", partial(can_delete, bucket, key, versions[0]))
+
+
+def can_list_outputs(bucket: Bucket, prefix: str) -> str:
+    """That outputs can be listed. Raises RunStopped."""
+    # As a run does it, for a key that is not there.
+    bucket.existing_outputs(prefix, [prefix + "-"])
+    return "outputs that are there will be found"
+
+
+def can_write(bucket: Bucket, probe: Task, versions: list[str]) -> str:
+    """That an output can be written; its version goes to `versions`. Raises RunStopped or ObjectFailed."""
+    versions.append(bucket.write_probe(probe))
+    return "with the options of the outputs"
+
+
+def can_look(bucket: Bucket, key: str) -> str:
+    """That an output says what it was made of. Raises Doubt if not: a run works without, and may pay more."""
+    if key not in bucket.made_of(key):
+        hint = f"allow s3:GetObject on {bucket.output_name}, or a resumed run may pay again for what is there"
+        raise Doubt("the metadata of an output cannot be read", hint)
+    return "an output says what it was made of"
+
+
+def can_delete(bucket: Bucket, key: str, version: str) -> str:
+    """That the probe is gone. Raises Doubt if it stays: only this check deletes anything, a run does not."""
+    try:
+        bucket.delete_probe(key, version)
+    except RunStopped as stopped:
+        hint = f"delete {key}, and allow s3:DeleteObject and s3:DeleteObjectVersion for the next check"
+        raise Doubt(stopped.stop.because, hint) from None
+    return "the probe is gone; a run deletes nothing"
+
+
+def api_findings(api: ApiOptions) -> Iterator[Finding]:
+    """What a run needs of the API."""
+    try:
+        ahead = seconds_ahead(api.url)
+    except UserError as error:
+        # A key cannot be tried on an API that is not there.
+        yield Finding("FAIL", "API", f"{error.message}; {error.hint}")
+        return
+    yield proved("clock of the API", partial(clock_agrees, ahead))
+    told: list[Usage] = []
+    yield proved("API key", partial(key_is_accepted, api, told))
+    for usage in told:
+        yield proved("quota", partial(quota_is_left, usage, api))
+        if usage.requests_per_minute:
+            yield Finding("OK", "rate limit", f"{usage.requests_per_minute} requests a minute")
+
+
+def key_is_accepted(api: ApiOptions, told: list[Usage]) -> str:
+    """The plan; what the API says of it goes to `told`. Raises RunStopped or UserError."""
+    told.append(ask_usage(api))
+    return f"accepted, plan {told[0].plan}" if told[0].plan else "not refused; the API does not name the plan"
+
+
+def quota_is_left(usage: Usage, api: ApiOptions) -> str:
+    """What is left of the month. Raises UserError if nothing is, Doubt if the API does not say."""
+    # Its fields are not documented: what cannot be read there is no reason to fail.
+    if usage.remaining is None:
+        raise Doubt("the API does not say what is left of the month", "cap what a run may cost with --limit")
+    said = f"{usage.remaining} conversions are left"
+    if usage.monthly_limit is not None:
+        said += f" of {usage.monthly_limit}"
+    if usage.bills_overage is not None:
+        said += ", more are billed" if usage.bills_overage else ", more are refused"
+    if usage.remaining <= api.keep_remaining:
+        raise UserError(said, f"wait for next month, upgrade, or lower api.keep_remaining ({api.keep_remaining})")
+    return said
+
+
+########################################################################################################################
 # Command line. Only `main` decides the exit.
 #   - Words for people go to stderr as they come, the summary of a run goes to stdout.
 #   - Every line is redacted on its way out, whoever wrote it.
@@ -4400,7 +5231,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="only the I-th of N parts, from 0 (default: what an array job's environment says)",
     )
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
-    add("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
+    alone = parser.add_mutually_exclusive_group().add_argument
+    alone("--check", action="store_true", help="prove configuration, S3, API key, quota and files; convert nothing")
+    alone("--status", action="store_true", help="what the checkpoint knows; no network")
+    alone("--why", metavar="KEY", help="all that is known about one object, and what the next run would do")
+    alone("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
     add("--keys-from", metavar="FILE", help="take keys from FILE (- is stdin) instead of listing; see README")
     add("-q", "--quiet", action="store_true", help="print only what went wrong, and one line at the end")
     add("-v", "--verbose", action="store_true", help="say more; show tracebacks")
@@ -4469,19 +5304,40 @@ def finish(report: Report, settings: Settings) -> ExitCode:
     return report.exit_code
 
 
+def carry_out(arguments: argparse.Namespace, settings: Settings) -> ExitCode:
+    """Do what the command line asks for. Raises UserError or RunStopped."""
+    if arguments.check:
+        return check(settings)
+    if arguments.status:
+        return print_all(status_lines(settings), settings)
+    if arguments.why is not None:
+        return print_all(why_lines(settings, arguments.why), settings)
+    # Only a run has something to finish: from here on Ctrl-C is a reason to stop.
+    stop = StopFlag()
+    stop.install()
+    return finish(run(settings, stop), settings)
+
+
+def print_all(lines: Iterable[str], settings: Settings) -> ExitCode:
+    """Print lines as they come, without secrets."""
+    for line in lines:
+        say(settings.hide(line))
+    return ExitCode.DONE
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     give_streams()
     arguments = build_parser().parse_args(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
-    # From here on Ctrl-C is a reason to stop, and never a traceback.
-    stop = StopFlag()
-    stop.install()
     try:
-        settings = load_settings(arguments.config, os.environ, read_flags(arguments), arguments.shard)
+        is_offline = arguments.status or arguments.why is not None
+        settings = load_settings(
+            arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_offline
+        )
         settings = replace(settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
         settings = replace(settings, keys_from=arguments.keys_from)
-        return finish(run(settings, stop), settings)
+        return carry_out(arguments, settings)
     except UserError as error:
         return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)
     except RunStopped as stopped:

@@ -81,10 +81,13 @@ def api() -> Iterator[ConversionApi]:
 class Run:
     """The real script in a subprocess, and what it has left in its working directory."""
 
-    def __init__(self, command: list[str], workdir: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: list[str], workdir: Path, environment: Mapping[str, str], stdin: int | None = None
+    ) -> None:
         self.workdir, self._environment = workdir, environment
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, cwd=workdir, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, cwd=workdir, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True
         )
         self.out = self.err = ""
         self.exit_code: int | None = None
@@ -127,6 +130,7 @@ def launch(
     api: ConversionApi,
     bucket: TestBucket,
     command: tuple[str, ...] = (str(SCRIPT),),
+    stdin: int | None = None,
     **changes: str | None,
 ) -> Run:
     """Start the script as a user would who has set what is needed to convert the bucket to jpg, and nothing else."""
@@ -140,7 +144,7 @@ def launch(
     }
     changed = {name: value for name, value in {**environment, **changes}.items() if value is not None}
     given = ["--set", f"api.url={api.url}", "--set", "run.summary=summary.json", *arguments]
-    return Run([sys.executable, *command, *given], workdir, changed)
+    return Run([sys.executable, *command, *given], workdir, changed, stdin)
 
 
 @pytest.fixture

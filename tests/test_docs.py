@@ -113,6 +113,7 @@ def test_the_metadata_in_the_script_asks_for_what_requirements_asks_for() -> Non
     declared = re.search(r"^# dependencies = \[(.*)\]$", SCRIPT.read_text(encoding="utf-8"), re.MULTILINE)
     assert declared is not None
     assert re.findall(r'"(.*?)"', declared[1]) == required
+    assert sorted(f"{name}>={oldest}" for name, oldest in program.OLDEST_PACKAGES.items()) == sorted(required)
 
 
 def test_the_project_has_nothing_else_at_its_top_level() -> None:

@@ -24,6 +24,8 @@ import pytest
 import s3_bulk_convert as program
 from s3_bulk_convert import ObjectFailed, RunStopped, S3Object, UserError, keys_from
 from tests.conftest import SCRIPT
+from tests.conversion_api import ConversionApi
+from tests.converters import marking
 from tests.test_from_outside import Relay
 from tests.test_s3_server import DOTTED_KEYS
 from tests.test_s3_server import ODD_KEYS as SERVER_KEYS
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from tests.conftest import TestBucket
     from tests.s3_server import S3Server
 
+Cli = Callable[..., Any]
 ODD_KEYS = list(dict.fromkeys([*CONVERTED_KEYS, *SERVER_KEYS, *DOTTED_KEYS]))
 LINES = [key for key in ODD_KEYS if "\n" not in key]
 SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag, StorageClass"
@@ -359,7 +362,7 @@ def test_current_objects_are_as_a_listing_has_them(bucket: TestBucket) -> None:
     for key in ODD_KEYS:
         bucket.put(key, key.encode())
     ours = make_bucket(bucket.name)
-    listed = {found.key: found for page in ours.list_pages("") for found in page}
+    listed = {found.key: found for page in ours.list_pages("", lambda: 1) for found in page}
     found = [one for one in ours.current(named(*ODD_KEYS)) if isinstance(one, S3Object)]
     assert [one._replace(last_modified="") for one in found] == [
         listed[key]._replace(last_modified="") for key in ODD_KEYS
@@ -424,3 +427,93 @@ def test_an_archived_object_is_known_by_its_head(*, storage: str | None, restore
     more = {"StorageClass": storage, "Restore": restore}
     found = program.headed_object("k", {**head, **{name: value for name, value in more.items() if value}})
     assert (found.key, found.etag, found.archived) == ("k", "e", archived)
+
+
+########################################################################
+# The whole program
+########################################################################
+
+
+def test_only_the_named_keys_are_converted_and_missing_ones_are_failures(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    for key in ("a.png", "b c/ü+%.png", "c.png", "d.jpg"):
+        bucket.put(key, b"\x89PNG\r\n\x1a\n" + key.encode())
+    named = tmp_path / "keys.txt"
+    named.write_text("a.png\nb c/ü+%.png\nd.jpg\ngone.png\na.png\n", encoding="utf-8")
+    run = run_cli("--keys-from", str(named), "--set", "run.max_failure_rate=never")
+    assert run.exit_code == 1, run.err
+    assert {line["key"]: line["code"] for line in run.failures} == {"gone.png": "source_gone"}
+    assert sorted(bucket.outputs()) == ["converted/a.jpg", "converted/b c/ü+%.jpg"]
+    assert (run.summary["listed"], run.summary["converted"], run.summary["skipped"]) == (4, 2, {"same_format": 1})
+    bucket.put("gone.png", b"\x89PNG\r\n\x1a\nback")
+    again = run_cli("--keys-from", "conversion_failures.jsonl")
+    assert (again.exit_code, again.summary["converted"], len(api.paid)) == (0, 1, 3)
+
+
+def test_a_named_key_outside_a_job_s_prefix_is_not_its_business(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("in/a.png", b"\x89PNG\r\n\x1a\n1")
+    bucket.put("b.png", b"\x89PNG\r\n\x1a\n2")
+    (tmp_path / "keys").write_text("in/a.png\nb.png\n")
+    run = run_cli("--keys-from", str(tmp_path / "keys"), "--prefix", "in/")
+    assert (run.summary["converted"], run.summary["skipped"]) == (1, {"not_matched": 1})
+
+
+def test_keys_come_from_stdin_too(start: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.behaviour.convert = marking
+    for key in ("a.png", "b.png"):
+        bucket.put(key, b"\x89PNG\r\n\x1a\n" + key.encode())
+    reading, writing = os.pipe()
+    os.write(writing, b"b.png\n")
+    os.close(writing)
+    run = start("--keys-from", "-", stdin=reading)
+    os.close(reading)
+    assert (run.wait().exit_code, list(bucket.outputs())) == (0, ["converted/b.jpg"])
+
+
+def test_a_silent_stdin_does_not_keep_a_run_from_stopping(start: Cli) -> None:
+    reading, writing = os.pipe()
+    run = start("--keys-from", "-", "--set", "run.max_runtime=1s", stdin=reading)
+    assert run.wait().exit_code == 3
+    assert run.summary["stopped_because"] == "run.max_runtime is over"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_file_that_is_not_there_is_a_usage_error(run_cli: Cli) -> None:
+    run = run_cli("--keys-from", "nowhere.txt")
+    assert run.exit_code == 2
+    assert "nowhere.txt cannot be read: No such file or directory" in run.out + run.err
+
+
+def test_an_inventory_s_finished_objects_are_not_even_looked_at(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
+    etag = bucket.client.head_object(Bucket=bucket.name, Key="a.png")["ETag"].strip('"')
+    write_inventory(tmp_path, bucket.name, [("a.png", etag)])
+    named = str(tmp_path / "manifest.json")
+    assert run_cli("--keys-from", named).summary["converted"] == 1
+    # What the journal knows in the version that the inventory names needs no request: S3 may even have lost it.
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    again = run_cli("--keys-from", named)
+    assert (again.exit_code, again.summary["already_done"], again.failures) == (0, 1, [])
+
+
+def write_inventory(directory: Path, bucket: str, rows: list[tuple[str, str]]) -> None:
+    """An inventory of objects with their ETags: its manifest and one data file beside it."""
+    lines = "".join(f'"{bucket}","{key}","10","{etag}"\n' for key, etag in rows)
+    (directory / "part.csv.gz").write_bytes(gzip.compress(lines.encode()))
+    manifest = {
+        "sourceBucket": bucket,
+        "destinationBucket": "arn:aws:s3:::inventories",
+        "fileFormat": "CSV",
+        "fileSchema": "Bucket, Key, Size, ETag",
+        "files": [{"key": "part.csv.gz"}],
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))

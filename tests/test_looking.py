@@ -1,0 +1,455 @@
+"""--check, --status and --why: what they say is true, and they leave nothing behind, neither a file nor an object."""
+
+import contextlib
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import s3_bulk_convert as program
+from s3_bulk_convert import Event, JournalReader, Usage
+from tests.conversion_api import ConversionApi, Fault
+from tests.converters import marking
+from tests.test_journal import converted, task
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def cheap(api: ConversionApi) -> None:
+    """Conversions that cost nothing: what is looked at here is not what they make."""
+    api.behaviour.convert = marking
+
+
+def picture(text: str = "") -> bytes:
+    """What a PNG begins with."""
+    return b"\x89PNG\r\n\x1a\n" + text.encode()
+
+
+def left_in(run: Any) -> dict[str, bytes]:
+    """The files of a working directory; the index of the write-ahead log is memory that readers share, and left out."""
+    return {entry.name: entry.read_bytes() for entry in run.workdir.iterdir() if not entry.name.endswith("-shm")}
+
+
+def starting(word: str, run: Any) -> list[str]:
+    """What the lines that begin with a verdict are about."""
+    return [line[5:].partition(":")[0] for line in run.out.splitlines() if line.startswith(word)]
+
+
+def last_line(run: Any) -> str:
+    """How an answer to --why ends."""
+    assert run.exit_code == 0, run.err
+    return str(run.out.splitlines()[-1])
+
+
+def kill_with_one_in_flight(start: Cli, api: ConversionApi, release: threading.Event) -> Any:
+    """A run that was killed while the API worked for it."""
+    fault = api.faults.add(Fault.hang_until(release))
+    run = start("--workers", "1")
+    assert fault.reached.wait(30)
+    run.process.kill()
+    return run.wait()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --check
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_check_proves_everything_and_leaves_nothing_behind(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", picture())
+    run = run_cli("--check")
+    assert (run.exit_code, run.err) == (0, "")
+    assert len(starting("OK", run)) == len(run.out.splitlines()) == 21, run.out
+    assert (left_in(run), bucket.keys(), api.paid) == ({}, ["a.png"], [])
+    assert [request.path for request in api.requests] == ["/", "/v1/usage"]
+
+
+def test_check_leaves_no_version_of_its_probe_in_a_versioned_bucket(run_cli: Cli, bucket: Any) -> None:
+    bucket.client.put_bucket_versioning(Bucket=bucket.name, VersioningConfiguration={"Status": "Enabled"})
+    bucket.put("a.png", picture())
+    assert run_cli("--check").exit_code == 0
+    versions = bucket.client.list_object_versions(Bucket=bucket.name)
+    assert [entry["Key"] for entry in versions["Versions"]] == ["a.png"]
+    assert "DeleteMarkers" not in versions
+
+
+def test_check_of_an_empty_bucket_warns_and_does_not_fail(run_cli: Cli) -> None:
+    run = run_cli("--check")
+    assert run.exit_code == 0
+    assert starting("WARN", run) == ["list s3", "read"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "failing", "to_do"),
+    [
+        pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, ["API key"], "check CTF_API_KEY", id="wrong key"),
+        pytest.param(
+            {"S3_BUCKET": "no-such-bucket"},
+            ["bucket", "list s3", "list s3", "write s3"],
+            "correct s3.bucket",
+            id="bucket",
+        ),
+        pytest.param(
+            {"AWS_SECRET_ACCESS_KEY": "not-the-secret"},
+            ["list s3", "list s3", "write s3"],
+            "check the bucket's name",
+            id="secret",
+        ),
+        pytest.param({"AWS_ACCESS_KEY_ID": None}, ["S3"], "set AWS_ACCESS_KEY_ID", id="no credentials"),
+        pytest.param({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, ["S3"], "check its address", id="no S3"),
+        pytest.param({"TMPDIR": "/no/such/directory"}, [], "", id="an unusable TMPDIR is not used"),
+    ],
+)
+def test_check_names_what_is_wrong_and_goes_on(
+    *, changes: dict[str, str | None], failing: list[str], to_do: str, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", picture())
+    run = run_cli("--check", **changes)
+    assert (starting("FAIL", run), run.exit_code) == (failing, 2 if failing else 0)
+    assert to_do in run.out
+    assert "clock of the API" in starting("OK", run)
+    assert (left_in(run), bucket.keys(), api.paid) == ({}, ["a.png"], [])
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "failures", "summary"])
+def test_check_fails_for_a_file_that_cannot_be_written(name: str, run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    run = run_cli("--check", "--set", f"run.{name}=no/such/directory/file")
+    assert f"run.{name}" in starting("FAIL", run)
+    assert f"set run.{name} to another path" in run.out
+    assert (run.exit_code, left_in(run)) == (2, {})
+
+
+def test_check_fails_for_a_damaged_checkpoint_and_leaves_it_alone(run_cli: Cli) -> None:
+    run = run_cli("--check")
+    (run.workdir / "s3_bulk_convert.sqlite3").write_bytes(b"not a database" * 100)
+    before = left_in(run)
+    run = run_cli("--check")
+    assert starting("FAIL", run) == ["run.checkpoint"]
+    assert left_in(run) == before
+
+
+def test_check_fails_where_the_api_is_not_there(run_cli: Cli) -> None:
+    run = run_cli("--check", "--set", "api.url=http://127.0.0.1:1")
+    assert (starting("FAIL", run), run.exit_code) == (["API"], 2)
+
+
+def test_check_fails_when_the_month_is_used_up(run_cli: Cli, api: ConversionApi) -> None:
+    api.behaviour.month_quota = 3
+    assert starting("FAIL", run_cli("--check", "--set", "api.keep_remaining=3")) == ["quota"]
+    assert "3 conversions are left of 3" in run_cli("--check").out
+
+
+@pytest.mark.parametrize(
+    ("fault", "verdict", "line"),
+    [
+        (Fault.json_in_200({"plan": None}), "WARN", "quota: the API does not say what is left of the month"),
+        (Fault.html_page(), "WARN", "quota: the API does not say what is left of the month"),
+        (Fault.status_reply(404, "not_found"), "WARN", "quota: the API does not say what is left of the month"),
+        (Fault.status_reply(503, "service_unavailable"), "FAIL", "API key: the API answered 503 service_unavailable"),
+        (Fault.status_reply(403), "FAIL", "API key: the API refused the account: 403"),
+    ],
+)
+def test_check_takes_any_answer_about_the_usage(
+    fault: Fault, verdict: str, line: str, run_cli: Cli, api: ConversionApi
+) -> None:
+    api.faults.add(replace(fault, where=lambda request: request.path == "/v1/usage"))
+    assert f"{verdict} {line}" in run_cli("--check").out
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(30, "OK"), (-120, "WARN"), (900, "FAIL"), (-900, "FAIL")])
+def test_check_compares_the_clocks(seconds: int, verdict: str, run_cli: Cli) -> None:
+    with ConversionApi(clock=lambda: time.time() + seconds) as elsewhere:
+        run = run_cli("--check", "--set", f"api.url={elsewhere.url}", AWS_ENDPOINT_URL_S3=elsewhere.url)
+    assert {"clock of S3", "clock of the API"} <= set(starting(verdict, run))
+
+
+class GuardedS3(BaseHTTPRequestHandler):
+    """An S3 that lets anybody list one object, and refuses every method that its server does not allow."""
+
+    def answer(self) -> None:
+        """Answer one request."""
+        is_listing = "list-type" in self.path
+        is_bucket = "/" not in self.path.strip("/")
+        is_allowed = is_listing or is_bucket or self.command in vars(self.server)["allowed"]
+        listing = "<ListBucketResult><Contents><Key>a.png</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        listing += '<ETag>"1"</ETag><Size>9</Size></Contents></ListBucketResult>'
+        body = listing if is_listing else "" if is_allowed else "<Error><Code>AccessDenied</Code></Error>"
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200 if is_allowed else 403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def __getattr__(self, name: str) -> Any:
+        """The same for each method, which the base class looks up by its name."""
+        if name.startswith("do_"):
+            return self.answer
+        raise AttributeError(name)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def guarded_s3(*allowed: str) -> Iterator[str]:
+    """The address of a GuardedS3."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), GuardedS3) as server:
+        vars(server)["allowed"] = allowed
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_check_names_the_permission_that_is_missing(run_cli: Cli) -> None:
+    with guarded_s3() as address:
+        run = run_cli("--check", AWS_ENDPOINT_URL_S3=address)
+    assert starting("FAIL", run) == ["read", "presigned URL", "write s3"]
+    assert re.search(r"FAIL read: .*AccessDenied.*; allow s3:GetObject", run.out)
+    assert re.search(r"FAIL write .*AccessDenied.*; allow s3:PutObject", run.out)
+    assert "S3 answers it with 403" in run.out
+
+
+def test_check_warns_of_an_output_bucket_where_it_can_only_write(run_cli: Cli) -> None:
+    with guarded_s3("GET", "PUT") as address:
+        run = run_cli("--check", AWS_ENDPOINT_URL_S3=address)
+    assert (run.exit_code, starting("WARN", run)) == (0, ["look at s3", "delete s3"])
+    assert re.search(r"; delete converted/\.s3_bulk_convert-check-\w{16}, and allow s3:DeleteObject", run.out)
+
+
+def test_packages_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "OLDEST_PACKAGES", {"requests": "99.1"})
+    finding = program.proved("versions", program.versions)
+    assert str(finding).startswith("FAIL versions: too old for requests>=99.1; type: ")
+
+
+def test_a_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(program, "LITTLE_DISK_BYTES", 10**18)
+    assert program.proved("space", lambda: program.has_space(tmp_path)).verdict == "WARN"
+    monkeypatch.setattr(program, "SCARCE_DISK_BYTES", 10**18)
+    assert program.proved("space", lambda: program.has_space(tmp_path)).verdict == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("body", "usage"),
+    [
+        ({"plan": "test", "conversions": {"limit": 5, "used": 1, "remaining": 4}}, Usage("test", 5, 4)),
+        ({"plan": "hobby", "conversions_used": 10, "conversions_limit": 50}, Usage("hobby", 50, 40)),
+        ({"plan": "free", "conversions": 12, "limit": 1000}, Usage("free", 1000, 988)),
+        ({"plan": "free", "conversions": 12, "limit": 10}, Usage("free", 10, 0)),
+        (
+            {"plan": {"name": "p", "monthly_limit": 50, "requests_per_minute": 30}, "conversions_this_month": 2},
+            Usage("p", 50, 48, 30),
+        ),
+        ({"data": {"plan": "x", "conversionsRemaining": "7", "rateLimit": {"limit": 30}}}, Usage("x", None, 7, 30)),
+        (
+            {
+                "limits": {"conversions": 9, "max_file_size": 25},
+                "usage": {"conversions": 1},
+                "overage": {"enabled": True},
+            },
+            Usage(None, 9, 8, None, bills_overage=True),
+        ),
+        ({"plan": "s", "overage_allowed": False, "overage_price": 0.005}, Usage("s", bills_overage=False)),
+        ({"requests": {"limit": 60, "remaining": 59}, "daily_limit": 3}, Usage()),
+        ({"plan": 7, "conversions": [1], "limit": -1, "remaining": None, "used": True}, Usage()),
+        ({}, Usage()),
+    ],
+)
+def test_usage_is_read_under_any_name(body: dict[str, Any], usage: Usage) -> None:
+    assert program.read_usage(body) == usage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --status
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_status_without_a_checkpoint_says_so_and_makes_none(run_cli: Cli) -> None:
+    run = run_cli("--status", CTF_API_KEY=None)
+    assert (run.exit_code, run.out, left_in(run)) == (2, "", {})
+    assert run.err.startswith("error: there is no checkpoint s3_bulk_convert.sqlite3\nhint: ")
+
+
+def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        bucket.put(name, picture(name))
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    api.faults.add(Fault.status_reply(503, "service_unavailable"))
+    before = left_in(run_cli("--workers", "1", "--set", "api.retries=0"))
+    run = run_cli("--status", CTF_API_KEY=None, AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
+    assert run.exit_code == 0
+    assert re.search(
+        r"run +none is at work\nlast activity +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d s ago\)\n", run.out
+    )
+    assert f"s3://{bucket.name} to jpg in s3://{bucket.name}: job default\n  converted    2\n" in run.out
+    assert "failed       1 for good: unsupported_route 1\n  failed       1 for now: service_unavailable 1\n" in run.out
+    assert left_in(run) == before
+
+
+def test_status_and_check_see_a_run_at_work_and_do_not_disturb_it(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    bucket.put("a.png", picture())
+    fault = api.faults.add(Fault.hang_until(release))
+    run = start()
+    assert fault.reached.wait(30)
+    before = left_in(run)
+    holder = f"process {run.process.pid}, for "
+    assert f"at work: {holder}" in run_cli("--status").out
+    assert f"WARN lock: a run is at work ({holder}" in run_cli("--check").out
+    assert left_in(run) == before
+    release.set()
+    assert run.wait().exit_code == 0
+
+
+def test_status_of_a_killed_run_shows_what_is_in_flight(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    bucket.put("a.png", picture())
+    before = left_in(kill_with_one_in_flight(start, api, release))
+    run = run_cli("--status")
+    assert "run            none is at work" in run.out
+    assert re.search(r"in flight    1, the oldest since \S+ \S+ \(\d s ago\)", run.out)
+    assert left_in(run) == before
+    assert "s3_bulk_convert.sqlite3-wal" in before
+
+
+def test_the_tallies_count_each_object_by_its_newest_row(tmp_path: Path) -> None:
+    path, dice, newest = tmp_path / "checkpoint.sqlite3", random.Random(5), {}
+    failures = [(Event.FAILED, "x", True), (Event.FAILED, "y", False)]
+    kinds = [(Event.CONVERTED, "", False), (Event.FOUND, "", False), *failures]
+    with program.Journal(path, "bucket", "outputs") as opened:
+        for _ in range(300):
+            key, fingerprint, (event, code, lasts) = dice.choice("abcdefgh"), dice.choice("fg"), dice.choice(kinds)
+            done = task(key, f"{key}.jpg", fingerprint)
+            opened.end([replace(converted(done), event=event, code=code, permanent=lasts)], 1.0)
+            newest[fingerprint, key] = (event.value, lasts, code)
+    with JournalReader(path, "bucket", "outputs") as reader:
+        counted = {
+            tally.fingerprint: {state: n for state, n in tally.states.items() if n} for tally in reader.tallies()
+        }
+    assert counted == {name: Counter(state for (of, _), state in newest.items() if of == name) for name in "fg"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --why
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("new.png", "the next run would convert it to jpg, which is paid for"),
+        ("done.png", "the next run would leave it: already_done"),
+        ("bad.png", "the next run would leave it: failed_before"),
+        ("same.jpg", "the next run would leave it: same_format"),
+        ("folder/", "the next run would leave it: folder"),
+        ("empty.png", "the next run would leave it: empty"),
+        ("notes.txt", "the next run would leave it: not_matched"),
+        ("converted/done.jpg", "the next run would leave it: own_output"),
+        ("done.heic", "the next run would fail: output_collision, converted/done.jpg: belongs to done.png; put {ext}"),
+        ("gone.png", "the next run would do nothing: it is not in the bucket"),
+    ],
+)
+def test_why_says_what_the_next_run_does(key: str, said: str, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    for name in ("bad.png", "done.png"):
+        bucket.put(name, picture(name))
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    before = left_in(run_cli("--workers", "1"))
+    for name in ("new.png", "same.jpg", "folder/", "notes.txt", "done.heic"):
+        bucket.put(name, picture(name))
+    bucket.put("empty.png", b"")
+    keys = bucket.keys()
+    run = run_cli("--set", "convert.exclude=*.txt", "--why", key, CTF_API_KEY=None)
+    assert last_line(run).startswith(said), run.out
+    assert (left_in(run), bucket.keys(), len(api.paid)) == (before, keys, 1)
+
+
+def test_why_tells_all_that_is_known(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("x/ä\n.png", picture())
+    run_cli()
+    first = bucket.client.head_object(Bucket=bucket.name, Key="x/ä\n.png")["ETag"].strip('"')
+    assert f"ETag {first}" in run_cli("--why", "x/ä\n.png").out
+    bucket.put("x/ä\n.png", picture("changed"))
+    run = run_cli("--why", "x/ä\n.png")
+    assert run.out.startswith(f'object         s3://{bucket.name}/"x/\\u00e4\\n.png"\ncheckpoint     newest first:\n')
+    assert re.search(rf' converted as "converted/x/\S+, to jpg, ETag {first}\n', run.out)
+    assert re.search(r'output key +"converted/\S+" \(job default\), its own\n', run.out)
+    assert f"is there, made of another version, {first}\n" in run.out
+    assert last_line(run) == "the next run would convert it to jpg, which is paid for"
+
+
+def test_why_of_what_is_in_flight_promises_the_same_request(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    bucket.put("a.png", picture())
+    kill_with_one_in_flight(start, api, release)
+    release.set()
+    run = run_cli("--why", "a.png")
+    assert re.search(r"in flight      since \S+ \S+ \(\d s ago\), for converted/a.jpg, ETag ", run.out)
+    assert "send the request in flight again" in last_line(run)
+    assert run_cli().exit_code == 0
+    assert len(api.paid) == 1
+
+
+def test_why_without_a_checkpoint_finds_the_output_and_makes_no_file(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    bucket.put("converted/a.jpg", picture("made by somebody else, later"))
+    run = run_cli("--why", "a.png")
+    assert "checkpoint     there is none (s3_bulk_convert.sqlite3)\n" in run.out
+    assert "output         converted/a.jpg is there, no output of this object\n" in run.out
+    assert left_in(run) == {}
+
+
+def test_why_shows_the_checkpoint_s_part_when_the_bucket_cannot_be_reached(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    run_cli()
+    run = run_cli("--why", "a.png", AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
+    assert " converted as converted/a.jpg, to jpg" in run.out
+    assert "in the bucket  it cannot be told\noutput key     converted/a.jpg (job default), its own\n" in run.out
+    assert last_line(run).startswith("the next run would stop before it: S3 could not be reached")
+
+
+def test_why_answers_for_each_job(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
+    bucket.put("in/a.png", picture())
+    ini = tmp_path / "jobs.ini"
+    ini.write_text("[job one]\nprefix = in/\n[job three]\ninclude = *.gif\n[job two]\nprefix = out/\ntarget = pdf\n")
+    steps = "convert it to jpg, which is paid for (job one); leave it: not_matched (job three); "
+    steps += "not list it, for its key does not begin with out/ (job two)"
+    assert last_line(run_cli("-c", str(ini), "--why", "in/a.png")) == f"the next run would {steps}"
+
+
+def test_why_foresees_that_nothing_is_overwritten_among_the_sources(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.jpg", picture("of somebody else"))
+    bucket.put("a.png", picture())
+    run = run_cli("--set", "s3.output_key={stem}.jpg", "--set", "run.skip_existing=no", "--why", "a.png")
+    assert last_line(run).startswith("the next run would fail: output_collision, a.jpg exists and is no output of this")
+
+
+def test_why_is_readable_where_the_terminal_has_few_characters_and_a_message_has_odd_ones(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("ä.png", picture())
+    api.faults.add(replace(Fault.status_reply(422, "unsupported_route"), message="\x1b[2J gone"))
+    run_cli()
+    run = run_cli("--why", "ä.png", PYTHONIOENCODING="ascii", PYTHONUTF8="1")
+    assert run.exit_code == 0
+    assert r"/\xe4.png" in run.out
+    assert r'"unsupported_route \u001b[2J gone"' in run.out
+
+
+@pytest.mark.parametrize("other", ["--status", "--retry-failed", "--why=a"])
+def test_what_looks_is_asked_for_alone(other: str, run_cli: Cli) -> None:
+    run = run_cli("--check", other)
+    assert run.exit_code == 2
+    assert "not allowed with argument" in run.err
