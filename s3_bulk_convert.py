@@ -3063,6 +3063,7 @@ class Progress:
         }
 
     def _draw(self, bar: "tqdm[NoReturn]", report: Report, now: float) -> None:
+        # The width is asked for each time, because it is drawn five times a second anyway: no signal need be heard.
         columns = terminal_columns(sys.stderr)
         if columns != self._columns:
             # tqdm pads a line to the length of the last one, which would run over the edge of a window made smaller.
@@ -3127,6 +3128,7 @@ COUNTERS = {
     "replays_total": ("replays", "Requests of an earlier run that were answered in this one."),
     "possible_double_charges_total": ("possible_double_charges", "Conversions that may have been charged twice."),
 }
+# Of the last run that ended, and kept in the file while the next one is at work, and when that one fails.
 LAST_SUCCESS, LAST_EXIT_CODE = "last_success_timestamp_seconds", "last_exit_code"
 
 
@@ -3493,6 +3495,7 @@ REMEDIES = {
 
 def remedy(code: str) -> str:
     """What to do about failures with a code."""
+    # The API may have codes that no page of it names; the status, where that is all there is, still says whose fault.
     if code in REMEDIES:
         return REMEDIES[code]
     return (

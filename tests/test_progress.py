@@ -22,11 +22,13 @@ from tests.converters import marking
 
 Cli = Callable[..., Any]
 # Starts the real script with other numbers, so that no test waits for a minute.
-HASTY = (
-    "-c",
-    f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import s3_bulk_convert as program; "
-    "program.LINE_SECONDS = program.SILENCE_SECONDS = 0.5; program.leave(program.main())",
-)
+HASTY_PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import s3_bulk_convert as program
+program.LINE_SECONDS = program.SILENCE_SECONDS = 0.5
+program.leave(program.main())
+"""
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d .+")
 
 
@@ -172,7 +174,7 @@ def test_a_line_comes_even_when_nothing_finishes_and_says_what_is_waited_for(
 ) -> None:
     put_some(bucket, 5)
     api.faults.add(Fault.hang_until(release, times=2))
-    run = start("--workers", "2", command=HASTY)
+    run = start("--workers", "2", command=("-c", HASTY_PROGRAM))
     said = next(line for line in run.process.stderr if "nothing since" in line)
     assert re.search(r"0 of ~5 done, .*nothing since \d\d:\d\d:\d\d[+-]\d\d:\d\d: waiting for 2 in flight$", said)
     release.set()
