@@ -131,7 +131,7 @@ LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
 CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
 MOST_SHOWN = 200  # characters of a key or a message in the summary; the failures file has all of them
-DRAW_SECONDS = 0.1  # between two states of the bar
+DRAW_SECONDS = 0.2  # between two states of the bar
 LINE_SECONDS = 60  # between two lines where there is no terminal, even if nothing finishes
 SILENCE_SECONDS = 30  # without news, what is being waited for is said
 RATE_SECONDS = 60  # the rate that is shown is that of the last minute
@@ -3103,7 +3103,7 @@ def progress_words(numbers: Mapping[str, Any]) -> Iterator[str]:
     if numbers["p95_seconds"] is not None:
         yield f"p95 {numbers['p95_seconds']:.2f} s"
     if numbers["remaining"] is not None:
-        yield f"{numbers['remaining']} conversions remain"
+        yield f"quota {numbers['remaining']}"
     if not numbers["total"]:
         yield f"{numbers['listed']} listed"
 
