@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -22,6 +22,13 @@ test: .venv/ready  ## all tests but the slow ones
 
 test-slow: .venv/ready  ## the long proofs: random kills, many examples
 	$(BIN)/python -m pytest -c tests/pytest.ini -m slow -s tests
+
+.venv/ready-bench: .venv/ready tests/bench/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
+	@touch $@
+
+bench: .venv/ready-bench  ## measure it: all parts take an hour or two; ONLY=listing one of them; QUICK=1 small numbers
+	$(BIN)/python -m tests.bench $(ONLY)
 
 lint: .venv/ready  ## style, complexity and size of functions, types
 	$(BIN)/ruff check --config tests/ruff.toml $(CODE)

@@ -41,12 +41,16 @@ import contextlib
 import difflib
 import email.utils
 import fnmatch
+import functools
 import hashlib
 import io
 import itertools
 import json
 import logging
+import math
 import mimetypes
+import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import queue
 import random
@@ -60,14 +64,15 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from enum import Enum, IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
+from xml.etree import ElementTree
 
 try:
     import boto3
@@ -96,6 +101,8 @@ if sys.platform != "win32":
     import fcntl
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from mypy_boto3_s3.client import S3Client
 
 __version__ = "0.1.0"
@@ -108,7 +115,10 @@ log = logging.getLogger("s3_bulk_convert")
 
 CONNECT_TIMEOUT_SECONDS = 10
 BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
-SHARE_OF_LIMIT = 0.985  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
+SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
+SLOTS_REMEMBERED = 10_000  # of the last minute, while the API's limit is unknown
+SECONDS_TO_RECOVER_HALF = 60.0  # of what a 429 has taken off the pace
+MOST_EXCESS = 7.0  # an eighth of the pace is as slow as 429s make it
 FIRST_ANSWER_SECONDS = 5  # to wait for the first answer, which says what the API's limit is
 RETRY_AFTER_CAP_SECONDS = 300  # its windows last a minute: more is a mistake or an attack
 WAIT_DEADLINE_SECONDS = 30 * 60  # 429 and 409 cost no attempts, but not for ever; the API's own cap on a call is 120 s
@@ -117,13 +127,21 @@ URL_LIFE_SECONDS = IDEMPOTENCY_WINDOW_SECONDS  # a resumed request carries the s
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 JOB_DEADLINE_SECONDS = 6 * 3600
 TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
+PIPE_POLL_SECONDS = 0.01  # how soon an idle worker process gets a task
+DEATHS_ENDURED = 3  # of worker processes, over one object or without any result
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
 MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint within a day takes one
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
 MULTIPART_BYTES = 16 << 20  # a larger output is put in parts
+S3_TIMEOUT_SECONDS = 60
 PAGE_KEYS = 1000  # what S3 lists at once
+LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes 160 ms
+LIST_URL_SECONDS = 300
+FAST_FAILURES_ENDURED = 3  # in a row; after them boto3 lists alone
+FOLDER_LEVELS_PROBED = 4  # for folders to list side by side
+MOST_CUTS_BY_FOLDERS = 4 * LIST_THREADS  # so that one large folder among small ones does not hold up the end
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
 SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for so long belongs to a deleted object
 FOUND_KEPT = 10_000  # more than the notes that can wait for the recorder: 8 for each of at most 1,000 workers
@@ -139,8 +157,10 @@ METRICS_SECONDS = 15  # as often as Prometheus asks, by default
 METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
 S3_KEY_BYTES = 1_024
 SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
+MOST_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
 
 CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
+JOB_LOST = "job_lost"
 FORMAT_ALIASES = {
     "jpeg": "jpg",
     "jpe": "jpg",
@@ -151,6 +171,7 @@ FORMAT_ALIASES = {
     "markdown": "md",
 }
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
+ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
 SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE = "same_format", "own_output", "failed_before"
 
@@ -291,8 +312,20 @@ class S3Object(NamedTuple):
         return unix_seconds(self.last_modified)
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Page(NamedTuple):
+    """One page of a listing. `token` asks for the next one; it is empty on the last."""
+
+    objects: list[S3Object]
+    folders: list[str]  # what lies behind the delimiter, if one was asked for: keys up to and including it
+    token: str = ""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing comes after it."""
+        return not self.token
+
+
+class Candidate(NamedTuple):
     """An object that a job wants."""
 
     job: "Job"
@@ -320,25 +353,25 @@ class Task:
     traced: bool = False  # the journal knows of it: another version, other options, or a request
     look_first: bool = False  # its output may be there already: see whether it is this version's
     among_sources: bool = False  # outputs lie between sources, and must not overwrite one
+    job_id: str = ""  # the API's, where it has accepted this as a job already
 
 
-@dataclass(frozen=True)
-class Sent:
+class Sent(NamedTuple):
     """An unsettled request of an earlier run, as the journal has it. `sent_at` in Unix seconds."""
 
     etag: str
     idempotency_key: str
     url: str  # as it was sent, to the character: another URL would be another body
     sent_at: float
+    job_id: str = ""  # of the job that the API has made of it
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """The newest journal row of an object."""
 
-    event: str
     etag: str
-    permanent: bool
+    event: str
+    permanent: int  # 0 or 1, as SQLite has it
 
 
 class Event(str, Enum):
@@ -369,6 +402,24 @@ class Outcome:
     replayed: bool = False
     maybe_paid_twice: bool = False
     remaining: int | None = None
+
+
+@dataclass(frozen=True)
+class JobStarted:
+    """The API has accepted a task as a job of its own, which can be asked for by its id."""
+
+    task: Task
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one worker has heard from the API that concerns all of them."""
+
+    limit: int = 0  # requests per minute that the API allows; 0: it did not say
+    throttled_seconds: float = 0.0  # for how long nobody may send
+    slots: int = 0  # requests sent beside the one that the feeder has made room for: retries, polls
+    url_taken: bool | None = None  # whether it takes presigned URLs
 
 
 @dataclass(frozen=True)
@@ -551,6 +602,50 @@ def unless(word: str, reader: Callable[[str], T]) -> Callable[[str], T | None]:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One of the parts into which several machines divide the work; as it stands, the only one: everything."""
+
+    index: int = 0  # from 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @property
+    def named(self) -> str:
+        """How a sentence about the run goes on; empty if there is but one shard."""
+        return f" for shard {self}" if self.count > 1 else ""
+
+    def owns(self, text: str) -> bool:
+        """Whether this shard is the one that a text belongs to.
+
+        Asked of the claim of a planned output; an object that no job wants belongs to the shard that owns its key.
+        """
+        if self.count == 1:
+            return True
+        # Not `hash`, which differs from process to process. A key may hold anything: half a surrogate pair as well.
+        digested = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digested, "big") % self.count == self.index
+
+    def share(self, total: int) -> int:
+        """The part of a whole number that falls to this shard; those of all shards add up to it."""
+        return total // self.count + (self.index < total % self.count)
+
+    def file(self, path: str) -> str:
+        """The shard's own name for a file: `a.json` is `a.0-of-8.json`. A device is no file and keeps its name."""
+        stem, ending = os.path.splitext(path)
+        return path if self.count == 1 or path.startswith("/dev/") else f"{stem}.{self.index}-of-{self.count}{ending}"
+
+
+def shard(given: str) -> Shard:
+    """One of N parts, from `I/N`."""
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
+    if match is None or not int(match[1]) < int(match[2]) <= MOST_SHARDS:
+        raise ValueError(f"expected I/N such as 0/8, with I from 0 to N - 1 and N at most {MOST_SHARDS}")
+    return Shard(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
 class S3Options:
     """The options of [s3]."""
 
@@ -627,7 +722,8 @@ class ApiOptions:
 class RunOptions:
     """The options of [run]."""
 
-    workers: int = option(whole(1, 1000), "conversions at a time", default=10)
+    workers: int = option(whole(1, 1000), "conversions at a time, over all processes", default=10)
+    processes: int = option(whole(1, 64), "processes that share the workers out among them", default=1)
     checkpoint: str = option(text, "SQLite file that remembers what is done", default="s3_bulk_convert.sqlite3")
     failures: str = option(
         text, "file that failures are appended to, a JSON line each", default="conversion_failures.jsonl"
@@ -642,8 +738,19 @@ class RunOptions:
     metrics: str | None = option(unless("none", text), "file for metrics, in Prometheus' text format", default=None)
     log_every: int = option(whole(1), "a line of progress every so many objects, without a terminal", default=100)
 
+    @property
+    def consumers(self) -> int:
+        """How many threads of this process take tasks off the queue: the workers, or one for each process of them."""
+        return self.workers if self.processes == 1 else self.processes
+
 
 SECTIONS: Mapping[str, Any] = {"s3": S3Options, "convert": ConvertOptions, "api": ApiOptions, "run": RunOptions}
+SHARDED_FILES = (
+    "checkpoint",
+    "failures",
+    "summary",
+    "metrics",
+)  # options of [run] that name what one run alone may write
 JOB_OPTIONS = (*(part.name for part in fields(ConvertOptions)), "prefix", "output_key")
 ENVIRONMENT = {
     "CTF_API_KEY": ("api", "key"),
@@ -652,6 +759,42 @@ ENVIRONMENT = {
     "TARGET_FORMAT": ("convert", "target"),
     "CONCURRENCY": ("run", "workers"),
 }
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An array-job engine, and the variables in which it tells a task which of how many it is.
+
+    Slurm's indexes begin anywhere and go up in steps, so that the rank has to be worked out.
+    """
+
+    name: str
+    index: str
+    count: str
+    first: str = ""
+    last: str = ""
+    step: str = ""
+
+    @property
+    def needed(self) -> list[str]:
+        """The variables without which nothing can be said; only the step may be missing."""
+        return [name for name in (self.index, self.count, self.first, self.last) if name]
+
+
+ENGINES = (
+    Engine("AWS Batch", "AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
+    Engine(
+        "Slurm",
+        "SLURM_ARRAY_TASK_ID",
+        "SLURM_ARRAY_TASK_COUNT",
+        "SLURM_ARRAY_TASK_MIN",
+        "SLURM_ARRAY_TASK_MAX",
+        "SLURM_ARRAY_TASK_STEP",
+    ),
+    Engine("Cloud Run", "CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),
+    # Kubernetes has no variable for the count: the Job's author sets this one. The index alone may be another's.
+    Engine("Kubernetes", "JOB_COMPLETION_INDEX", "SHARD_COUNT"),
+)
 
 
 @dataclass(frozen=True)
@@ -687,9 +830,20 @@ class Settings:
     api: ApiOptions
     run: RunOptions
     jobs: tuple[Job, ...]
+    shard: Shard = Shard()
     retry_failed: bool = False
     quiet: bool = False
     log_format: str = "text"
+
+    def for_shard(self, shard: Shard) -> "Settings":
+        """The same for one shard: with files of its own and its share of the cap, which may be 0.
+
+        The rate stays: it is the pacer that divides it, because what the API allows is divided too.
+        """
+        run, most = self.run, self.api.max_conversions
+        named: dict[str, Any] = {name: shard.file(path) for name in SHARDED_FILES if (path := getattr(run, name))}
+        share = None if most is None else shard.share(most)
+        return replace(self, api=replace(self.api, max_conversions=share), run=replace(run, **named), shard=shard)
 
     def puts_among_sources(self, job: Job) -> bool:
         """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
@@ -748,6 +902,55 @@ def read_environment(environ: Mapping[str, str]) -> list[Given]:
         for variable, (section, name) in ENVIRONMENT.items()
         if environ.get(variable)
     ]
+
+
+def read_shard(flag: str | None, environ: Mapping[str, str], problems: list[str]) -> Shard:
+    """The shard that the command line names or, only if it names none, an array job's environment."""
+    if flag is None:
+        return shard_from_environment(environ, problems)
+    try:
+        return shard(flag.strip())
+    except ValueError as expected:
+        problems.append(f"--shard = {flag}: {expected}")
+        return Shard()
+
+
+def shard_from_environment(environ: Mapping[str, str], problems: list[str]) -> Shard:
+    """The shard that the array-job engine names which started this task; everything, if there is none.
+
+    What is incomplete or ambiguous is a problem, never a guess: a wrong one would leave objects out, unnoticed.
+    """
+    found: dict[Shard, str] = {}
+    for engine in ENGINES:
+        given = {name: environ[name].strip() for name in (*engine.needed, engine.step) if environ.get(name)}
+        shown = ", ".join(f"{name} = {value}" for name, value in given.items())
+        try:
+            if engine.index in given or engine.count in given:
+                found.setdefault(engine_shard(engine, given), f"{engine.name} ({shown})")
+        except ValueError as problem:
+            problems.append(f"{shown}: {problem}, or give --shard 0/1 to convert everything here")
+    if len(found) > 1:
+        named = " and ".join(f"{shown} names shard {shard}" for shard, shown in found.items())
+        problems.append(f"{named}: unset what is not meant, or give --shard 0/1 to convert everything here")
+    return next(iter(found), Shard())
+
+
+def engine_shard(engine: Engine, given: Mapping[str, str]) -> Shard:
+    """The shard that an engine's variables name. Raises ValueError with what would have to be otherwise."""
+    if missing := [name for name in engine.needed if name not in given]:
+        raise ValueError(f"set {' and '.join(missing)} too")
+    numbers = {name: whole(1 if name in {engine.count, engine.step} else 0)(value) for name, value in given.items()}
+    index, count = numbers[engine.index], numbers[engine.count]
+    first, step = numbers.get(engine.first, 0), numbers.get(engine.step, 1)
+    last = numbers.get(engine.last, count - 1)
+    if first + (count - 1) * step != last:
+        raise ValueError("expected indexes without a hole, such as --array=0-15")
+    rank, rest = divmod(index - first, step)
+    if rest or not 0 <= rank < count:
+        raise ValueError(f"expected an index from {first} to {last}" + (f" in steps of {step}" if step > 1 else ""))
+    if count > MOST_SHARDS:
+        raise ValueError(f"expected at most {MOST_SHARDS} shards")
+    return Shard(rank, count)
 
 
 def unknown_name_problem(given: Given) -> str | None:
@@ -886,7 +1089,9 @@ def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
     return replace(api, key=key)
 
 
-def load_settings(path: Path | None, environ: Mapping[str, str], command_line: Sequence[Given]) -> Settings:
+def load_settings(
+    path: Path | None, environ: Mapping[str, str], command_line: Sequence[Given], shard_flag: str | None = None
+) -> Settings:
     """The configuration: command line over environment over INI file over defaults.
 
     Raises ConfigError with every problem at once, UserError if the file cannot be read.
@@ -900,12 +1105,15 @@ def load_settings(path: Path | None, environ: Mapping[str, str], command_line: S
     if not s3.bucket:
         problems.insert(0, "[s3] bucket is missing")
     problems += path_problems(run)
+    if run.processes > run.workers:
+        problems.append(f"[run] processes = {run.processes}: more than the {run.workers} workers that they share")
     jobs = read_jobs(given, s3, problems)
     api = read_key(api, problems)
+    own_shard = read_shard(shard_flag, environ, problems)
     if problems:
         origin = str(path or "config.ini") if ini else "the configuration"
         raise ConfigError(origin, list(dict.fromkeys(problems)))
-    return Settings(s3, api, run, jobs)
+    return Settings(s3, api, run, jobs).for_shard(own_shard)
 
 
 ########################################################################################################################
@@ -1185,11 +1393,17 @@ def redacted(message: str) -> str:
 ########################################################################################################################
 
 
-class StopFlag:
-    """The one way in which a run is asked to end. The first reason counts."""
+STOP_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
 
-    def __init__(self) -> None:
-        self._event = threading.Event()
+
+class StopFlag:
+    """The one way in which a run is asked to end. The first reason counts.
+
+    `tell`: what else to do when it is asked for the first time; a worker process tells its parent.
+    """
+
+    def __init__(self, tell: Callable[[Stop], None] = lambda _: None) -> None:
+        self._event, self._tell = threading.Event(), tell
         self.stop: Stop | None = None
         self.since = 0.0
 
@@ -1203,6 +1417,7 @@ class StopFlag:
         if not self._event.is_set():
             self.stop, self.since = stop, time.monotonic()
             self._event.set()
+            self._tell(stop)
 
     def sleep(self, seconds: float) -> None:
         """Wait. Raises Interrupted as soon as the run is to end."""
@@ -1211,10 +1426,9 @@ class StopFlag:
 
     def install(self) -> None:
         """Handle SIGINT, SIGTERM and SIGHUP; a second one ends the process at once."""
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
+        for number in STOP_SIGNALS:
             # Under nohup SIGHUP is ignored, and stays so.
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -1234,7 +1448,7 @@ class StopFlag:
 #   - An output key belongs to the first source that claims it, by a row of `log` or of `in_flight`.
 ########################################################################################################################
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 APPLICATION_ID = 0x53334243  # "S3BC"
 SCHEMA = """
 CREATE TABLE log (
@@ -1245,7 +1459,7 @@ CREATE TABLE log (
     seconds REAL NOT NULL, bytes_out INTEGER NOT NULL, code TEXT NOT NULL, message TEXT NOT NULL,
     permanent INTEGER NOT NULL
 );
-CREATE INDEX log_state ON log (bucket, fingerprint, key);
+CREATE INDEX log_state ON log (bucket, fingerprint, key, id, etag, event, permanent);
 CREATE INDEX log_claim ON log (output_bucket, claim) WHERE event IN ('converted', 'found');
 CREATE TRIGGER log_keeps_its_rows BEFORE DELETE ON log BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;
 CREATE TRIGGER log_replaces_no_rows BEFORE INSERT ON log WHEN EXISTS (SELECT 1 FROM log WHERE id = NEW.id)
@@ -1254,10 +1468,18 @@ CREATE TRIGGER log_keeps_its_values BEFORE UPDATE ON log BEGIN SELECT RAISE(ABOR
 CREATE TABLE in_flight (
     bucket TEXT NOT NULL, key TEXT NOT NULL, fingerprint TEXT NOT NULL, etag TEXT NOT NULL, output_bucket TEXT NOT NULL,
     claim TEXT NOT NULL, idempotency_key TEXT NOT NULL, url TEXT NOT NULL, sent_at REAL NOT NULL,
-    PRIMARY KEY (bucket, fingerprint, key)
+    job_id TEXT NOT NULL DEFAULT '', PRIMARY KEY (bucket, fingerprint, key)
 ) WITHOUT ROWID;
 CREATE INDEX in_flight_claim ON in_flight (output_bucket, claim);
 """
+# What brings a checkpoint of a version to the next one.
+UPGRADES: Mapping[int, Sequence[str]] = {
+    1: (
+        "DROP INDEX log_state",
+        "CREATE INDEX log_state ON log (bucket, fingerprint, key, id, etag, event, permanent)",
+        "ALTER TABLE in_flight ADD COLUMN job_id TEXT NOT NULL DEFAULT ''",
+    )
+}
 
 
 class RunLock:
@@ -1374,8 +1596,11 @@ class Journal:
     def _is_new(self) -> bool:
         return not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
 
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
+
     def _refuse_foreign(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        version = self._version()
         owner = self._db.execute("PRAGMA application_id").fetchone()[0]
         if owner != APPLICATION_ID and not self._is_new():
             raise UserError(f"{self.path} is not a checkpoint of this program", "set run.checkpoint to another path")
@@ -1392,8 +1617,12 @@ class Journal:
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.execute("PRAGMA journal_size_limit = 67108864")
         if self._is_new():
+            statements = list(filter(None, map(str.strip, re.split(r";\n(?=CREATE|$)", SCHEMA))))
+        else:
+            statements = [step for version in range(self._version(), JOURNAL_VERSION) for step in UPGRADES[version]]
+        if statements:
             with self._transaction() as db:
-                for statement in filter(None, map(str.strip, re.split(r";\n(?=CREATE|$)", SCHEMA))):
+                for statement in statements:
                     db.execute(statement)
                 db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version = {JOURNAL_VERSION}")
@@ -1425,15 +1654,33 @@ class Journal:
             yield from rows
 
     def states(self, fingerprint: str, keys: Sequence[str]) -> dict[str, State]:
-        """What the log says last about those of the keys that it knows."""
-        where = "bucket = ? AND fingerprint = ? AND key"
-        rows = self._rows_about("key, event, etag, permanent", "log", where, (self.bucket, fingerprint), keys)
-        return {key: State(event, etag, bool(permanent)) for key, event, etag, permanent in rows}
+        """What the log says last about those of the keys that it knows, and about some that lie between them."""
+        columns, where = "key, etag, event, permanent", "bucket = ? AND fingerprint = ? AND key"
+        scope = (self.bucket, fingerprint)
+        # A page of a listing is a range of keys. Where most of what lies in it is gone, its keys are looked up.
+        query = f"SELECT {columns} FROM log INDEXED BY log_state WHERE {where} BETWEEN ? AND ? ORDER BY key, id LIMIT ?"
+        most = 4 * len(keys)
+        limits = (min(keys, default=""), max(keys, default=""), most)
+        with self._lock, explaining_sqlite(self.path):
+            found: Any = self._db.execute(query, (*scope, *limits)).fetchall()
+        if len(found) == most:
+            found = self._rows_about(columns, "log", where, scope, keys)
+        return {key: State(*state) for key, *state in found}
+
+    def knows_only(self, fingerprint: str) -> bool:
+        """Whether no other job, of whatever bucket, has ever left a row here."""
+        query = "SELECT bucket, fingerprint FROM log WHERE (bucket, fingerprint) > (?, ?) ORDER BY 1, 2 LIMIT 1"
+        with self._lock, explaining_sqlite(self.path):
+            # From one entry of the index to the next that differs, never over all the rows in between.
+            first = self._db.execute(query, ("", "")).fetchone()
+            return first is None or (
+                first == (self.bucket, fingerprint) and self._db.execute(query, first).fetchone() is None
+            )
 
     def sent(self, fingerprint: str, keys: Sequence[str]) -> dict[str, Sent]:
         """The unsettled requests of earlier runs for those of the keys that have one."""
         where = "bucket = ? AND fingerprint = ? AND key"
-        columns = "key, etag, idempotency_key, url, sent_at"
+        columns = "key, etag, idempotency_key, url, sent_at, job_id"
         rows = self._rows_about(columns, "in_flight", where, (self.bucket, fingerprint), keys)
         return {key: Sent(*row) for key, *row in rows}
 
@@ -1462,7 +1709,16 @@ class Journal:
         rows = [self._in_flight_row(task, now) for task in tasks if not task.resumed]
         # A resumed one keeps its row as it is: the request is the same, and so is the time when it was first sent.
         with self._transaction() as db:
-            db.executemany("INSERT OR REPLACE INTO in_flight VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("INSERT OR REPLACE INTO in_flight VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def note_jobs(self, jobs: Sequence[JobStarted]) -> None:
+        """Write down which jobs the API has made of requests, so that a later run asks for them and sends nothing."""
+        if jobs:
+            with self._transaction() as db:
+                db.executemany(
+                    "UPDATE in_flight SET job_id = ? WHERE bucket = ? AND fingerprint = ? AND key = ? AND etag = ?",
+                    [(job.job_id, self.bucket, job.task.fingerprint, job.task.key, job.task.etag) for job in jobs],
+                )
 
     def end(self, outcomes: Sequence[Outcome], now: float) -> None:
         """Append outcomes and settle their requests, in one transaction. Raises RunStopped on a full disk."""
@@ -1493,7 +1749,8 @@ class Journal:
 
     def _in_flight_row(self, task: Task, now: float) -> tuple[object, ...]:
         claim = (self.output_bucket, claim_of(task.output_key))
-        return (self.bucket, task.key, task.fingerprint, task.etag, *claim, task.idempotency_key, task.url, now)
+        sent = (task.idempotency_key, task.url, now, task.job_id)
+        return (self.bucket, task.key, task.fingerprint, task.etag, *claim, *sent)
 
     def _log_row(self, outcome: Outcome, now: float) -> tuple[object, ...]:
         task = outcome.task
@@ -1504,6 +1761,145 @@ class Journal:
             *(outcome.requests, round(outcome.seconds, 3), outcome.bytes_out),
             *(outcome.code, outcome.message, int(outcome.permanent)),
         )
+
+
+########################################################################################################################
+# Listing. Pages of a bucket, several at a time where the reader is hungry for them. The key space is cut into spans
+# that are read side by side:
+#   - Spans are disjoint and cover everything: a cut ends one span where the next begins, so each key is listed once,
+#     whatever is guessed about where keys lie.
+#   - All spans are owned by the thread that reads; the pool's threads only fetch and parse pages.
+#   - No more pages are on their way than the reader asks for: at least the next one, at most `LIST_THREADS`.
+########################################################################################################################
+
+
+@dataclass
+class Span:
+    """Keys that are not listed yet: those after `after`, up to and including `until` (None: to the end)."""
+
+    after: str
+    until: str | None = None
+    token: str = ""  # where a page has been read: S3's own word for where it goes on
+
+    def cut(self, at: str) -> "Span | None":
+        """End this span at a key inside of it; the span of what comes behind, or None if the key is not inside."""
+        if at <= self.after or (self.until is not None and at >= self.until):
+            return None
+        behind = Span(at, self.until)
+        self.until = at
+        return behind
+
+    def share_of(self, page: Page) -> list[S3Object]:
+        """The objects of a page that lie within this span, as it is now."""
+        objects, until = page.objects, self.until
+        if until is None or not objects or objects[-1].key <= until:
+            return objects
+        return [source for source in objects if source.key <= until]
+
+    def rest(self, page: Page) -> "Span | None":
+        """What is left of this span after a page; None if nothing is."""
+        last = page.objects[-1].key if page.objects else self.after
+        if page.is_last or (self.until is not None and last >= self.until):
+            return None
+        return Span(last, self.until, page.token)
+
+
+def middle_of(span: Span, prefix: str, part: float) -> str:
+    """A key that lies a part of the way into a span, as if keys were evenly spread over the printable characters.
+
+    Where they are not, spans turn out empty, and are cut again closer to where keys are.
+    """
+    low, high = span.after[len(prefix) :], span.until[len(prefix) :] if span.until is not None else "\x7f"
+    pairs = enumerate(zip(low, high, strict=False))
+    common = next((at for at, (one, other) in pairs if one != other), min(len(low), len(high)))
+    values = [0, 0]
+    for position in range(common, common + 4):
+        for which, side in enumerate((low, high)):
+            # Characters that are not printable ASCII count as the nearest that is.
+            digit = min(max(ord(side[position]) - 0x20, 0), 94) if position < len(side) else 0
+            values[which] = values[which] * 95 + digit
+    value = values[0] + int((values[1] - values[0]) * part)
+    digits = [value // 95**power % 95 for power in (3, 2, 1, 0)]
+    return prefix + low[:common] + "".join(chr(0x20 + digit) for digit in digits)
+
+
+class PageReader(Protocol):
+    """Reads one page of keys that begin with a prefix; `where` names its Delimiter, StartAfter or ContinuationToken."""
+
+    def __call__(self, prefix: str, **where: str) -> Page:
+        """Read it."""
+
+
+class Listing:
+    """The pages of all keys that begin with a prefix. `hunger` says how many pages may be on their way."""
+
+    def __init__(self, read_page: PageReader, prefix: str, hunger: Callable[[], int]) -> None:
+        self._read_page, self._prefix, self._hunger = read_page, prefix, hunger
+        self._waiting = [Span("")]
+        self._reading: dict[Future[Page], Span] = {}
+        self._folders: Future[list[str]] | None = None
+        self._is_cut_by_folders = False
+
+    def pages(self) -> Generator[list[S3Object], None, None]:
+        """The objects, a page at a time; in the order of their keys where one page is read at a time.
+
+        Raises RunStopped if the listing is refused or breaks off.
+        """
+        pool = ThreadPoolExecutor(LIST_THREADS, thread_name_prefix="listing")
+        try:
+            while self._waiting or self._reading:
+                self._read_on(pool)
+                for done in wait(self._reading, return_when=FIRST_COMPLETED).done:
+                    span, page = self._reading.pop(done), done.result()
+                    objects, rest = span.share_of(page), span.rest(page)
+                    self._waiting += [rest] if rest else []
+                    # Before the reader gets this one, so that the next is there when it comes back.
+                    self._read_on(pool)
+                    yield objects
+        finally:
+            # A reader that has stopped does not wait for pages that nobody wants.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _read_on(self, pool: ThreadPoolExecutor) -> None:
+        wanted = min(max(1, self._hunger()), LIST_THREADS)
+        if wanted > 1:
+            self._cut_by_folders(pool)
+        self._cut_in_parts(wanted - len(self._reading) - len(self._waiting))
+        while self._waiting and len(self._reading) < wanted:
+            span = self._waiting.pop()
+            where = {"ContinuationToken": span.token} if span.token else {"StartAfter": span.after}
+            self._reading[pool.submit(self._read_page, self._prefix, **where)] = span
+
+    def _cut_by_folders(self, pool: ThreadPoolExecutor) -> None:
+        """Cut the spans at folders, which are asked for once, on the side."""
+        if self._folders is None:
+            self._folders = pool.submit(self._probe_folders)
+        elif self._folders.done() and not self._is_cut_by_folders:
+            self._is_cut_by_folders = True
+            # Nothing depends on the answer: where there is none, spans are cut by guessing.
+            folders = [] if self._folders.exception() else self._folders.result()
+            for folder in folders[:: max(1, len(folders) // MOST_CUTS_BY_FOLDERS)]:
+                spans = [*self._waiting, *self._reading.values()]
+                self._waiting += filter(None, [span.cut(folder) for span in spans])
+
+    def _probe_folders(self) -> list[str]:
+        """The folders directly below the prefix, or below the only one that is there; at most a page of them."""
+        level, folders = self._prefix, [""]
+        for _ in range(FOLDER_LEVELS_PROBED):
+            page = self._read_page(level, Delimiter="/")
+            folders = page.folders
+            if len(folders) != 1:
+                break
+            level = folders[0]
+        return folders
+
+    def _cut_in_parts(self, wanted: int) -> None:
+        """Cut a span that waits into as many more parts as are wanted."""
+        if wanted > 0 and self._waiting:
+            span = self._waiting[-1]
+            for part in range(wanted, 0, -1):
+                behind = span.cut(middle_of(span, self._prefix, part / (part + 1)))
+                self._waiting += [behind] if behind else []
 
 
 ########################################################################################################################
@@ -1549,6 +1945,21 @@ def is_refusal(error: Exception) -> bool:
     return error_code(error) in REFUSED_BY_S3 or isinstance(error, FOR_ALL_OBJECTS)
 
 
+def open_session(address: str, connections: int, ca_bundle: str | None = None) -> requests.Session:
+    """A session for one address, with what the environment says of proxies and certificates for it.
+
+    `ca_bundle`: a file to trust instead of what REQUESTS_CA_BUNDLE names.
+    """
+    session = requests.Session()
+    # The environment is asked once: requests would ask it before every request, for longer than the request takes.
+    told = session.merge_environment_settings(address, {}, None, ca_bundle, None)
+    session.trust_env, session.proxies, session.verify = False, told["proxies"], told["verify"]
+    adapter = HTTPAdapter(pool_connections=4, pool_maxsize=connections)
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    return session
+
+
 def make_s3_client(options: S3Options, region: str | None, connections: int) -> "S3Client":
     """The one client, shared by all threads. boto3's usual chain gives the credentials.
 
@@ -1566,7 +1977,7 @@ def make_s3_client(options: S3Options, region: str | None, connections: int) -> 
         retries={"mode": "standard", "total_max_attempts": 5},
         max_pool_connections=connections,
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
-        read_timeout=60,
+        read_timeout=S3_TIMEOUT_SECONDS,
         user_agent_extra=f"s3_bulk_convert/{__version__}",
         **checksums,
     )
@@ -1593,6 +2004,8 @@ class Bucket:
         self.client = make_s3_client(settings.s3, None, self._connections)
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._has_read = False
+        self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
+        self._fast_failures = 0
 
     def check(self) -> None:
         """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
@@ -1616,19 +2029,43 @@ class Bucket:
         if region and name == self.name and region != self.client.meta.region_name and not self.options.endpoint_url:
             self.client = make_s3_client(self.options, region, self._connections)
 
-    def list_pages(self, prefix: str) -> Iterator[list[S3Object]]:
-        """The objects whose keys begin with `prefix`, a page at a time, in the order of their keys' bytes.
+    def list_pages(self, prefix: str, hunger: Callable[[], int]) -> Generator[list[S3Object], None, None]:
+        """The objects whose keys begin with `prefix`, a page at a time; see Listing. Raises RunStopped."""
+        return Listing(functools.partial(self.read_page, self.name), prefix, hunger).pages()
+
+    def read_page(self, bucket: str, prefix: str, **where: str) -> Page:
+        """One page of a listing: `where` names its Delimiter, and StartAfter or ContinuationToken.
 
         Raises RunStopped if the listing is refused or breaks off.
         """
-        request: Any = {"Bucket": self.name, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **self._payer}
-        paginator = self.client.get_paginator("list_objects_v2")
+        request: Any = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **where, **self._payer}
+        request["OptionalObjectAttributes"] = ["RestoreStatus"]
+        if self._fast_failures < FAST_FAILURES_ENDURED:
+            try:
+                page = parse_page(self._fetch_page(request))
+                self._fast_failures = 0
+                return page
+            except (BadListing, BotoCoreError, requests.RequestException, urllib3.exceptions.HTTPError):
+                # boto3 asks again, and knows about redirects, retries and the words for what is wrong.
+                self._fast_failures += 1
         try:
             # boto3 asks for URL-encoded keys and decodes them: XML cannot carry every character that a key may have.
-            for page in paginator.paginate(**request, OptionalObjectAttributes=["RestoreStatus"]):
-                yield [listed_object(line) for line in page.get("Contents", [])]
+            return page_of_reply(self.client.list_objects_v2(**request))
         except (ClientError, BotoCoreError) as error:
-            raise refused(error, f"the listing of {self.name}") from None
+            raise refused(error, f"the listing of {bucket}") from None
+
+    def _fetch_page(self, request: Mapping[str, Any]) -> bytes:
+        """The XML of a page, without boto3's parser, which takes ten times as long as all the rest."""
+        address = self.client.generate_presigned_url("list_objects_v2", Params=request, ExpiresIn=LIST_URL_SECONDS)
+        # boto3 signs them with the URL, so they must be sent.
+        headers = {"x-amz-optional-object-attributes": "RestoreStatus"}
+        if self._payer:
+            headers["x-amz-request-payer"] = "requester"
+        timeout = (CONNECT_TIMEOUT_SECONDS, S3_TIMEOUT_SECONDS)
+        reply = self._lister.get(address, headers=headers, timeout=timeout, allow_redirects=False)
+        if reply.status_code != 200:
+            raise BadListing(f"status {reply.status_code}")
+        return reply.content
 
     def presign(self, key: str) -> str:
         """A URL that reads one object."""
@@ -1717,23 +2154,14 @@ class Bucket:
         while wanted:
             # StartAfter leaves out the key itself: a key without its last character sorts just before it.
             after = max(after, wanted[-1][:-1])
-            page, is_last = self._output_page(prefix, after)
-            listed = {line["Key"]: line["LastModified"].timestamp() for line in page}
-            after = page[-1]["Key"] if page else after
-            while wanted and (is_last or not page or wanted[-1] <= after):
+            page = self.read_page(self.output_name, prefix, StartAfter=after)
+            listed = {output.key: output for output in page.objects}
+            after = page.objects[-1].key if page.objects else after
+            while wanted and (page.is_last or not page.objects or wanted[-1] <= after):
                 key = wanted.pop()
                 if key in listed:
-                    found[key] = listed[key]
+                    found[key] = listed[key].modified
         return found
-
-    def _output_page(self, prefix: str, after: str) -> tuple[list[Any], bool]:
-        try:
-            page: Any = self.client.list_objects_v2(
-                Bucket=self.output_name, Prefix=prefix, StartAfter=after, MaxKeys=PAGE_KEYS, **self._payer
-            )
-        except (ClientError, BotoCoreError) as error:
-            raise refused(error, f"the listing of {self.output_name}") from None
-        return page.get("Contents", []), not page.get("IsTruncated")
 
     def store(self, task: Task, result: Result) -> str:
         """Put an answer into the output bucket and return its key. A broken transfer leaves nothing there."""
@@ -1785,14 +2213,56 @@ class Bucket:
             raise ObjectFailed("store_failed", f"S3: {error}", permanent=False) from None
 
 
+class BadListing(Exception):
+    """An answer that is not a page of a listing. boto3 is asked instead."""
+
+
+def parse_page(xml: bytes) -> Page:
+    """A page from S3's XML, parsed in C. Raises BadListing if it is not whole, or is something else."""
+    try:
+        # Without its namespace every name is as the documentation has it.
+        root = ElementTree.fromstring(re.sub(rb' xmlns="[^"]*"', b"", xml, count=1))
+    except ElementTree.ParseError as error:
+        raise BadListing(str(error)) from None
+    told = root.findtext("IsTruncated")
+    if root.tag != "ListBucketResult" or told is None:
+        raise BadListing(root.tag)
+    is_encoded = root.findtext("EncodingType") == "url"
+    objects = [parsed_object(entry, is_encoded=is_encoded) for entry in root.findall("Contents")]
+    folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
+    token = root.findtext("NextContinuationToken", "") if told == "true" else ""
+    # Two readings of one page must agree before it may count as read.
+    if int(root.findtext("KeyCount") or -1) not in {len(objects) + len(folders), -1} or (told == "true" and not token):
+        raise BadListing("its numbers do not add up")
+    return Page(objects, [urllib.parse.unquote_plus(name) for name in folders] if is_encoded else folders, token)
+
+
+def parsed_object(entry: ElementTree.Element, *, is_encoded: bool) -> S3Object:
+    """One entry of a page of XML."""
+    text = entry.findtext
+    key = text("Key", "")
+    if is_encoded and ("%" in key or "+" in key):
+        key = urllib.parse.unquote_plus(key)
+    archived = text("StorageClass") in ARCHIVE_CLASSES and not (
+        text("RestoreStatus/RestoreExpiryDate") and text("RestoreStatus/IsRestoreInProgress") != "true"
+    )
+    return S3Object(key, text("ETag", "").strip('"'), int(text("Size", "0")), text("LastModified", ""), archived)
+
+
+def page_of_reply(reply: Any) -> Page:
+    """A page as boto3 has parsed it."""
+    objects = [listed_object(line) for line in reply.get("Contents", [])]
+    folders = [entry["Prefix"] for entry in reply.get("CommonPrefixes", [])]
+    return Page(objects, folders, reply.get("NextContinuationToken", "") if reply.get("IsTruncated") else "")
+
+
 def listed_object(line: Any) -> S3Object:
-    """One entry of a listing."""
+    """One entry of a page that boto3 has parsed."""
     # Restored objects can be read until the restored copy expires, whatever their storage class says.
-    archived = line.get("StorageClass") in {"GLACIER", "DEEP_ARCHIVE"}
     restore = line.get("RestoreStatus", {})
     restored = bool(restore.get("RestoreExpiryDate")) and not restore.get("IsRestoreInProgress")
-    modified = line["LastModified"].isoformat()
-    return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], modified, archived and not restored)
+    archived = line.get("StorageClass") in ARCHIVE_CLASSES and not restored
+    return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], line["LastModified"].isoformat(), archived)
 
 
 def source_key_metadata(key: str) -> dict[str, str]:
@@ -1804,27 +2274,29 @@ def source_key_metadata(key: str) -> dict[str, str]:
 
 
 ########################################################################################################################
-# Pace. One pace for all workers: the feeder takes a slot for each object, and what a worker sends beside that (a retry,
-# a poll) is taken off the next slots. A pause that one worker learns of holds for all.
+# Pace. One pace for all workers of all processes, kept by the feeder: it takes a slot for each object, and what a
+# worker sends beside that (a retry, a poll) is taken off the next slots. A pause that one worker hears of is for all.
 #   - The rate is the smaller of what the user allows and what the API says it allows; unknown, there is none.
 #   - Slots are evenly spaced: a burst at the start of a minute would end in 429s at its end.
+#   - Each process has a Gate, which its workers ask and tell; the Pacer is in the parent alone.
 ########################################################################################################################
 
 
 class Pacer:
-    """Spreads requests evenly over time. Safe to use from several threads."""
+    """Spreads requests evenly over time. Safe to use from several threads. `parts`: runs that share the limit."""
 
-    def __init__(self, requests_per_minute: int | None) -> None:
-        self._cap = requests_per_minute
+    def __init__(self, requests_per_minute: int | None, parts: int = 1) -> None:
+        self._cap, self._parts = requests_per_minute, parts
         self._lock = threading.Lock()
-        self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
-        # 1 while the server is content; a 429 raises it, answers bring it back.
-        self._slack = 1.0
+        self._interval = 60 * parts / requests_per_minute if requests_per_minute else 0.0
+        # How much slower than that, as a share; a 429 raises it, time brings it back.
+        self._excess, self._slowed_at = 0.0, 0.0
         self._next = 0.0
-        self._paused_until = 0.0
+        self.paused_until = 0.0  # monotonic seconds
         self._is_first = True
         self._has_answer = threading.Event()
-        self.requests = 0
+        # While the limit is unknown: when slots were taken, so that a 429 says how many were too many.
+        self._taken: deque[float] = deque(maxlen=SLOTS_REMEMBERED)
 
     def take(self, stop: StopFlag) -> None:
         """Wait for the next slot. Raises Interrupted when the run is to end.
@@ -1834,7 +2306,7 @@ class Pacer:
         if not self._is_first and self._cap is None:
             self._wait_for_an_answer(stop)
         self._is_first = False
-        stop.sleep(max(0.0, self.spend() - time.monotonic()))
+        stop.sleep(max(0.0, self._next_slot() - time.monotonic()))
 
     def _wait_for_an_answer(self, stop: StopFlag) -> None:
         patience = time.monotonic() + FIRST_ANSWER_SECONDS
@@ -1843,45 +2315,88 @@ class Pacer:
         # An API that takes its time has no say in when the others start.
         self.let_others_start()
 
-    def count(self) -> None:
-        """Note that a request is about to be sent: of any kind, and whether or not it will be answered."""
+    def let_others_start(self) -> None:
+        """Hold the second slot back no longer: the API has answered, or the first object is settled without."""
+        self._has_answer.set()
+
+    def hear(self, heard: Heard) -> None:
+        """Heed what a worker has heard."""
+        self.let_others_start()
+        with self._lock:
+            if heard.limit:
+                allowed = min(heard.limit, self._cap or heard.limit)
+                self._interval = 60 * self._parts / (allowed * SHARE_OF_LIMIT)
+            if heard.throttled_seconds:
+                self._slow_down(heard.throttled_seconds, time.monotonic())
+        for _ in range(heard.slots):
+            self._next_slot()
+
+    def _next_slot(self) -> float:
+        """Use up the next slot; its time in monotonic seconds."""
+        with self._lock:
+            now = time.monotonic()
+            slot = max(self._next, now)
+            if not self._interval:
+                self._taken.append(slot)
+            self._next = slot + self._interval * (1 + self._excess_at(now))
+        return slot
+
+    def _excess_at(self, now: float) -> float:
+        return self._excess * math.pow(0.5, (now - self._slowed_at) / SECONDS_TO_RECOVER_HALF)
+
+    def _slow_down(self, seconds: float, now: float) -> None:
+        if not self._interval:
+            recent = sum(taken > now - 60 for taken in self._taken)
+            self._interval = 60 / max(1, recent)
+        # Many workers hear of one and the same limit: only the first slows the pace down.
+        if now >= self.paused_until:
+            self._excess, self._slowed_at = min(self._excess_at(now) * 1.25 + 0.1, MOST_EXCESS), now
+        self.paused_until = max(self.paused_until, now + seconds)
+        self._next = max(self._next, self.paused_until)
+
+
+class Gate:
+    """The pace as the workers of one process see it. Safe to use from several threads."""
+
+    def __init__(self, tell: Callable[[Heard], None]) -> None:
+        self._tell = tell
+        self._closed_until = 0.0
+        self._limit: int | None = None  # as last told; None before the first answer
+        self._lock = threading.Lock()
+        self.requests = 0  # sent by this process, whether or not they are answered
+
+    def close(self, until: float) -> None:
+        """Let nobody through before a time in monotonic seconds, which all processes of a machine share."""
+        self._closed_until = max(self._closed_until, until)
+
+    def wait(self, stop: StopFlag) -> None:
+        """Wait until it is open. Raises Interrupted when the run is to end."""
+        while self._closed_until > time.monotonic():
+            stop.sleep(self._closed_until - time.monotonic())
+
+    def count(self, exchange: Exchange) -> None:
+        """Note that a request of any kind is about to be sent."""
+        exchange.requests += 1
         with self._lock:
             self.requests += 1
 
-    def let_others_start(self) -> None:
-        """Hold the second slot back no longer: the first object is settled, with or without an answer."""
-        self._has_answer.set()
+    def spend(self) -> None:
+        """Say that a request is sent for which the feeder has made no room."""
+        self._tell(Heard(slots=1))
 
-    def spend(self) -> float:
-        """Use up the next slot, for a request that need not wait for it; its time in monotonic seconds."""
-        with self._lock:
-            slot = max(self._next, time.monotonic())
-            self._next = slot + self._interval * self._slack
-        return slot
-
-    def pause(self, seconds: float) -> None:
-        """Let nobody send for a while, and send more slowly after it."""
-        self.let_others_start()
-        with self._lock:
-            self._slack = min(self._slack * 1.25, 8.0)
-            self._paused_until = max(self._paused_until, time.monotonic() + seconds)
-            self._next = max(self._next, self._paused_until)
-
-    def wait_while_paused(self, stop: StopFlag) -> None:
-        """Wait until nobody asks for a pause. Raises Interrupted when the run is to end."""
-        while self._paused_until > time.monotonic():
-            stop.sleep(self._paused_until - time.monotonic())
+    def throttled(self, seconds: float) -> None:
+        """Let nobody send for a while: the limit is the key's, and when one worker meets it, all have met it."""
+        self.close(time.monotonic() + seconds)
+        self._tell(Heard(throttled_seconds=seconds))
 
     def learn(self, headers: Mapping[str, str], now: float) -> None:
         """Take the limit per minute from an answer's headers; those of a replay may be a day old and do not count."""
-        self.let_others_start()
-        self._slack = max(1.0, self._slack * 0.99)
         limit, reset = headers.get("X-RateLimit-Limit", ""), headers.get("X-RateLimit-Reset", "")
-        if not (limit.isdigit() and int(limit) > 0 and reset.isdigit() and int(reset) >= now):
-            return
-        allowed = min(int(limit), self._cap or int(limit))
-        with self._lock:
-            self._interval = 60 / (allowed * SHARE_OF_LIMIT)
+        is_told = limit.isdigit() and reset.isdigit() and int(reset) >= now
+        heard = int(limit) if is_told else self._limit or 0
+        if heard != self._limit:
+            self._limit = heard
+            self._tell(Heard(limit=heard))
 
 
 ########################################################################################################################
@@ -1894,41 +2409,50 @@ class Pacer:
 ########################################################################################################################
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What all workers share."""
-
-    settings: Settings
-    stop: StopFlag
-    pacer: Pacer
-    bucket: Bucket
-    url_trust: "UrlTrust"
-
-
 class UrlTrust:
     """Whether the API takes presigned URLs, learned from its first replies: only its S3 guide says so.
 
     Written by all workers without a lock: a refusal that is counted too late costs one more attempt, nothing else.
+    `tell`: where a worker process says what it has heard.
     """
 
     REFUSALS_NEEDED = 3
 
-    def __init__(self) -> None:
-        self.has_accepted = False
-        self._refused = 0
+    def __init__(self, tell: Callable[[Heard], None] = lambda _: None) -> None:
+        self.has_accepted, self._refused, self._tell = False, 0, tell
 
     def accepted(self) -> None:
         """One URL was taken: later refusals are about their object."""
-        self.has_accepted = True
+        if not self.has_accepted:
+            self.has_accepted = True
+            self._tell(Heard(url_taken=True))
 
     def refused(self) -> None:
         """One URL was refused, and the same object's bytes were taken."""
         self._refused += 1
+        self._tell(Heard(url_taken=False))
+
+    def hear(self, heard: Heard) -> None:
+        """Heed what a worker process has heard."""
+        if heard.url_taken is not None:
+            (self.accepted if heard.url_taken else self.refused)()
 
     @property
     def is_lost(self) -> bool:
         """Whether to upload from now on."""
         return not self.has_accepted and self._refused >= self.REFUSALS_NEEDED
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all workers of a process share."""
+
+    settings: Settings
+    stop: StopFlag
+    gate: Gate
+    bucket: Bucket
+    url_trust: UrlTrust
+    tell: Callable[["Note"], None]  # the recorder, or the way to it
 
 
 class RetryPolicy(Retry):
@@ -1963,7 +2487,6 @@ class RetryPolicy(Retry):
         """The policy for the next attempt, after an error reply or a broken exchange."""
         if response is None:
             return self._after_broken_exchange(error)
-        self.exchange.requests += 1
         asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
         code, message = parse_error(error_body(response))
         verdict = judge_reply(response.status, code, looks_up=self.looks_up)
@@ -1992,7 +2515,6 @@ class RetryPolicy(Retry):
         if isinstance(error, BadAnswer):
             failure = ObjectFailed(error.code, error.message, permanent=error.permanent, status=200)
             return self._again(failure, costs_attempt=True, asked=None)
-        self.exchange.requests += 1
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise RunStopped(
                 "the API's certificate is not trusted", "for a private CA, set REQUESTS_CA_BUNDLE to its file"
@@ -2007,10 +2529,9 @@ class RetryPolicy(Retry):
         left = cast(int, self.total) - costs_attempt
         seconds = seconds_to_wait(self.attempt, asked, random.random())
         is_late = time.monotonic() + seconds > self.deadline
-        # The limit is the key's, not the object's: when one worker meets it, all have met it.
         if failure.status == 429:
             self.exchange.throttled += 1
-            self.shared.pacer.pause(seconds)
+            self.shared.gate.throttled(seconds)
             if is_late:
                 raise RunStopped(
                     f"the API has answered 429 for {WAIT_DEADLINE_SECONDS // 60} minutes",
@@ -2023,9 +2544,9 @@ class RetryPolicy(Retry):
     def sleep(self, response: Any = None) -> None:
         """Wait before the next attempt. Raises Interrupted at once when the run is to end."""
         self.shared.stop.sleep(self.wait_seconds)
-        self.shared.pacer.wait_while_paused(self.shared.stop)
-        self.shared.pacer.spend()
-        self.shared.pacer.count()
+        self.shared.gate.wait(self.shared.stop)
+        self.shared.gate.spend()
+        self.shared.gate.count(self.exchange)
         # From here on an answer may be a replay of one that was made before.
         self.exchange.replayed = self.exchange.maybe_done
 
@@ -2140,22 +2661,27 @@ class ConvertClient:
 
     def __init__(self, shared: Shared) -> None:
         self.shared, self._api = shared, shared.settings.api
-        # The API's host and a few download hosts; one connection each, because a worker does one thing at a time.
-        self._adapter = HTTPAdapter(pool_connections=4, pool_maxsize=1)
-        self._session = requests.Session()
-        self._session.mount("https://", self._adapter)
-        self._session.mount("http://", self._adapter)
-        # Without `auth`, requests would take credentials for the host from ~/.netrc and replace the key.
-        self._session.auth = self._authorize
-        self._session.headers.update({"User-Agent": f"s3_bulk_convert/{__version__}", "Accept-Encoding": "identity"})
+        # One connection, because a worker does one thing at a time; download hosts have a session of their own, which
+        # asks the environment for each of them.
+        self._session, self._elsewhere = open_session(self._api.url, 1), requests.Session()
+        self._adapter = cast(HTTPAdapter, self._session.get_adapter("https://"))
+        for session in (self._session, self._elsewhere):
+            session.mount("https://", self._adapter)
+            session.mount("http://", self._adapter)
+            # Without `auth`, requests would take credentials for the host from ~/.netrc and replace the key.
+            session.auth = self._authorize
+            session.headers.update({"User-Agent": f"s3_bulk_convert/{__version__}", "Accept-Encoding": "identity"})
 
     def close(self) -> None:
         """Close the connections."""
-        self._session.close()
+        self._adapter.close()
+
+    def _is_own(self, address: str) -> bool:
+        own, asked = urllib.parse.urlsplit(self._api.url), urllib.parse.urlsplit(address)
+        return (own.scheme, own.netloc.lower()) == (asked.scheme, asked.netloc.lower())
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        own, asked = urllib.parse.urlsplit(self._api.url), urllib.parse.urlsplit(str(request.url))
-        if (own.scheme, own.netloc.lower()) == (asked.scheme, asked.netloc.lower()):
+        if self._is_own(str(request.url)):
             request.headers["Authorization"] = f"Bearer {self._api.key}"
         return request
 
@@ -2165,6 +2691,9 @@ class ConvertClient:
         With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
         a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
+        if task.job_id:
+            with suppressing_lost_job():
+                return self._finish_job(task.job_id, task, exchange)
         trust = self.shared.url_trust
         if not task.url or (trust.is_lost and not task.resumed):
             return self._exchange(self._upload_call(task), task, exchange)
@@ -2231,7 +2760,9 @@ class ConvertClient:
 
     def _successor(self, call: Call, failure: ObjectFailed, number: int) -> Call | None:
         # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
-        if judge_reply(failure.status, failure.code) is Verdict.NEW_KEY and number <= MOST_SUCCESSORS:
+        is_taken = judge_reply(failure.status, failure.code) is Verdict.NEW_KEY
+        # Under its own key the API would only tell of the same lost job again (docs/errors: resubmit).
+        if (is_taken or failure.code == JOB_LOST) and number <= MOST_SUCCESSORS:
             return replace(call, idempotency_key=f"{call.idempotency_key}:{number}")
         if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
             return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
@@ -2253,7 +2784,10 @@ class ConvertClient:
 
     def _result_of(self, response: requests.Response, task: Task, exchange: Exchange, deadline: float) -> Result:
         if response.status_code == 202:
-            return self._finish_job(job_id_of(response), task, exchange)
+            job_id = job_id_of(response)
+            # Known to the journal, it is asked for after a crash, and no large object is sent again.
+            self.shared.tell(JobStarted(task, job_id))
+            return self._finish_job(job_id, task, exchange)
         is_json = media_kind(response.headers.get("Content-Type", "")) == "json"
         if not is_json or task.target == "json":
             return self._receive(response, task.target, deadline)
@@ -2266,9 +2800,9 @@ class ConvertClient:
         return result
 
     def _post(self, call: Call, policy: RetryPolicy) -> requests.Response:
-        self.shared.pacer.wait_while_paused(self.shared.stop)
+        self.shared.gate.wait(self.shared.stop)
         if not policy.attempt:
-            self.shared.pacer.count()
+            self.shared.gate.count(policy.exchange)
         self._adapter.max_retries = policy
         with contextlib.closing(FormBody(call)) as body:
             headers = {"Content-Type": body.content_type, "Idempotency-Key": call.idempotency_key}
@@ -2284,9 +2818,8 @@ class ConvertClient:
         return response
 
     def _note_success(self, response: requests.Response, exchange: Exchange) -> None:
-        exchange.requests += 1
         exchange.maybe_done = True
-        self.shared.pacer.learn(response.headers, time.time())
+        self.shared.gate.learn(response.headers, time.time())
         remaining = response.headers.get("X-CTF-Remaining", "")
         # A replay has the headers of the first answer, which may be a day old.
         if remaining.isdigit() and not exchange.replayed:
@@ -2348,7 +2881,7 @@ class ConvertClient:
         raise ObjectFailed("job_not_finished", f"the job {job_id} gave no result in time", permanent=False)
 
     def _poll(self, job_id: str, exchange: Exchange, deadline: float) -> dict[str, Any]:
-        self.shared.pacer.spend()
+        self.shared.gate.spend()
         try:
             response = self._get(
                 f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}", exchange, deadline
@@ -2356,7 +2889,7 @@ class ConvertClient:
         except ObjectFailed as failure:
             if failure.status != 404:
                 raise
-            raise ObjectFailed("job_lost", f"the API does not know the job {job_id}", permanent=False) from failure
+            raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
         with contextlib.closing(response):
             job = json_body(response)
         if job.get("status") == "failed":
@@ -2369,10 +2902,9 @@ class ConvertClient:
             self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True
         )
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
-        self.shared.pacer.count()
-        response = self._session.get(address, stream=True, allow_redirects=False, timeout=timeout)
-        exchange.requests += 1
-        return response
+        self.shared.gate.count(exchange)
+        session = self._session if self._is_own(address) else self._elsewhere
+        return session.get(address, stream=True, allow_redirects=False, timeout=timeout)
 
     def _download(
         self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float
@@ -2397,6 +2929,16 @@ class ConvertClient:
             result.body.close()
             return None
         return result
+
+
+@contextlib.contextmanager
+def suppressing_lost_job() -> Iterator[None]:
+    """Let a job that the API has forgotten be sent anew."""
+    try:
+        yield
+    except ObjectFailed as failure:
+        if failure.code != JOB_LOST:
+            raise
 
 
 @contextlib.contextmanager
@@ -2466,12 +3008,19 @@ def job_failure(job: Mapping[str, Any]) -> ObjectFailed | RunStopped:
 ########################################################################################################################
 
 
-@dataclass(frozen=True)
-class Route:
-    """A job with its filter made ready."""
+class Route(NamedTuple):
+    """A job with its filters made ready."""
 
     job: Job
     wants: Callable[[S3Object], bool]
+    own_extensions: frozenset[str]  # of sources that are in the target format already, and are to be skipped
+
+
+def make_route(job: Job, now: float) -> Route:
+    """A job made ready. `now` in Unix seconds."""
+    target = canonical(job.options.target)
+    same = {target, *(alias for alias, name in FORMAT_ALIASES.items() if name == target)}
+    return Route(job, job_filter(job, now), frozenset(same if job.options.same_format == "skip" else ()))
 
 
 def skip_reason(source: S3Object, own_prefixes: tuple[str, ...]) -> str:
@@ -2485,26 +3034,35 @@ def skip_reason(source: S3Object, own_prefixes: tuple[str, ...]) -> str:
     return ARCHIVED if source.archived else ""
 
 
-def jobs_wanting(source: S3Object, routes: Sequence[Route]) -> list[Job]:
-    """The jobs that want an object; of those that would make the very same output, one."""
-    return list({route.job.fingerprint: route.job for route in routes if route.wants(source)}.values())
+def routes_wanting(source: S3Object, routes: Sequence[Route]) -> Sequence[Route]:
+    """The routes that want an object; of those that would make the very same output, one."""
+    wanting = [route for route in routes if route.wants(source)]
+    return wanting if len(wanting) < 2 else list({route.job.fingerprint: route for route in wanting}.values())
 
 
 def select(
-    page: Iterable[S3Object], routes: Sequence[Route], own_prefixes: tuple[str, ...], counts: Counter[str]
+    page: Iterable[S3Object],
+    routes: Sequence[Route],
+    own_prefixes: tuple[str, ...],
+    shard: Shard,
+    counts: Counter[str],
 ) -> Iterator[Candidate]:
     """The objects of a page that jobs want; an object counts as listed once for each job that wants it."""
     for source in page:
         reason = skip_reason(source, own_prefixes)
-        wanting = [] if reason else jobs_wanting(source, routes)
-        counts["listed"] += max(1, len(wanting))
-        if not wanting:
+        wanting = () if reason else routes_wanting(source, routes)
+        if not wanting and shard.owns(source.key):
+            counts["listed"] += 1
             counts[reason or UNMATCHED] += 1
-        for job in wanting:
-            if job.options.same_format == "skip" and is_in_target_format(source.key, job):
+        for route in wanting:
+            # All sources that want one output key meet in one shard: two shards would both write it.
+            if shard.count > 1 and not shard.owns(claim_of(output_key(route.job, source.key))):
+                continue
+            counts["listed"] += 1
+            if route.own_extensions and source_format(source.key) in route.own_extensions:
                 counts[SAME_FORMAT] += 1
             else:
-                yield Candidate(job, source)
+                yield Candidate(route.job, source)
 
 
 def is_in_target_format(key: str, job: Job) -> bool:
@@ -2517,41 +3075,47 @@ def unfinished(
 ) -> Iterator[Candidate]:
     """The candidates whose version the journal knows neither as done nor, unless `retry`, as failed for good."""
     states = by_job(candidates, journal.states)
-    claims = [claim_of(output_key(candidate.job, candidate.source.key)) for candidate in candidates]
-    makers = journal.makers(claims)
-    for candidate, claim in zip(candidates, claims, strict=True):
-        state = states.get((candidate.job.fingerprint, candidate.source.key))
-        if state is None or state.etag != candidate.source.etag:
-            yield replace(candidate, is_known=state is not None)
+    makers = makers_of(candidates, journal)
+    for candidate in candidates:
+        job, source, _ = candidate
+        state = states[job.fingerprint].get(source.key)
+        if state is None or state.etag != source.etag:
+            yield candidate._replace(is_known=state is not None)
         elif state.event == Event.FAILED.value:
             if retry or not state.permanent:
                 yield candidate
             else:
                 counts[FAILED_BEFORE] += 1
-        elif makers.get(claim) != candidate.job.fingerprint:
+        elif makers and makers.get(claim_of(output_key(job, source.key))) != job.fingerprint:
             # It was done once, and other options have put another output in its place since.
-            yield replace(candidate, is_known=True)
+            yield candidate._replace(is_known=True)
         else:
             counts["already_done"] += 1
 
 
+def makers_of(candidates: Sequence[Candidate], journal: Journal) -> Mapping[str, str]:
+    """Which job made what lies under the candidates' claims; empty where there has never been but one job."""
+    jobs = {candidate.job.fingerprint for candidate in candidates}
+    if len(jobs) <= 1 and all(map(journal.knows_only, jobs)):
+        return {}
+    return journal.makers([claim_of(output_key(candidate.job, candidate.source.key)) for candidate in candidates])
+
+
 def by_job(
     candidates: Sequence[Candidate], look_up: Callable[[str, Sequence[str]], Mapping[str, T]]
-) -> dict[tuple[str, str], T]:
-    """What the journal knows of the candidates, by (fingerprint, key): one question for each job."""
+) -> dict[str, Mapping[str, T]]:
+    """What the journal knows of the candidates, by fingerprint and key: one question for each job."""
     keys: dict[str, list[str]] = {}
     for candidate in candidates:
         keys.setdefault(candidate.job.fingerprint, []).append(candidate.source.key)
-    return {(job, key): found for job, wanted in keys.items() for key, found in look_up(job, wanted).items()}
+    return {job: look_up(job, wanted) for job, wanted in keys.items()}
 
 
 class Feeder:
     """Lists, selects, and hands out tasks in batches, each of which is in the journal before a worker sees it."""
 
-    def __init__(
-        self, shared: Shared, journal: Journal, tasks: "queue.Queue[Task | None]", tell: Callable[["Note"], None]
-    ) -> None:
-        self.shared, self.journal, self.tasks, self.tell = shared, journal, tasks, tell
+    def __init__(self, shared: Shared, pacer: Pacer, journal: Journal, tasks: "queue.Queue[Task | None]") -> None:
+        self.shared, self.pacer, self.journal, self.tasks, self.tell = shared, pacer, journal, tasks, shared.tell
         settings = shared.settings
         self.budget = settings.api.max_conversions
         self.counts: Counter[str] = Counter()
@@ -2560,7 +3124,8 @@ class Feeder:
         now = time.time()
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
-        self.routes = [Route(job, job_filter(job, now)) for job in settings.jobs]
+        self.routes = [make_route(job, now) for job in settings.jobs]
+        self._pages_wanted = 1
 
     def run(self) -> None:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
@@ -2584,33 +3149,43 @@ class Feeder:
         finally:
             self._flush_counts()
             self.tell(FeedEnded(stop, is_complete))
-            for _ in range(self.shared.settings.run.workers):
+            for _ in range(self.shared.settings.run.consumers):
                 self.tasks.put(None)
 
     def feed(self) -> Stop | None:
         """Hand out the tasks of every page. Jobs with the same prefix share one listing."""
         for prefix in dict.fromkeys(route.job.prefix for route in self.routes):
             routes = [route for route in self.routes if route.job.prefix == prefix]
-            for page in self.shared.bucket.list_pages(prefix):
-                tasks = self.tasks_of(page, routes)
-                self._flush_counts()
-                stop = self._hand_out(tasks)
-                if stop or self.shared.stop.requested:
-                    return stop
+            with contextlib.closing(self.shared.bucket.list_pages(prefix, lambda: self._pages_wanted)) as pages:
+                stop = self._feed_pages(pages, routes)
+            if stop or self.shared.stop.requested:
+                return stop
+        return None
+
+    def _feed_pages(self, pages: Iterable[list[S3Object]], routes: Sequence[Route]) -> Stop | None:
+        for page in pages:
+            stop = self._hand_out(self.tasks_of(page, routes))
+            if stop or self.shared.stop.requested:
+                return stop
+            # While there is work, a page that is read early is only a page that grows old.
+            is_hungry = self.tasks.qsize() < self.shared.settings.run.workers
+            self._pages_wanted = min(2 * self._pages_wanted, LIST_THREADS) if is_hungry else 1
         return None
 
     def tasks_of(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Task]:
         """What is to be done of a page."""
-        selected = list(select(page, routes, self.own_prefixes, self.counts))
+        selected = list(select(page, routes, self.own_prefixes, self.shared.settings.shard, self.counts))
         todo = list(unfinished(selected, self.journal, self.counts, retry=self.shared.settings.retry_failed))
         todo = list(self._without_own_outputs(todo))
+        self._flush_counts()
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
         for claim in list(self._found)[:-FOUND_KEPT]:
             del self._found[claim]
-        tasks = list(self._claimed(self._sendable([self._task(candidate, sent) for candidate in todo])))
-        return self._without_outputs(tasks, {source.key: source.modified for source in page})
+        tasks = [self._task(candidate, sent[candidate.job.fingerprint]) for candidate in todo]
+        claimed = list(self._claimed(self._sendable(tasks)))
+        return self._without_outputs(claimed, {source.key: source for source in page})
 
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
@@ -2621,9 +3196,9 @@ class Feeder:
             else:
                 yield candidate
 
-    def _task(self, candidate: Candidate, sent: Mapping[tuple[str, str], Sent]) -> Task:
+    def _task(self, candidate: Candidate, sent: Mapping[str, Sent]) -> Task:
         job, source = candidate.job, candidate.source
-        earlier = sent.get((job.fingerprint, source.key))
+        earlier = sent.get(source.key)
         # What was sent for another version of the object can never be asked for again.
         if earlier and earlier.etag != source.etag:
             earlier = None
@@ -2640,12 +3215,13 @@ class Feeder:
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
-            traced=candidate.is_known or (job.fingerprint, source.key) in sent,
+            traced=candidate.is_known or source.key in sent,
             look_first=earlier is not None,
             among_sources=self.shared.settings.puts_among_sources(job),
         )
         if earlier and not is_overdue:
-            return replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, resumed=True)
+            _, key, url, _, job_id = earlier
+            return replace(task, idempotency_key=key, url=url, job_id=job_id, resumed=True)
         return task
 
     def _sendable(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -2702,7 +3278,7 @@ class Feeder:
             if wanted[claim_of(task.output_key)] > 1 and self.shared.bucket.output_is_of(task):
                 yield claim_of(task.output_key), task.key
 
-    def _without_outputs(self, tasks: list[Task], modified: Mapping[str, float]) -> list[Task]:
+    def _without_outputs(self, tasks: list[Task], sources: Mapping[str, S3Object]) -> list[Task]:
         """The tasks whose output is not there yet, as run.skip_existing wants it (make's rule); the others are found.
 
         The rule is for objects without a trace in the journal. For the others the journal knows better: an output may
@@ -2715,7 +3291,7 @@ class Feeder:
         todo = [task for task in tasks if task.traced]
         for task in untraced:
             made = next((key for key in made_keys(task.output_key) if key in written), "")
-            if made and written[made] > modified[task.key] and not task.among_sources:
+            if made and not task.among_sources and written[made] > sources[task.key].modified:
                 self._found[claim_of(made)] = task.key
                 self.tell(Outcome(task, Event.FOUND, output_key=made))
             else:
@@ -2747,8 +3323,9 @@ class Feeder:
         if len(allowed) == len(tasks):
             return None
         self.counts["left"] += len(tasks) - len(allowed)
+        settings = self.shared.settings
         return Stop(
-            f"the cap of {self.shared.settings.api.max_conversions} conversions is reached",
+            f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
             "run it again to go on, or raise api.max_conversions (--limit)",
         )
 
@@ -2772,7 +3349,7 @@ class Feeder:
         for position, task in enumerate(tasks):
             try:
                 if not task.copy:
-                    self.shared.pacer.take(self.shared.stop)
+                    self.pacer.take(self.shared.stop)
                 self._put(task)
             except Interrupted:
                 self._leave(tasks[position:])
@@ -2825,7 +3402,6 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         log.exception("a worker failed")
         message = f"{type(bug).__name__}: {bug}"
         outcome = Outcome(task, Event.FAILED, "bug", message, unsettled=exchange.maybe_done)
-    shared.pacer.let_others_start()
     return replace(
         outcome,
         code=hide(outcome.code),
@@ -2861,14 +3437,230 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     return Outcome(task, Event.CONVERTED, output_key=key, bytes_out=result.size)
 
 
-def worker(tasks: "queue.Queue[Task | None]", shared: Shared, tell: Callable[["Note"], None]) -> None:
-    """Convert tasks until the end marker comes; pass it on, so that the recorder knows."""
+def worker(tasks: "queue.Queue[Task | None]", shared: Shared) -> None:
+    """Convert tasks until the end marker comes."""
+    with contextlib.closing(ConvertClient(shared)) as client:
+        for task in iter(tasks.get, None):
+            shared.tell(convert_object(task, shared, client))
+
+
+########################################################################################################################
+# Processes. With `run.processes`, workers are threads of several processes. To each of them the parent has a pipe and a
+# thread (WorkerProcess) that hands it tasks from the queue and takes its notes: no lock is shared, so that one that is
+# killed holds up nobody.
+#   - What a process holds is known here. When it dies, another takes its place and gets the same tasks, marked as
+#     resumed: the same requests under the same keys, which the API answers from its memory.
+#   - Signals reach the parent alone. It tells the others to stop; when it dies, the pipes close, and the others end.
+#   - A process leaves when it has the end marker and its last worker is done.
+########################################################################################################################
+
+
+@dataclass(frozen=True)
+class GateClosed:
+    """What the parent tells a worker process: nobody may send before this time, in monotonic seconds."""
+
+    until: float
+
+
+def worker_process(connection: "Connection", settings: Settings, workers: int, *, is_verbose: bool) -> None:
+    """The main function of a worker process: tasks come through the pipe, and what its workers say goes back."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    set_up_logging(quiet=settings.quiet, verbose=is_verbose, as_json=settings.log_format == "json")
+    sending = threading.Lock()
+
+    def tell(note: object) -> None:
+        with sending:
+            connection.send(note)
+
+    shared = Shared(settings, StopFlag(tell), Gate(tell), Bucket(settings), UrlTrust(tell), tell)
+    tasks: queue.Queue[Task | None] = queue.Queue()
+    threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in range(workers):
+            pool.submit(work_until_done, functools.partial(worker, tasks, shared), shared.stop)
+    tell(None)
+
+
+def listen_to_parent(
+    connection: "Connection", shared: Shared, tasks: "queue.Queue[Task | None]", workers: int
+) -> NoReturn:
+    """Do what the parent says, as long as there is one."""
+    while True:
+        try:
+            told = connection.recv()
+        except (EOFError, OSError):
+            # Nobody is left to write down what comes of it; the next run sends the same requests again.
+            os._exit(ExitCode.STOPPED)
+        if isinstance(told, GateClosed):
+            shared.gate.close(told.until)
+        elif isinstance(told, Stop):
+            shared.stop.request(told)
+        else:
+            for _ in range(1 if told else workers):
+                tasks.put(told)
+
+
+class WorkerProcess:
+    """One worker process as its thread in the parent sees it. Everything here happens in that thread."""
+
+    def __init__(self, shared: Shared, pacer: Pacer, tasks: "queue.Queue[Task | None]", workers: int) -> None:
+        self.shared, self.pacer, self.tasks, self.workers = shared, pacer, tasks, workers
+        # A task as it was sent -> as it would be sent again. No more than twice the workers, so that none is idle.
+        self._held: dict[Task, Task] = {}
+        self._again: deque[Task] = deque()
+        self._deaths: Counter[str] = Counter()  # idempotency key of a held task -> processes that died with it
+        self._idle_deaths = 0  # in a row, without one outcome in between
+        self._is_fed = False  # the end marker has come
+
+    def run(self) -> None:
+        """Keep a process at work until everything it was handed is settled, or none stays alive."""
+        while True:
+            try:
+                with running_process(self.shared.settings, self.workers) as connection:
+                    return self._serve(connection)
+            except (EOFError, OSError):
+                log.warning("a worker process died with %d objects in its hands", len(self._held))
+            self._bury()
+            if self.shared.stop.requested:
+                return self._give_back()
+
+    def _serve(self, connection: "Connection") -> None:
+        """Hand out tasks and take notes until the process leaves. Raises EOFError or OSError when it dies."""
+        told: set[object] = set()
+        while True:
+            for news in self._news():
+                if news not in told:
+                    told.add(news)
+                    connection.send(news)
+            for task in self._tasks_at_hand():
+                self._held[task] = task
+                connection.send(task)
+            if connection.poll(PIPE_POLL_SECONDS):
+                note = connection.recv()
+                if note is None:
+                    return
+                self._take(note)
+
+    def _news(self) -> Iterator[Stop | GateClosed | None]:
+        """What a process is to be told once: to stop, to wait, and that no task will come any more."""
+        if self.shared.stop.stop:
+            yield self.shared.stop.stop
+        if self.pacer.paused_until:
+            yield GateClosed(self.pacer.paused_until)
+        if self._is_fed and not self._again:
+            yield None
+
+    def _tasks_at_hand(self) -> Iterator[Task]:
+        while len(self._held) < 2 * self.workers:
+            if self._again:
+                yield self._again.popleft()
+            elif self._is_fed or self.tasks.empty():
+                return
+            else:
+                task = self._next_task()
+                if task:
+                    yield task
+
+    def _next_task(self) -> Task | None:
+        try:
+            task = self.tasks.get_nowait()
+        except queue.Empty:
+            # Another process's thread was quicker.
+            return None
+        self._is_fed = task is None
+        return task
+
+    def _take(self, note: "Heard | Stop | Outcome | JobStarted") -> None:
+        """Pass a note on to whom it concerns."""
+        if isinstance(note, Heard):
+            self.pacer.hear(note)
+            self.shared.url_trust.hear(note)
+        elif isinstance(note, Stop):
+            self.shared.stop.request(note)
+        elif isinstance(note, JobStarted):
+            self._held[note.task] = replace(note.task, job_id=note.job_id)
+            self.shared.tell(note)
+        else:
+            del self._held[note.task]
+            del self._deaths[note.task.idempotency_key]
+            self._idle_deaths = 0
+            self.shared.tell(note)
+
+    def _bury(self) -> None:
+        """Take back what a dead process held: it is sent again, or given up where it may be what kills processes."""
+        self._idle_deaths += 1
+        if self._idle_deaths >= DEATHS_ENDURED:
+            because = f"worker processes died {self._idle_deaths} times in a row without converting anything"
+            self.shared.stop.request(Stop(because, "look for what kills them (memory?), or set fewer run.workers"))
+        for task in self._held.values():
+            self._deaths[task.idempotency_key] += 1
+            if self._deaths[task.idempotency_key] < DEATHS_ENDURED or self.shared.stop.requested:
+                # What it has sent may have been converted, and may even have been stored.
+                self._again.append(replace(task, resumed=True, look_first=True))
+            else:
+                said = f"{DEATHS_ENDURED} worker processes died while they held this object"
+                self.shared.tell(Outcome(task, Event.FAILED, "worker_died", said, unsettled=True))
+        self._held.clear()
+
+    def _give_back(self) -> None:
+        """Leave to the next run what no process is there for."""
+        queued = () if self._is_fed else iter(self.tasks.get, None)
+        for task in itertools.chain(self._again, queued):
+            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+
+
+@contextlib.contextmanager
+def running_process(settings: Settings, workers: int) -> Iterator["Connection"]:
+    """The pipe to a new worker process, which is gone at the end."""
+    # Spawned, not forked: a client must not cross a fork, and neither may a lock that another thread holds.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    more = {"is_verbose": log.isEnabledFor(logging.DEBUG)}
+    process = context.Process(target=worker_process, args=(theirs, settings, workers), kwargs=more, daemon=True)
+    with ours:
+        with theirs, blocked_signals():
+            process.start()
+        # Its death shows as the end of the pipe, because nobody else holds the other end any more.
+        yield ours
+    process.join()
+
+
+@contextlib.contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Start a process in here, and it never sees the signals that are the parent's to handle."""
+    if os.name != "posix":
+        yield
+        return
+    # It would unblock them while it starts its own helper.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        with contextlib.closing(ConvertClient(shared)) as client:
-            for task in iter(tasks.get, None):
-                tell(convert_object(task, shared, client))
+        yield
     finally:
-        tell(None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """A number in whole parts that differ by at most one."""
+    return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def workforce(shared: Shared, pacer: Pacer, tasks: "queue.Queue[Task | None]") -> Sequence[Callable[[], None]]:
+    """What takes tasks off the queue, each to be run in a thread: the workers, or what stands for a process of them."""
+    run = shared.settings.run
+    if run.processes == 1:
+        return [functools.partial(worker, tasks, shared)] * run.workers
+    return [WorkerProcess(shared, pacer, tasks, part).run for part in shares(run.workers, run.processes)]
+
+
+def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
+    """Do a part of the work in this thread. A bug ends the run, not only the thread."""
+    try:
+        work()
+    except Exception:
+        log.exception("a worker failed")
+        stop.request(Stop("the program has a bug (a worker failed)", "run it again with -v and report what it prints"))
 
 
 ########################################################################################################################
@@ -2877,7 +3669,7 @@ def worker(tasks: "queue.Queue[Task | None]", shared: Shared, tell: Callable[["N
 #   - An outcome is counted after it is written. What cannot be written is left to do, and its request stays recorded.
 ########################################################################################################################
 
-Note = Outcome | Counted | FeedEnded | None  # None: a worker has left
+Note = Outcome | JobStarted | Counted | FeedEnded | None  # None: a worker, or a process of them, has left
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
 
 
@@ -2901,7 +3693,6 @@ class Report:
 
     def add(self, outcome: Outcome) -> None:
         """Count one outcome."""
-        # At the end of a run, the pacer knows of more: requests of objects that are left, or in hand.
         self.counts["requests"] += outcome.requests
         self.counts["throttled"] += outcome.throttled
         self.counts["replays"] += outcome.replayed
@@ -3217,15 +4008,15 @@ class Metrics:
 class Recorder:
     """Settles outcomes: failures file, then journal, then report, so that nothing is counted that is not written."""
 
-    def __init__(self, shared: Shared, journal: Journal, report: Report, progress: Progress) -> None:
-        self.shared, self.journal, self.report, self.progress = shared, journal, report, progress
+    def __init__(self, shared: Shared, pacer: Pacer, journal: Journal, report: Report, progress: Progress) -> None:
+        self.shared, self.pacer, self.journal, self.report, self.progress = shared, pacer, journal, report, progress
         self.run = shared.settings.run
         self._can_write = True
         self._is_announced = False
 
     def record(self, notes: "queue.Queue[Note]") -> bool:
         """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
-        working = self.run.workers
+        working = self.run.consumers
         while working:
             batch = next_batch(notes)
             self._take([note for note in batch if note is not None])
@@ -3237,7 +4028,7 @@ class Recorder:
                 return False
         return True
 
-    def _take(self, notes: Sequence["Outcome | Counted | FeedEnded"]) -> None:
+    def _take(self, notes: Sequence["Outcome | JobStarted | Counted | FeedEnded"]) -> None:
         for note in notes:
             if isinstance(note, Counted):
                 self.report.add_counts(note.counts)
@@ -3245,7 +4036,10 @@ class Recorder:
                 self.report.stop = self.report.stop or note.stop
                 self.report.is_whole = note.is_complete
         outcomes = [note for note in notes if isinstance(note, Outcome)]
+        # Before the outcomes, which may be those of the same tasks.
+        self._write_down([note for note in notes if isinstance(note, JobStarted)])
         if outcomes:
+            self.pacer.let_others_start()
             for outcome in self._settle(outcomes):
                 self.report.add(outcome)
             self._watch_results()
@@ -3262,6 +4056,14 @@ class Recorder:
                 self._can_write = False
                 self.shared.stop.request(stop_for(error))
         return [replace(outcome, event=Event.LEFT) for outcome in outcomes]
+
+    def _write_down(self, jobs: Sequence[JobStarted]) -> None:
+        if self._can_write:
+            try:
+                self.journal.note_jobs(jobs)
+            except (RunStopped, UserError) as error:
+                self._can_write = False
+                self.shared.stop.request(stop_for(error))
 
     def _append_failures(self, failures: Sequence[Outcome]) -> None:
         if failures:
@@ -3369,23 +4171,25 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     refuse_unwritable(Path(settings.run.summary or os.devnull), "run.summary")
     refuse_unwritable(Path(settings.run.metrics or os.devnull), "run.metrics")
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.s3.written_bucket) as journal:
-        bucket = Bucket(settings)
-        shared = Shared(settings, stop, Pacer(settings.api.requests_per_minute), bucket, UrlTrust())
-        report, progress = Report(), Progress(settings)
-        say_start(settings, journal)
         tasks: queue.Queue[Task | None] = queue.Queue(2 * settings.run.workers)
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
+        pacer = Pacer(settings.api.requests_per_minute, settings.shard.count)
+        gate = Gate(pacer.hear)
+        shared = Shared(settings, stop, gate, Bucket(settings), UrlTrust(), notes.put)
+        report, progress = Report(), Progress(settings)
+        say_start(settings, journal)
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
-        pool = ThreadPoolExecutor(settings.run.workers + 1)
-        pool.submit(Feeder(shared, journal, tasks, notes.put).run)
-        for _ in range(settings.run.workers):
-            pool.submit(worker, tasks, shared, notes.put)
+        pool = ThreadPoolExecutor(settings.run.consumers + 1)
+        pool.submit(Feeder(shared, pacer, journal, tasks).run)
+        for work in workforce(shared, pacer, tasks):
+            pool.submit(work_until_done, work, stop).add_done_callback(lambda _: notes.put(None))
         # The main thread records, because it is the one that signals wake.
-        is_complete = Recorder(shared, journal, report, progress).record(notes)
+        is_complete = Recorder(shared, pacer, journal, report, progress).record(notes)
         pool.shutdown(wait=is_complete)
         progress.close()
         report.stop = stop.stop or report.stop
-        report.counts["requests"] = shared.pacer.requests
+        # Those of workers that had to be abandoned count too.
+        report.counts["requests"] = max(report.counts["requests"], gate.requests)
         close_accounts(report, is_complete=is_complete)
         if not report.stop:
             journal.forget_sent_before(time.time() - SENT_KEPT_SECONDS)
@@ -3411,7 +4215,7 @@ def say_start(settings: Settings, journal: Journal) -> None:
 def describe(settings: Settings) -> str:
     """What a run is about, in a few words."""
     routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.options.target}" for job in settings.jobs)
-    return ", ".join(dict.fromkeys(routes))
+    return ", ".join(dict.fromkeys(routes)) + settings.shard.named
 
 
 def refuse_unwritable(path: Path, name: str) -> None:
@@ -3489,6 +4293,7 @@ REMEDIES = {
     "store_failed": "S3 did not take the output: allow s3:PutObject on s3.output_key, and run it again",
     "output_collision": "another source has this output: put {ext} into s3.output_key",
     "output_key_too_long": "shorten s3.output_key",
+    "worker_died": "its size may need more memory than there is: give each process fewer workers, and run it again",
     "bug": "a bug of this program: run it again with -v, and report what it prints",
 }
 
@@ -3605,6 +4410,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target", metavar="FORMAT", help="format to convert to (convert.target)")
     add("--workers", metavar="N", help="conversions at a time (run.workers)")
     add("--limit", metavar="N", help="conversions to pay for in this run (api.max_conversions)")
+    add(
+        "--shard",
+        metavar="I/N",
+        help="only the I-th of N parts, from 0 (default: what an array job's environment says)",
+    )
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
     add("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
     log_help = "lines for people, or one JSON object a line (default: text)"
@@ -3730,7 +4540,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopFlag()
     stop.install()
     try:
-        settings = load_settings(arguments.config, os.environ, read_flags(arguments))
+        settings = load_settings(arguments.config, os.environ, read_flags(arguments), arguments.shard)
         settings = replace(
             settings,
             retry_failed=arguments.retry_failed,

@@ -1,12 +1,15 @@
 """README and config.example.ini say what is true of the program."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import boto3
+import botocore.validate
 import pytest
 
 import s3_bulk_convert as program
@@ -52,6 +55,22 @@ def test_readme_has_no_row_for_an_option_that_does_not_exist() -> None:
 def test_readme_and_help_have_each_exit_code(code: program.ExitCode) -> None:
     assert re.search(rf"^\| (\d+, )?{int(code)}(, \d+)? \|", README, re.MULTILINE)
     assert str(int(code)) in str(program.build_parser().epilog)
+
+
+def test_the_job_definition_for_aws_batch_is_one() -> None:
+    written = re.search(r"--container-properties '(.*?)'", README, re.DOTALL)
+    assert written is not None
+    model = boto3.client("batch", region_name="eu-west-1").meta.service_model
+    shape = model.operation_model("RegisterJobDefinition").input_shape.members["containerProperties"]
+    assert not botocore.validate.ParamValidator().validate(json.loads(written[1]), shape).has_errors()
+
+
+def test_the_kubernetes_job_has_as_many_shards_as_completions() -> None:
+    completions = re.search(r"^  completions: (\d+)$", README, re.MULTILINE)
+    shards = re.search(r'\{name: SHARD_COUNT, value: "(\d+)"\}', README)
+    assert completions is not None
+    assert shards is not None
+    assert completions[1] == shards[1]
 
 
 def test_every_test_that_readme_names_exists() -> None:

@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class FakeBucket(program.Bucket):
     def check(self) -> None:
         """It exists."""
 
-    def list_pages(self, prefix: str) -> Iterator[list[S3Object]]:
+    def list_pages(self, prefix: str, hunger: Callable[[], int]) -> Generator[list[S3Object], None, None]:
         """The pages, those of the keys that begin with the prefix."""
         self.listed.append(prefix)
         for page in self.pages:
@@ -131,9 +131,9 @@ def feeder(
     bucket: FakeBucket, journal: Journal, wanted: program.Settings, tasks: queue.Queue[Task | None], fed: Fed
 ) -> program.Feeder:
     """A feeder with no limit to its pace."""
-    pace, stop = program.Pacer(10**9), program.StopFlag()
-    shared = program.Shared(wanted, stop, pace, bucket, program.UrlTrust())
-    return program.Feeder(shared, journal, tasks, fed.tell)
+    pacer, stop = program.Pacer(10**9), program.StopFlag()
+    shared = program.Shared(wanted, stop, program.Gate(pacer.hear), bucket, program.UrlTrust(), fed.tell)
+    return program.Feeder(shared, pacer, journal, tasks)
 
 
 def feed(bucket: FakeBucket, journal: Journal, wanted: program.Settings | None = None) -> Fed:
@@ -182,9 +182,9 @@ def test_each_listed_object_has_one_fate(journal: Journal, listed: S3Object, opt
 def test_select_counts_a_page_by_hand() -> None:
     page = [source("a.png"), source("b.jpg"), source("c/"), source("d.png", 0), source("out/e.png"), source("f.gif")]
     wanted = settings("convert.include=*.png *.jpg")
-    routes = [program.Route(job, program.job_filter(job, NOW)) for job in wanted.jobs]
+    routes = [program.make_route(job, NOW) for job in wanted.jobs]
     counts: Counter[str] = Counter()
-    assert [found.source.key for found in program.select(page, routes, ("out/",), counts)] == ["a.png"]
+    assert [found.source.key for found in program.select(page, routes, ("out/",), program.Shard(), counts)] == ["a.png"]
     expected = {"listed": 6, "same_format": 1, "folder": 1, "empty": 1, "own_output": 1, "not_matched": 1}
     assert counts == expected
 

@@ -175,9 +175,9 @@ def test_after_a_failed_transaction_the_next_one_works(journal: Journal, path: P
 
 def test_the_newest_row_is_the_state(journal: Journal) -> None:
     journal.end([converted(task(), event=Event.FAILED, permanent=True)], NOW + 99)
-    assert journal.states("f", ["a.png"]) == {"a.png": State("failed", "etag-1", permanent=True)}
+    assert journal.states("f", ["a.png"]) == {"a.png": State("etag-1", "failed", permanent=1)}
     journal.end([converted(replace(task(), etag="etag-2"))], NOW)
-    assert journal.states("f", ["a.png", "never seen"]) == {"a.png": State("converted", "etag-2", permanent=False)}
+    assert journal.states("f", ["a.png", "never seen"]) == {"a.png": State("etag-2", "converted", permanent=0)}
 
 
 def test_another_bucket_or_job_has_its_own_state(journal: Journal, path: Path) -> None:
@@ -320,7 +320,7 @@ def make_short_text(path: Path) -> None:
 REFUSED = [
     pytest.param(
         make_newer,
-        "the checkpoint {} has version 99, this program knows 1",
+        "the checkpoint {} has version 99, this program knows 2",
         "use the newer s3_bulk_convert.py that made it",
         id="newer version",
     ),

@@ -1,0 +1,234 @@
+"""How the bench runs things: the stand-ins, the real script and the baselines, each in a process of its own.
+
+What a process took is what the kernel says at its end (`os.wait4`): CPU time with that of its children, and the peak
+of its memory. Linux starts counting a child's peak at what its parent has at that moment, so this process has to stay
+small: it imports neither the program nor boto3 nor matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+PROJECT = Path(__file__).resolve().parents[2]
+SCRIPT = PROJECT / "s3_bulk_convert.py"
+BUCKET = "bench"
+MOST_SECONDS = 3600
+SAMPLE_SECONDS = 0.5  # looking at all processes of the machine takes some milliseconds
+PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+USAGE_ERROR = 2
+
+
+@dataclass
+class Cost:
+    """What a process took, its children included. `family_mb`: the largest sum of their memory that was seen."""
+
+    exit_code: int
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+    family_mb: float
+    out: str
+    err: str
+    summary: dict[str, Any] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)  # of the stand-ins, for this run
+
+
+class Standins:
+    """The running stand-ins."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def counts(self, *, reset: bool = False) -> dict[str, Any]:
+        """What they have counted since the last reset."""
+        request = urllib.request.Request(f"{self.url}/counts", method="POST" if reset else "GET")
+        with urllib.request.urlopen(request) as reply:
+            found: dict[str, Any] = json.load(reply)
+        return found
+
+
+@contextmanager
+def standins(**options: float) -> Iterator[Standins]:
+    """Start the stand-ins with some of their options; they end with the block."""
+    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "tests.bench.standins", *flags]
+    process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline() if process.stdout else ""
+        if not line.startswith("READY "):
+            raise RuntimeError("the stand-ins did not start")
+        yield Standins(line.split()[1])
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def environment(servers: Standins, home: Path) -> dict[str, str]:
+    """What a child needs so that it finds the stand-ins, and nothing that the person who measures has set."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "PYTHONPATH": str(PROJECT),
+        "AWS_ACCESS_KEY_ID": "bench",
+        "AWS_SECRET_ACCESS_KEY": "bench",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_ENDPOINT_URL_S3": servers.url,
+        "CTF_API_KEY": "ctf_sk_bench",
+        "TMPDIR": str(home),
+    }
+
+
+########################################################################
+# What a process takes
+########################################################################
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory of a process; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def family_of(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # The name of a process, in parentheses, may hold anything.
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (OSError, IndexError, ValueError):
+            continue
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    family = [pid]
+    for member in family:
+        family += children.get(member, [])
+    return family
+
+
+class Watch(threading.Thread):
+    """Looks at a running process: how much memory its family has, and whether it has run for too long."""
+
+    def __init__(self, process: subprocess.Popen[bytes], *, with_children: bool, is_enough: Callable[[], bool]) -> None:
+        super().__init__(daemon=True)
+        self._process, self._with_children, self._is_enough = process, with_children, is_enough
+        self.has_ended = threading.Event()
+        self.peak_bytes = 0
+
+    def run(self) -> None:
+        """Look until it has ended."""
+        started = monotonic()
+        while not self.has_ended.wait(SAMPLE_SECONDS):
+            if self._with_children:
+                self.peak_bytes = max(self.peak_bytes, sum(map(resident_bytes, family_of(self._process.pid))))
+            if self._is_enough():
+                self._process.send_signal(signal.SIGINT)
+                self._is_enough = lambda: False
+            if monotonic() - started > MOST_SECONDS:
+                self._process.kill()
+
+
+def measure(
+    command: Sequence[str],
+    env: dict[str, str],
+    workdir: Path,
+    *,
+    with_children: bool = False,
+    is_enough: Callable[[], bool] = lambda: False,
+) -> Cost:
+    """Run a command to its end, or until `is_enough` and the end that SIGINT brings about."""
+    with (workdir / "out").open("wb") as out, (workdir / "err").open("wb") as err:
+        started = monotonic()
+        process = subprocess.Popen(command, cwd=workdir, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        watch = Watch(process, with_children=with_children, is_enough=is_enough)
+        watch.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = monotonic() - started
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            watch.has_ended.set()
+            watch.join()
+            process.kill()  # only if the wait was interrupted: one that has ended is left alone
+    peak = usage.ru_maxrss * PEAK_UNIT
+    return Cost(
+        process.returncode,
+        seconds,
+        usage.ru_utime + usage.ru_stime,
+        peak / 1e6,
+        max(peak, watch.peak_bytes) / 1e6,
+        (workdir / "out").read_text(errors="replace"),
+        (workdir / "err").read_text(errors="replace"),
+    )
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    """A directory for one run, below TMPDIR."""
+    with tempfile.TemporaryDirectory(prefix="s3-bulk-convert-bench-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def run_program(
+    servers: Standins,
+    *arguments: str,
+    checkpoint: Path | None = None,
+    with_children: bool = False,
+    is_enough: Callable[[], bool] = lambda: False,
+) -> Cost:
+    """The real script over the whole synthetic bucket, in an empty directory."""
+    with directory() as workdir:
+        flags = ["--bucket", BUCKET, "--target", "jpg", "--quiet"]
+        options = {"api.url": servers.url, "run.summary": "summary.json"}
+        if checkpoint:
+            options["run.checkpoint"] = str(checkpoint)
+        for name, value in options.items():
+            flags += ["--set", f"{name}={value}"]
+        servers.counts(reset=True)
+        command = [sys.executable, str(SCRIPT), *flags, *arguments]
+        env = environment(servers, workdir)
+        cost = measure(command, env, workdir, with_children=with_children, is_enough=is_enough)
+        summary = workdir / "summary.json"
+        cost.summary = json.loads(summary.read_text()) if summary.exists() else {}
+    cost.counts = servers.counts()
+    return cost
+
+
+def run_recipe(servers: Standins, *arguments: str) -> Cost:
+    """One of the baselines of recipe.py. Raises RuntimeError with its own words if it fails."""
+    with directory() as workdir:
+        servers.counts(reset=True)
+        command = [sys.executable, "-m", "tests.bench.recipe", *arguments]
+        cost = measure(command, environment(servers, workdir), workdir)
+    if cost.exit_code:
+        raise RuntimeError(f"the recipe failed: {cost.err[-2000:]}")
+    cost.counts = servers.counts()
+    cost.summary = json.loads(cost.out)
+    return cost
+
+
+@contextmanager
+def finished_checkpoint(count: int, folders: int, size: int) -> Iterator[Path]:
+    """A checkpoint that knows every object of the bucket as converted."""
+    with directory() as workdir:
+        path = workdir / "checkpoint.sqlite3"
+        numbers = [str(number) for number in (count, folders, size)]
+        command = [sys.executable, "-m", "tests.bench.checkpoint", str(path), BUCKET, *numbers]
+        env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "HOME": str(workdir), "TMPDIR": str(workdir)}
+        subprocess.run(command, cwd=workdir, env=env, check=True)
+        yield path

@@ -1,0 +1,451 @@
+"""What the bench measures, a function for each part. All figures of a part come from one run, baselines included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+from tests.bench.harness import (
+    BUCKET,
+    USAGE_ERROR,
+    Cost,
+    Standins,
+    finished_checkpoint,
+    run_program,
+    run_recipe,
+    standins,
+)
+from tests.bench.report import Cell, Line, Part, Plot, table
+
+API_SECONDS, PUT_SECONDS = 0.8, 0.03
+SERVICE_SECONDS = API_SECONDS + PUT_SECONDS
+SLOW_PAGE_SECONDS = 0.15
+OBJECT_BYTES = 20_000
+FOLDERS = 100
+MB = 10**6
+# Nothing has this extension: everything is listed, and nothing is looked up.
+WANT_NOTHING = ("--set", "convert.include=*.none")
+UPLOAD = ("--set", "api.transfer=upload")
+# The most that the recipe has been seen to do is about 25 files a second, whatever its workers.
+RECIPE_FILES_PER_SECOND = 20
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured; QUICK is for trying the bench, not for figures."""
+
+    keys: int
+    slow_keys: int  # where each page takes SLOW_PAGE_SECONDS
+    memory_keys: Sequence[int]
+    kept_keys: int  # most keys that the recipe is asked to keep in memory
+    workers: Sequence[int]
+    recipe_workers: Sequence[int]
+    seconds: float  # that a run of `throughput` would take at best
+    sizes: Sequence[int]
+    size_bytes: int  # bytes to convert for each size
+    process_files: int
+    per_minute: int
+    windows: int  # of a minute each, that count
+
+
+FULL = Scale(
+    keys=1_000_000,
+    slow_keys=300_000,
+    memory_keys=(10**4, 10**5, 10**6, 10**7),
+    kept_keys=10**6,
+    workers=(1, 2, 5, 10, 20, 50, 100, 200, 400),
+    recipe_workers=(10, 50, 200),
+    seconds=60,
+    sizes=(1_000, 10_000, 100_000, MB, 10 * MB, 60 * MB, 100 * MB, 500 * MB),
+    size_bytes=1_200 * MB,
+    process_files=12_000,
+    per_minute=300,
+    windows=3,
+)
+QUICK = Scale(
+    keys=20_000,
+    slow_keys=10_000,
+    memory_keys=(10**4, 10**5),
+    kept_keys=10**5,
+    workers=(1, 10, 50),
+    recipe_workers=(10, 50),
+    seconds=5,
+    sizes=(1_000, MB, 60 * MB, 110 * MB),
+    size_bytes=60 * MB,
+    process_files=600,
+    per_minute=300,
+    windows=1,
+)
+
+
+def succeeded(cost: Cost, *, done: int, count: str = "converted") -> Cost:
+    """The cost of a run that did what it was to do. Raises RuntimeError with what it said if it did not."""
+    if cost.exit_code or cost.summary.get(count) != done:
+        found = {name: cost.summary.get(name) for name in ("listed", "converted", "already_done", "failed", "left")}
+        raise RuntimeError(f"exit {cost.exit_code}, expected {count} = {done}, found {found}\n{cost.err[-2000:]}")
+    return cost
+
+
+@lru_cache(maxsize=1)
+def start_of_program() -> Cost:
+    """What the program takes to start, list an empty bucket and end: it is taken off where a rate is wanted."""
+    with standins(keys=0) as servers:
+        return succeeded(run_program(servers), done=0)
+
+
+@lru_cache(maxsize=1)
+def start_of_recipe() -> Cost:
+    """The same for the recipe."""
+    with standins(keys=0) as servers:
+        return run_recipe(servers, "list", BUCKET)
+
+
+@lru_cache(maxsize=2)
+def first_file(*, by_recipe: bool) -> Cost:
+    """What a run over a single object takes: the start, and what is only done for the first request."""
+    with standins(keys=1, latency=0.0) as servers:
+        if by_recipe:
+            return run_recipe(servers, "convert", BUCKET, "1", servers.url)
+        return succeeded(run_program(servers, "--workers", "1"), done=1)
+
+
+def each_ms(cost: Cost, start: Cost, many: int) -> float:
+    """Milliseconds of CPU for each of so many, what the start takes taken off."""
+    return 1000 * (cost.cpu_seconds - start.cpu_seconds) / max(1, many)
+
+
+def per_file_ms(cost: Cost, files: int, *, by_recipe: bool = False) -> float:
+    """Milliseconds of CPU for each file but the first, which bears the start."""
+    return each_ms(cost, first_file(by_recipe=by_recipe), files - 1)
+
+
+def column(rows: Sequence[Sequence[Cell]], at: int) -> list[float]:
+    """The numbers of a column."""
+    return [float(row[at] or 0) for row in rows]
+
+
+########################################################################
+# Listing
+########################################################################
+
+LISTING_COLUMNS = (
+    *("what", "keys", "folders", "ms/page", "seconds", "CPU s", "keys/s of CPU", "keys/s", "× CPU", "× time"),
+    "peak MB",
+)
+ABOUT_RATES = (
+    "Rates have the start of the process taken off, measured over an empty bucket in the same run "
+    "({ours:.2f} s of CPU for the program, {theirs:.2f} s for the baseline). `×` is against boto3's paginator alone "
+    "over the same bucket."
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One synthetic bucket."""
+
+    keys: int
+    folders: int
+    page_seconds: float
+
+
+def layouts(scale: Scale) -> Iterator[Layout]:
+    """The buckets that are listed: flat and in folders, near and far."""
+    for folders in (0, FOLDERS):
+        yield Layout(scale.keys, folders, 0.0)
+        yield Layout(scale.slow_keys, folders, SLOW_PAGE_SECONDS)
+
+
+def listing_row(what: str, layout: Layout, cost: Cost, start: Cost, base: Cost) -> list[Cell]:
+    """A row of LISTING_COLUMNS; `base` is what boto3's paginator took for the same bucket."""
+    cpu, wall = (max(1e-3, cost.cpu_seconds - start.cpu_seconds), max(1e-3, cost.seconds - start.seconds))
+    first = start_of_recipe()
+    return [
+        *(what, layout.keys, layout.folders, round(layout.page_seconds * 1000)),
+        *(cost.seconds, cost.cpu_seconds, layout.keys / cpu, layout.keys / wall),
+        (base.cpu_seconds - first.cpu_seconds) / cpu,
+        (base.seconds - first.seconds) / wall,
+        cost.peak_mb,
+    ]
+
+
+def list_each_way(scale: Scale) -> Iterator[list[Cell]]:
+    """Each bucket by boto3's paginator, by the program alone, and by the program with its journal."""
+    for layout in layouts(scale):
+        numbers = (layout.keys, layout.folders, OBJECT_BYTES)
+        with standins(keys=layout.keys, folders=layout.folders, page_latency=layout.page_seconds) as servers:
+            base = run_recipe(servers, "list", BUCKET)
+            yield listing_row("boto3's paginator", layout, base, start_of_recipe(), base)
+            alone = succeeded(run_program(servers, *WANT_NOTHING), done=layout.keys, count="listed")
+            yield listing_row("list", layout, alone, start_of_program(), base)
+            with finished_checkpoint(*numbers) as path:
+                whole = succeeded(run_program(servers, checkpoint=path), done=layout.keys, count="already_done")
+            yield listing_row("list and journal", layout, whole, start_of_program(), base)
+
+
+def about_rates() -> str:
+    """How to read the rates."""
+    return ABOUT_RATES.format(ours=start_of_program().cpu_seconds, theirs=start_of_recipe().cpu_seconds)
+
+
+def listing(scale: Scale) -> Part:
+    """Keys listed in a second, without and with the journal, flat and in folders, near and far."""
+    rows = list(list_each_way(scale))
+    about = (
+        f"*list* reads every key and wants none of them; *list and journal* is a pass with nothing to do: every object "
+        f"is looked up in a checkpoint that knows it as converted. {about_rates()}"
+    )
+    return Part("Listing", about, [table(LISTING_COLUMNS, rows)])
+
+
+def nothing_to_do(scale: Scale) -> Part:
+    """A pass over finished objects, and how it grows with their number."""
+    rows = []
+    for keys in [count for count in scale.memory_keys if count <= scale.keys]:
+        layout = Layout(keys, 0, 0.0)
+        with standins(keys=keys) as servers, finished_checkpoint(keys, 0, OBJECT_BYTES) as path:
+            base = run_recipe(servers, "list", BUCKET)
+            cost = succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done")
+        rows.append(listing_row("boto3's paginator", layout, base, start_of_recipe(), base))
+        rows.append(listing_row("list and journal", layout, cost, start_of_program(), base))
+    lines = [Line(str(rows[first][0]), column(rows[first::2], 1), column(rows[first::2], 4)) for first in (0, 1)]
+    plot = Plot("pass", "A pass with nothing to do", "keys", "seconds", lines, log_y=True)
+    return Part("A pass with nothing to do", about_rates(), [table(LISTING_COLUMNS, rows)], [plot])
+
+
+def memory(scale: Scale) -> Part:
+    """Peak memory of a pass with nothing to do, from ten thousand keys to ten million."""
+    rows: list[list[Cell]] = []
+    for keys in scale.memory_keys:
+        with standins(keys=keys) as servers, finished_checkpoint(keys, 0, OBJECT_BYTES) as path:
+            size = path.stat().st_size
+            cost = succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done")
+            kept = run_recipe(servers, "keep", BUCKET).peak_mb if keys <= scale.kept_keys else None
+        rows.append([keys, size / MB, cost.seconds, cost.cpu_seconds, cost.peak_mb, kept])
+    columns = ("keys", "checkpoint MB", "seconds", "CPU s", "peak MB", "recipe: keys in a list, peak MB")
+    kept_rows = [row for row in rows if row[5]]
+    lines = [
+        Line("the program", column(rows, 0), column(rows, 4)),
+        Line("recipe: every key in a list", column(kept_rows, 0), column(kept_rows, 5)),
+    ]
+    plot = Plot("memory", "Peak memory of a pass with nothing to do", "keys", "MB", lines)
+    about = "The peak is the kernel's (`ru_maxrss`), the interpreter and all its modules included."
+    return Part("Memory", about, [table(columns, rows)], [plot])
+
+
+########################################################################
+# Throughput
+########################################################################
+
+
+def run_throughput(workers: int, files: int, *, by_recipe: bool) -> Cost:
+    """Convert so many files with so many workers."""
+    with standins(keys=files, latency=API_SECONDS, put_latency=PUT_SECONDS) as servers:
+        if by_recipe:
+            cost = run_recipe(servers, "convert", BUCKET, str(workers), servers.url)
+            return succeeded(cost, done=files, count="objects")
+        return succeeded(run_program(servers, "--workers", str(workers)), done=files)
+
+
+def throughput_row(workers: int, files: int, *, by_recipe: bool) -> list[Cell]:
+    """One row: what it did, against workers ÷ service time."""
+    cost = run_throughput(workers, files, by_recipe=by_recipe)
+    rate = files / cost.counts["span_seconds"]
+    whole = files / float(cost.summary["seconds"])
+    ideal = workers / SERVICE_SECONDS
+    cpu = per_file_ms(cost, files, by_recipe=by_recipe)
+    name = "recipe" if by_recipe else "ours"
+    return [workers, name, files, ideal, rate, 100 * rate / ideal, whole, cpu, cost.peak_mb]
+
+
+def throughput(scale: Scale) -> Part:
+    """Files a second from 1 to 400 workers, with the recipe beside it."""
+    rows: list[list[Cell]] = []
+    for workers in scale.workers:
+        rounds = max(2, round(scale.seconds / SERVICE_SECONDS))
+        rows.append(throughput_row(workers, workers * rounds, by_recipe=False))
+        if workers in scale.recipe_workers:
+            # The recipe gets fewer files: with hundreds of workers it would take half an hour for as many.
+            most = max(2 * workers, round(RECIPE_FILES_PER_SECOND * scale.seconds))
+            theirs = throughput_row(workers, min(workers * rounds, most), by_recipe=True)
+            rows[-1].append(float(rows[-1][4] or 0) / float(theirs[4] or 1))
+            rows.append([*theirs, 1.0])
+        else:
+            rows[-1].append(None)
+    columns = ("workers", "what", "files", "workers ÷ service time", "files/s", "% of it")
+    more = ("files/s of the whole run", "CPU ms/file", "peak MB", "× recipe")
+    about = (
+        f"The API takes {API_SECONDS} s, a PUT {1000 * PUT_SECONDS:.0f} ms; {OBJECT_BYTES:,} bytes come back; each "
+        "object is sent by URL. *files/s* counts from the first request at the API to the last object stored; *of the "
+        "whole run* counts by the program's own clock, from its start. CPU has a run over one file taken off."
+    )
+    return Part("Throughput", about, [table((*columns, *more), rows)], [throughput_plot(rows)])
+
+
+def throughput_plot(rows: Sequence[Sequence[Cell]]) -> Plot:
+    """Workers against files a second, with Little's law."""
+    lines = []
+    for name in ("ours", "recipe"):
+        own = [row for row in rows if row[1] == name]
+        lines.append(Line(name, column(own, 0), column(own, 4)))
+    ideal = Line(
+        "workers ÷ service time", lines[0].xs, [workers / SERVICE_SECONDS for workers in lines[0].xs], is_ideal=True
+    )
+    return Plot("throughput", "Throughput", "workers", "files/s", [*lines, ideal], log_y=True)
+
+
+def sizes(scale: Scale) -> Part:
+    """Objects from 1 KB to 500 MB, up and down through six workers."""
+    workers = 6
+    rows: list[list[Cell]] = []
+    for size in scale.sizes:
+        files = max(workers, min(300, scale.size_bytes // size))
+        options = {"keys": files, "size": size, "answer_bytes": size, "latency": 0.0, "put_latency": PUT_SECONDS}
+        with standins(**options) as servers:
+            flags = ("--workers", str(workers), *UPLOAD)
+            cost = succeeded(run_program(servers, *flags), done=files)
+        seconds = cost.counts["span_seconds"]
+        cpu = per_file_ms(cost, files)
+        moved = size * files / MB
+        rows.append([size, files, files / seconds, moved / seconds, cpu, cpu / (size / MB), cost.peak_mb])
+    columns = ("bytes", "files", "files/s", "MB/s each way", "CPU ms/file", "CPU ms/MB", "peak MB")
+    about = (
+        f"{workers} workers, `api.transfer = upload`: each object is read from S3, sent to the API, received and "
+        "stored, so its bytes pass through this machine four times. The API answers at once; above 100 MB it is asked "
+        "by jobs, whose first poll comes after some seconds."
+    )
+    xs = column(rows, 0)
+    plots = [
+        Plot("sizes", "Memory by size", "bytes of an object", "MB", [Line("peak", xs, column(rows, 6))]),
+        Plot(
+            *("sizes-rate", "Bytes moved by size", "bytes of an object", "MB/s each way"),
+            [Line("ours", xs, column(rows, 3))],
+        ),
+    ]
+    return Part("Sizes", about, [table(columns, rows)], plots)
+
+
+def processes(scale: Scale) -> Part:
+    """One process and two, where the CPU is what is short."""
+    workers, latency = 100, 0.05
+    rows: list[list[Cell]] = []
+    base = 0.0
+    for number in (1, 2):
+        with standins(keys=scale.process_files, latency=latency, put_latency=PUT_SECONDS) as servers:
+            flags = ["--workers", str(workers), *(["--processes", str(number)] if number > 1 else [])]
+            cost = run_program(servers, *flags, with_children=True)
+            if cost.exit_code == USAGE_ERROR:
+                rows.append([number, "the program has no such option", *[None] * 6])
+                continue
+            succeeded(cost, done=scale.process_files)
+        rate = scale.process_files / cost.counts["span_seconds"]
+        base = base or rate
+        cpu = per_file_ms(cost, scale.process_files)
+        theirs = 1000 * cost.counts["cpu_seconds"] / scale.process_files
+        rows.append([number, scale.process_files, rate, rate / base, cpu, theirs, cost.peak_mb, cost.family_mb])
+    columns = ("processes", "files", "files/s", "× one process", "CPU ms/file", "stand-ins' CPU ms/file")
+    about = (
+        f"The API takes {1000 * latency:.0f} ms, a PUT {1000 * PUT_SECONDS:.0f} ms, {workers} workers: CPU is what is "
+        f"short (without that, {workers / (latency + PUT_SECONDS):,.0f} files/s would be possible). The stand-ins run "
+        "on the same cores. *all processes MB* counts what they share once for each."
+    )
+    return Part("Processes", about, [table((*columns, "largest process MB", "all processes MB"), rows)])
+
+
+########################################################################
+# Pace
+########################################################################
+
+WINDOW_SECONDS = 60  # of a limit per minute
+
+
+def pace(scale: Scale) -> Part:
+    """How much of a limit per minute is filled, and how many answers are 429, with nothing configured."""
+    workers, limit = 20, scale.per_minute
+    # One window more than is counted: where it begins is where the last one that counts has ended.
+    files = round(limit * (scale.windows + 1.5))
+    options = {"per_minute": limit, "window": WINDOW_SECONDS, "put_latency": PUT_SECONDS, "latency": API_SECONDS}
+    with standins(keys=files, **options) as servers:
+        cost = run_program(servers, "--workers", str(workers), is_enough=lambda: has_begun(servers, scale.windows + 1))
+        windows = cost.counts["windows"]
+    if len(windows) <= scale.windows:
+        raise RuntimeError(f"only {len(windows)} windows were begun, exit {cost.exit_code}: {cost.err[-2000:]}")
+    rows: list[list[Cell]] = []
+    for number, (window, following) in enumerate(pairwise(windows[: scale.windows + 1]), 1):
+        elapsed = following["began_at"] - window["began_at"]
+        rows.append([str(number), *pace_figures([window], limit, elapsed)])
+    elapsed = windows[scale.windows]["began_at"] - windows[0]["began_at"]
+    rows.append(["all", *pace_figures(windows[: scale.windows], limit, elapsed)])
+    columns = ("window", "accepted", "429s", "seconds until the next began", "% of the limit", "429s: % of requests")
+    about = (
+        f"{workers} workers, nothing configured; the API admits {limit} requests in a window of {WINDOW_SECONDS} s "
+        "that begins with the first request after the last one ended. *% of the limit* counts the time until the next "
+        "window began, so that a pause between two windows is a loss as well."
+    )
+    return Part("Pace", about, [table(columns, rows)])
+
+
+def has_begun(servers: Standins, number: int) -> bool:
+    """Whether so many windows have begun."""
+    return len(servers.counts()["windows"]) >= number
+
+
+def pace_figures(windows: Sequence[dict[str, float]], limit: int, elapsed: float) -> list[Cell]:
+    """The row of some windows that took `elapsed` seconds together."""
+    accepted = int(sum(each["accepted"] for each in windows))
+    refused = int(sum(each["refused"] for each in windows))
+    return [
+        *(accepted, refused, elapsed, 100 * accepted / (limit * elapsed / WINDOW_SECONDS)),
+        100 * refused / max(1, accepted + refused),
+    ]
+
+
+########################################################################
+# The ruler itself
+########################################################################
+
+
+def cost(scale: Scale) -> Part:
+    """What the stand-ins take, against what the program takes, in the same run."""
+    rows = []
+    files = scale.process_files // 4
+    with standins(keys=files, latency=0.0, put_latency=0.0) as servers:
+        run = succeeded(run_program(servers, "--workers", "20"), done=files)
+        rows.append(cost_row("a file converted, by URL", files, run, first_file(by_recipe=False)))
+        run = succeeded(run_program(servers, "--workers", "20", *UPLOAD), done=files)
+        rows.append(cost_row("a file converted, by upload", files, run, first_file(by_recipe=False)))
+    with standins(keys=scale.keys) as servers:
+        run = succeeded(run_program(servers, *WANT_NOTHING), done=scale.keys, count="listed")
+        rows.append(cost_row("1,000 keys listed", scale.keys // 1000, run, start_of_program()))
+        run = run_recipe(servers, "list", BUCKET)
+        rows.append(cost_row("1,000 keys listed by boto3", scale.keys // 1000, run, start_of_recipe()))
+    columns = ("what", "how many", "requests", "stand-ins: CPU µs/request", "stand-ins: CPU ms each")
+    about = (
+        "The CPU time of the stand-ins' process, as it reports it itself, beside that of the process that is measured, "
+        f"which has its start taken off. Nothing waits; an object has {OBJECT_BYTES:,} bytes, and so has its output."
+    )
+    return Part(
+        "What the stand-ins cost", about, [table((*columns, "measured: CPU ms each", "stand-ins' share"), rows)]
+    )
+
+
+def cost_row(what: str, many: int, run: Cost, start: Cost) -> list[Cell]:
+    """One row."""
+    theirs = 1000 * run.counts["cpu_seconds"] / many
+    ours = each_ms(run, start, many)
+    requests = int(run.counts["requests"])
+    each = 1e6 * run.counts["cpu_seconds"] / requests
+    return [what, many, requests, each, theirs, ours, f"{100 * theirs / (theirs + ours):.0f} %"]
+
+
+PARTS = {
+    "cost": cost,
+    "listing": listing,
+    "pass": nothing_to_do,
+    "memory": memory,
+    "throughput": throughput,
+    "sizes": sizes,
+    "processes": processes,
+    "pace": pace,
+}

@@ -1,0 +1,162 @@
+"""A Slurm of one node on 127.0.0.1, for tests of real array jobs: the daemons of the machine, everything else private.
+
+    with Slurm(directory) as slurm:
+        subprocess.run(["sbatch", "--wait", ...], env={**os.environ, **slurm.environment})
+
+It needs neither root nor systemd, and leaves /etc alone: munged, slurmctld and slurmd run as the user who starts it,
+with a key, a socket and ports of their own. They end with the block.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+PACKAGES = "slurmctld slurmd slurm-client munge"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scancel", "squeue")
+START_SECONDS = 60
+STOP_SECONDS = 10
+CPUS = 4  # so many tasks run at a time, however many CPUs there are
+SBIN = "/usr/sbin:/sbin"  # where Debian has the daemons; not on everyone's PATH
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+SlurmUser={user}
+SlurmdUser={user}
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge.socket
+CredType=cred/munge
+StateSaveLocation={directory}/state
+SlurmdSpoolDir={directory}/spool
+SlurmctldPidFile={directory}/slurmctld.pid
+SlurmdPidFile={directory}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
+KillWait=3
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def missing_programs() -> list[str]:
+    """The programs that are not installed."""
+    return [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports on which nobody listens at the moment."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [int(listener.getsockname()[1]) for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return ports
+
+
+class Slurm:
+    """The three daemons. Raises TimeoutError with their last words if they do not come up."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._daemons: list[subprocess.Popen[bytes]] = []
+        self.environment = {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{SBIN}"}
+
+    def __enter__(self) -> Self:
+        try:
+            self._configure()
+            self._start_munge()
+            self._start("slurmctld", "-D")
+            self._start("slurmd", "-D", "-N", socket.gethostname().partition(".")[0])
+            self._wait_for(lambda: self._said("sinfo", "--noheader", "--format=%T").startswith("idle"))
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._said("scancel", f"--user={getpass.getuser()}")
+        self._wait_for(lambda: not self._said("squeue", "--noheader"))
+        self.stop()
+
+    def _configure(self) -> None:
+        for name in ("state", "spool"):
+            (self._directory / name).mkdir(parents=True)
+        text = CONFIGURATION.format(
+            host=socket.gethostname().partition(".")[0],
+            ports=free_ports(2),
+            user=getpass.getuser(),
+            directory=self._directory,
+            cpus=CPUS,
+        )
+        (self._directory / "slurm.conf").write_text(text, encoding="utf-8")
+
+    def _start_munge(self) -> None:
+        key = self._directory / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        paths = {
+            "key-file": key,
+            **{f"{name}-file": self._directory / f"munge.{name}" for name in ("pid", "seed", "log")},
+        }
+        socket_path = self._directory / "munge.socket"
+        # Forced: it would refuse the permissions of a directory for temporary files.
+        self._start(
+            "munged", "--foreground", "--force", f"--socket={socket_path}", *(f"--{k}={v}" for k, v in paths.items())
+        )
+        self._wait_for(socket_path.exists)
+
+    def _start(self, *command: str) -> None:
+        with (self._directory / f"{command[0]}.out").open("wb") as out:
+            program = shutil.which(command[0], path=self.environment["PATH"]) or command[0]
+            environment = {**os.environ, **self.environment}
+            self._daemons.append(
+                subprocess.Popen(
+                    [program, *command[1:]], env=environment, stdout=out, stderr=out, start_new_session=True
+                )
+            )
+
+    def _said(self, *command: str) -> str:
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **self.environment}
+        )
+        return run.stdout.strip()
+
+    def _wait_for(self, has_come: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not has_come():
+            if time.monotonic() > deadline:
+                logs = {path.name: path.read_text(errors="replace")[-1000:] for path in self._directory.glob("*.out")}
+                raise TimeoutError(f"Slurm is not ready: {logs}")
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        """End the daemons, the last one first."""
+        for daemon in reversed(self._daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()

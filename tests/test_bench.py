@@ -1,0 +1,89 @@
+"""The ruler of `make bench`: its stand-ins list what they say they hold, and its checkpoints are the program's own."""
+
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from tests.bench.harness import BUCKET, PROJECT, Standins, finished_checkpoint, run_program, standins
+from tests.bench.keys import Keys
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+COUNT, FOLDERS = 5_300, 3  # no folder ends where a block of a thousand or a page does
+KEYS = Keys(COUNT, FOLDERS)
+LIMIT = 3
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Standins]:
+    """The stand-ins with a bucket in folders and a limit of LIMIT conversions."""
+    with standins(keys=COUNT, folders=FOLDERS, latency=0.0, put_latency=0.0, per_minute=LIMIT) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(servers: Standins) -> "S3Client":
+    """A boto3 client of them."""
+    return boto3.session.Session("bench", "bench").client(
+        "s3", endpoint_url=servers.url, region_name="us-east-1", config=Config(s3={"addressing_style": "path"})
+    )
+
+
+def listed(client: "S3Client", **request: Any) -> list[tuple[str, str]]:
+    """Keys and ETags as boto3 reads them."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, **request)
+    return [(entry["Key"], entry["ETag"].strip('"')) for page in pages for entry in page.get("Contents", [])]
+
+
+def expected(numbers: range) -> list[tuple[str, str]]:
+    return [(KEYS.key(number), KEYS.etag(number)) for number in numbers]
+
+
+def test_boto3_lists_every_key_once_and_in_order(client: "S3Client") -> None:
+    assert listed(client) == expected(range(COUNT)) == sorted(expected(range(COUNT)))
+
+
+def test_a_listing_can_begin_anywhere_and_be_of_any_prefix(client: "S3Client") -> None:
+    first = KEYS.per_folder
+    assert listed(client, StartAfter="d0000/00001234.png", MaxKeys=7)[:7] == expected(range(1235, 1242))
+    assert listed(client, Prefix="d0001/") == expected(range(first, 2 * first))
+    assert listed(client, Prefix="converted/") == listed(client, Prefix="d0009/") == []
+
+
+def test_folders_are_listed_a_page_at_a_time(client: "S3Client") -> None:
+    page = client.list_objects_v2(Bucket=BUCKET, Delimiter="/", MaxKeys=2)
+    rest = client.list_objects_v2(Bucket=BUCKET, Delimiter="/", ContinuationToken=page["NextContinuationToken"])
+    folders = [entry["Prefix"] for entry in page["CommonPrefixes"] + rest["CommonPrefixes"]]
+    assert (folders, rest["IsTruncated"]) == (["d0000/", "d0001/", "d0002/"], False)
+
+
+def test_a_limit_admits_so_many_and_no_more(servers: Standins) -> None:
+    servers.counts(reset=True)
+    statuses = []
+    for _ in range(LIMIT + 2):
+        try:
+            with urllib.request.urlopen(f"{servers.url}/v1/convert", data=b"x" * 100_000) as reply:
+                statuses.append((reply.status, len(reply.read())))
+        except urllib.error.HTTPError as refusal:
+            statuses.append((refusal.code, int(refusal.headers["Retry-After"]) // 61))
+    assert statuses == [(200, 20_000)] * LIMIT + [(429, 0)] * 2
+
+
+def test_a_checkpoint_that_was_made_knows_every_object(servers: Standins) -> None:
+    with finished_checkpoint(COUNT, FOLDERS, KEYS.size) as path:
+        cost = run_program(servers, checkpoint=path)
+    assert (cost.exit_code, cost.summary["already_done"], cost.counts["conversions"]) == (0, COUNT, 0)
+
+
+def test_the_bench_says_which_parts_there_are() -> None:
+    command = [sys.executable, "-m", "tests.bench", "nothing"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert (done.returncode, "throughput" in done.stderr) == (2, True)

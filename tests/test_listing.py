@@ -1,0 +1,209 @@
+"""The listing: every key exactly once, in whatever order pages are read, and none read that nobody asked for."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import s3_bulk_convert as program
+from s3_bulk_convert import Listing, Page, S3Object
+
+XML = """<?xml version="1.0" encoding="UTF-8"?>
+<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>{truncated}</IsTruncated>
+<KeyCount>{count}</KeyCount><EncodingType>url</EncodingType>{more}</ListBucketResult>"""
+ENTRY = """<Contents><Key>{key}</Key><LastModified>2026-09-21T14:13:20.000Z</LastModified><ETag>&quot;e1&quot;</ETag>
+<Size>7</Size><StorageClass>{kept}</StorageClass>{more}</Contents>"""
+
+
+class SortedKeys:
+    """A bucket in memory that is listed as S3 lists: in pages, by StartAfter, token and delimiter."""
+
+    def __init__(self, keys: list[str], page_keys: int = 3) -> None:
+        self.keys, self._page_keys = sorted(set(keys)), page_keys
+        self.requests: list[dict[str, str]] = []
+        self._lock = threading.Lock()
+
+    def read_page(self, prefix: str, **where: str) -> Page:
+        """One page."""
+        with self._lock:
+            self.requests.append(where)
+        if "Delimiter" in where:
+            below = {key[len(prefix) :].partition("/")[0] for key in self.keys if self.is_in_folder(key, prefix)}
+            return Page([], [f"{prefix}{name}/" for name in sorted(below)])
+        after = where.get("ContinuationToken", where.get("StartAfter", "")).removeprefix("token:")
+        found = [key for key in self.keys[bisect.bisect_right(self.keys, after) :] if key.startswith(prefix)]
+        shown = found[: self._page_keys]
+        token = f"token:{shown[-1]}" if len(found) > len(shown) else ""
+        return Page([S3Object(key, "e1", 7, "") for key in shown], [], token)
+
+    @staticmethod
+    def is_in_folder(key: str, prefix: str) -> bool:
+        """Whether a key lies in a folder below the prefix."""
+        return key.startswith(prefix) and "/" in key[len(prefix) :]
+
+
+def listed(bucket: SortedKeys, prefix: str, hunger: Callable[[], int]) -> list[str]:
+    """The keys of all pages, in the order in which they come."""
+    return [found.key for page in Listing(bucket.read_page, prefix, hunger).pages() for found in page]
+
+
+KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
+PATHS = st.from_regex(r"(a/|b/|cc/d/|)[0-9]{1,4}\.png", fullmatch=True)
+
+
+@given(keys=st.lists(KEYS | PATHS, max_size=60), hungers=st.lists(st.integers(1, 20), min_size=1, max_size=9))
+@hypothesis_settings(max_examples=200, deadline=None)
+def test_every_key_is_listed_exactly_once_however_hungry_the_reader(keys: list[str], hungers: list[int]) -> None:
+    turns = iter(hungers * 1000)
+    bucket = SortedKeys(keys)
+    assert sorted(listed(bucket, "", lambda: next(turns))) == bucket.keys
+
+
+@pytest.mark.parametrize("prefix", ["", "a/", "a/1", "nothing/"])
+def test_only_keys_that_begin_with_the_prefix_are_listed(prefix: str) -> None:
+    bucket = SortedKeys([f"{folder}/{number}.png" for folder in "abc" for number in range(40)])
+    expected = [key for key in bucket.keys if key.startswith(prefix)]
+    assert sorted(listed(bucket, prefix, lambda: 16)) == expected
+
+
+def test_a_reader_without_hunger_gets_the_keys_in_order_page_by_page() -> None:
+    bucket = SortedKeys([f"{number:03}" for number in range(20)])
+    assert listed(bucket, "", lambda: 1) == bucket.keys
+    assert len(bucket.requests) == 7
+    assert not any("Delimiter" in request for request in bucket.requests)
+
+
+def test_one_page_is_read_ahead_and_no_more() -> None:
+    bucket = SortedKeys([f"{number:03}" for number in range(20)])
+    pages = Listing(bucket.read_page, "", lambda: 1).pages()
+    assert [found.key for found in next(pages)] == ["000", "001", "002"]
+    pages.close()
+    assert len(bucket.requests) <= 2
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        pytest.param([f"{number:06}.png" for number in range(3000)], id="flat"),
+        pytest.param(
+            [f"IMG_2026_{number:06}.png" for number in range(3000)], id="flat with a long beginning in common"
+        ),
+        pytest.param([f"{number % 50:02}/{number}.png" for number in range(3000)], id="folders"),
+        pytest.param([f"all/{number % 50:02}/{number}.png" for number in range(3000)], id="folders in a folder"),
+    ],
+)
+def test_a_hungry_reader_s_pages_are_read_side_by_side(keys: list[str]) -> None:
+    at_once: list[int] = []
+    reading = threading.Semaphore(program.LIST_THREADS)
+    bucket = SortedKeys(keys, page_keys=10)
+
+    def read_page(prefix: str, **where: str) -> Page:
+        with reading:
+            at_once.append(threading.active_count())
+            return bucket.read_page(prefix, **where)
+
+    found = [source.key for page in Listing(read_page, "", lambda: 8).pages() for source in page]
+    assert sorted(found) == bucket.keys
+    pages = [request for request in bucket.requests if "Delimiter" not in request]
+    starts = [request for request in pages if "StartAfter" in request]
+    assert len(starts) > 8
+    # What spans overlap or turn out empty costs less than the pages that hold something.
+    assert len(pages) < 2 * len(keys) / 10
+
+
+def test_an_error_of_one_page_is_the_listing_s() -> None:
+    bucket = SortedKeys([f"{number:03}" for number in range(50)])
+
+    def read_page(prefix: str, **where: str) -> Page:
+        if where.get("ContinuationToken", "").endswith("011"):
+            raise program.RunStopped("S3 refused", "try again")
+        return bucket.read_page(prefix, **where)
+
+    with pytest.raises(program.RunStopped, match="S3 refused"):
+        list(Listing(read_page, "", lambda: 4).pages())
+
+
+########################################################################
+# S3's XML
+########################################################################
+
+
+def page_of(*entries: str, truncated: str = "false", count: int | None = None, more: str = "") -> Page:
+    """What a page with these entries is parsed as."""
+    told = len(entries) if count is None else count
+    return program.parse_page(XML.format(truncated=truncated, count=told, more="".join(entries) + more).encode())
+
+
+@pytest.mark.parametrize(
+    ("encoded", "key"),
+    [("a+b%20c.png", "a b c.png"), ("a%2Bb.png", "a+b.png"), ("%01%0A.png", "\x01\n.png"), ("%C3%BC%25.png", "ü%.png")],
+)
+def test_keys_are_decoded_as_s3_encodes_them(encoded: str, key: str) -> None:
+    assert page_of(ENTRY.format(key=encoded, kept="STANDARD", more="")).objects == [
+        S3Object(key, "e1", 7, "2026-09-21T14:13:20.000Z")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kept", "restore", "archived"),
+    [
+        ("STANDARD", "", False),
+        ("GLACIER", "", True),
+        ("DEEP_ARCHIVE", "<RestoreStatus><IsRestoreInProgress>true</IsRestoreInProgress></RestoreStatus>", True),
+        (
+            "GLACIER",
+            "<RestoreStatus><RestoreExpiryDate>2026-12-21T14:13:20.000Z</RestoreExpiryDate></RestoreStatus>",
+            False,
+        ),
+    ],
+)
+def test_an_archived_object_counts_as_such_unless_it_is_restored(kept: str, restore: str, *, archived: bool) -> None:
+    (found,) = page_of(ENTRY.format(key="a.png", kept=kept, more=restore)).objects
+    assert found.archived is archived
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        pytest.param(b"<html><body>hello</body></html>", id="a web page"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(XML.format(truncated="false", count=1, more="").encode(), id="fewer keys than it says"),
+        pytest.param(XML.format(truncated="true", count=0, more="").encode(), id="no way to go on"),
+        pytest.param(XML.format(truncated="false", count=0, more="").encode()[:-5], id="cut"),
+        pytest.param(b"<Error><Code>AccessDenied</Code></Error>", id="an error"),
+    ],
+)
+def test_what_is_not_a_whole_page_is_never_taken_for_one(xml: bytes) -> None:
+    with pytest.raises(program.BadListing):
+        program.parse_page(xml)
+
+
+def test_a_page_is_the_same_whoever_parses_it(bucket: Any, monkeypatch: pytest.MonkeyPatch, s3: Any) -> None:
+    for key in ("a b/ü+%.png", "a b/x.png", "c//d.png", "e.png"):
+        bucket.put(key, b"x")
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    assignments = (f"s3.bucket={bucket.name}", "convert.target=jpg", "api.key=k")
+    flags = [part for assignment in assignments for part in ("--set", assignment)]
+    reader = program.Bucket(
+        program.load_settings(None, {}, program.read_flags(program.build_parser().parse_args(flags)))
+    )
+    fast = [
+        reader.read_page(bucket.name, "", **where) for where in ({}, {"Delimiter": "/"}, {"StartAfter": "c//d.png"})
+    ]
+    monkeypatch.setattr(program, "FAST_FAILURES_ENDURED", 0)
+    slow = [
+        reader.read_page(bucket.name, "", **where) for where in ({}, {"Delimiter": "/"}, {"StartAfter": "c//d.png"})
+    ]
+    assert [[found._replace(last_modified="") for found in page.objects] for page in fast] == [
+        [found._replace(last_modified="") for found in page.objects] for page in slow
+    ]
+    assert [page.folders for page in fast] == [page.folders for page in slow] == [[], ["a b/", "c/"], []]
+    assert [found.modified for found in fast[0].objects] == [found.modified for found in slow[0].objects]
