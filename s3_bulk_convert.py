@@ -14,7 +14,7 @@ How data flows; each word is a function below, in this order:
 Memory does not depend on the size of the bucket: at most one page of the listing and a bounded queue exist at a time.
 
 Files written: the checkpoint (SQLite, with its `-wal` and `-shm`, and a `.lock` beside it), the failures file (JSON
-lines, appended), and a run summary (JSON) where `run.summary` names one.
+lines, appended), a run summary (JSON) and metrics (Prometheus textfile) where `run.summary`, `run.metrics` name them.
 
 Exit codes: 0 every eligible object is converted; 1 finished, but some objects failed; 2 usage or configuration error,
 nothing was started; 3 stopped early, work is left; 4 another run holds the checkpoint; 130, 143 interrupted.
@@ -73,7 +73,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import Field, dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from enum import Enum, IntEnum
 from functools import partial
 from pathlib import Path
@@ -161,6 +161,13 @@ SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for s
 FOUND_KEPT = 10_000  # more than the notes that can wait for the recorder: 8 for each of at most 1,000 workers
 LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
+CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
+MOST_SHOWN = 200  # characters of a key or a message in the summary; the failures file has all of them
+DRAW_SECONDS = 0.2  # between two states of the bar
+LINE_SECONDS = 60  # between two lines where there is no terminal, even if nothing finishes
+SILENCE_SECONDS = 30  # without news, what is being waited for is said
+RATE_SECONDS = 60  # the rate that is shown is that of the last minute
+METRICS_SECONDS = 15  # as often as Prometheus asks, by default
 METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
 S3_KEY_BYTES = 1_024
 SCARCE_DISK_BYTES, LITTLE_DISK_BYTES = 100 * 10**6, 10**9  # a failure, a warning of --check
@@ -742,6 +749,7 @@ class RunOptions:
     shutdown_grace: float = option(duration, "time for what is in flight after SIGINT or SIGTERM", default=30.0)
     max_runtime: float | None = option(unless("none", duration), "take no new objects after this", default=None)
     summary: str | None = option(unless("none", text), "file for a JSON summary of the run", default=None)
+    metrics: str | None = option(unless("none", text), "file for metrics, in Prometheus' text format", default=None)
     log_every: int = option(whole(1), "a line of progress every so many objects, without a terminal", default=100)
 
     @property
@@ -751,7 +759,12 @@ class RunOptions:
 
 
 SECTIONS: Mapping[str, Any] = {"s3": S3Options, "convert": ConvertOptions, "api": ApiOptions, "run": RunOptions}
-SHARDED_FILES = ("checkpoint", "failures", "summary")  # options of [run] that name what one run alone may write
+SHARDED_FILES = (
+    "checkpoint",
+    "failures",
+    "summary",
+    "metrics",
+)  # options of [run] that name what one run alone may write
 JOB_OPTIONS = (*(part.name for part in fields(ConvertOptions)), "prefix", "output_key")
 ENVIRONMENT = {
     "CTF_API_KEY": ("api", "key"),
@@ -835,6 +848,7 @@ class Settings:
     retry_failed: bool = False
     keys_from: str | None = None
     quiet: bool = False
+    log_format: str = "text"
 
     def for_shard(self, shard: Shard) -> "Settings":
         """The same for one shard: with files of its own and its share of the cap, which may be 0.
@@ -1056,8 +1070,8 @@ def literal_prefix(template: str) -> str:
 
 def path_problems(run: RunOptions) -> list[str]:
     """Files that would be written over each other."""
-    named = {"checkpoint": run.checkpoint, "failures": run.failures, "summary": run.summary or os.devnull}
-    paths = {name: Path(path).absolute() for name, path in named.items()}
+    named = {"checkpoint": run.checkpoint, "failures": run.failures, "summary": run.summary, "metrics": run.metrics}
+    paths = {name: Path(path).absolute() for name, path in named.items() if path}
     return [
         f"[run] {second} = {named[second]}: is the {first} file as well"
         for first, second in itertools.combinations(paths, 2)
@@ -1769,6 +1783,16 @@ class Journal:
             db.executemany(
                 "DELETE FROM in_flight WHERE bucket = ? AND fingerprint = ? AND key = ?",
                 [(self.bucket, o.task.fingerprint, o.task.key) for o in outcomes if not o.unsettled],
+            )
+
+    def failed_for_good(self, jobs: Iterable[Job]) -> int:
+        """How many objects the log knows last as failed for good, by any of the jobs."""
+        newest = "SELECT MAX(id) FROM log WHERE (bucket, fingerprint, key) = (it.bucket, it.fingerprint, it.key)"
+        query = f"SELECT COUNT(*) FROM log AS it WHERE bucket = ? AND fingerprint = ? AND permanent AND id = ({newest})"
+        with self._lock, explaining_sqlite(self.path):
+            return sum(
+                self._db.execute(query, (self.bucket, fingerprint)).fetchone()[0]
+                for fingerprint in {job.fingerprint for job in jobs}
             )
 
     def forget_sent_before(self, then: float) -> None:
@@ -4101,7 +4125,7 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
     """The main function of a worker process: tasks come through the pipe, and what its workers say goes back."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    set_up_logging(quiet=settings.quiet, verbose=is_verbose)
+    set_up_logging(quiet=settings.quiet, verbose=is_verbose, as_json=settings.log_format == "json")
     sending = threading.Lock()
 
     def tell(note: object) -> None:
@@ -4316,7 +4340,9 @@ class Report:
         self.counts: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it
         self.remaining: int | None = None
+        self.total: int | None = None  # what `eligible` will come to, if a counting pass has said so
         self.stop: Stop | None = None
         self.is_whole = False  # everything there is was listed and handed out
 
@@ -4334,7 +4360,10 @@ class Report:
         if outcome.remaining is not None:
             self.remaining = min(outcome.remaining, outcome.remaining if self.remaining is None else self.remaining)
         if outcome.event is Event.FAILED:
-            self.failed[outcome.code] += 1
+            code = outcome.code if outcome.code in self.failed or len(self.failed) < CODES_KEPT else "other"
+            self.failed[code] += 1
+            self.examples.setdefault(code, outcome)
+            self.counts["failed_for_good"] += outcome.permanent
         elif outcome.event is Event.CONVERTED:
             self.counts["converted"] += 1
             self.counts["bytes_in"] += outcome.task.size
@@ -4352,6 +4381,15 @@ class Report:
     def eligible(self) -> int:
         """Objects listed so far that there was or is something to do for."""
         return self.counts["listed"] - self.counts["already_done"] - sum(self.skipped.values())
+
+    @property
+    def expected(self) -> int:
+        """Objects that this run is to try, as far as is known by now."""
+        return self.eligible if self.is_whole else max(self.eligible, self.total or 0)
+
+    def in_flight(self, workers: int) -> int:
+        """Objects that are with the workers: handed out as soon as one is free, so no more than there are workers."""
+        return max(0, min(workers, self.unaccounted()))
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -4395,27 +4433,235 @@ class Report:
         }
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a line every so many objects."""
+def told(event: str, **fields: Any) -> dict[str, Any]:
+    """What a log record says in JSON beside its message: the kind of thing that happened, and its numbers."""
+    return {"event": event, "fields": fields}
 
-    def __init__(self, settings: Settings) -> None:
-        self._every, self._quiet, self._said = settings.run.log_every, settings.quiet, 0
-        # The total grows while the listing goes on. disable=None: no bar where stderr is no terminal, as under cron.
-        self._bar = tqdm(total=0, unit="file", desc="converting", disable=settings.quiet or None, dynamic_ncols=True)
+
+def local_time(seconds_ago: float = 0.0) -> str:
+    """A time of the day in the local zone, with its offset from UTC, so that two servers' logs can be compared."""
+    then = datetime.now().astimezone() - timedelta(seconds=seconds_ago)
+    return f"{then:%H:%M:%S}{then.isoformat()[-6:]}"
+
+
+class Progress:
+    """What is seen from outside while a run is at work: a bar on a terminal, lines elsewhere, and the metrics file."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._clock, self._quiet = settings.run, clock, settings.quiet
+        self.metrics = Metrics(settings, clock)
+        # (monotonic seconds, objects finished by then), one a second: the rate is the slope.
+        self._pace: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=RATE_SECONDS)
+        self._seen = (0, 0)
+        self._moved = self._said_at = clock()
+        self._drawn_at, self._columns, self._said = 0.0, 0, 0
+        self._report: Report | None = None
+        self._bar: tqdm[NoReturn] | None = None
+        if not settings.quiet and settings.log_format == "text" and shows_bars(sys.stderr):
+            # Its watching thread would only redraw what is drawn five times a second anyway.
+            tqdm.monitor_interval = 0
+            self._bar = tqdm(bar_format="converting", file=sys.stderr, dynamic_ncols=True, mininterval=0)
 
     def show(self, report: Report) -> None:
-        """Bring what is shown up to date."""
-        if not self._bar.disable:
-            self._bar.total = report.eligible
-            self._bar.set_postfix(failed=report.failed.total(), refresh=False)
-            self._bar.update(report.finished - self._bar.n)
-        elif not self._quiet and report.finished >= self._said + self._every:
-            self._said = report.finished - report.finished % self._every
-            log.info("%d of ~%d done, %d failed", report.finished, report.eligible, report.failed.total())
+        """Bring what is shown up to date. Called several times a second, whether or not anything has come."""
+        self._report, now = report, self._clock()
+        self._measure(report, now)
+        if self._bar is not None:
+            if now - self._drawn_at >= DRAW_SECONDS:
+                self._drawn_at = now
+                self._draw(self._bar, report, now)
+        elif report.finished >= self._said + self._run.log_every or now - self._said_at >= LINE_SECONDS:
+            self._said, self._said_at = report.finished - report.finished % self._run.log_every, now
+            numbers = self._numbers(report, now)
+            log.info("%s", ", ".join(progress_words(numbers)), extra=told("progress", **numbers))
+        self.metrics.refresh(report)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
+        """Show the end, and leave the bar as it is."""
+        if self._bar is not None:
+            if self._report:
+                self._draw(self._bar, self._report, self._clock())
+            self._bar.close()
+
+    def _measure(self, report: Report, now: float) -> None:
+        # A pass over objects that are done already finishes nothing, and is not silent either.
+        seen = (report.finished, report.counts["listed"])
+        if seen != self._seen:
+            self._seen, self._moved = seen, now
+        if now - self._pace[-1][0] >= 1:
+            self._pace.append((now, report.finished))
+
+    def _numbers(self, report: Report, now: float) -> dict[str, Any]:
+        """What the bar, a line and a JSON record say, under the names that the last has."""
+        since, before = self._pace[0]
+        rate = (report.finished - before) / max(now - since, 0.001)
+        left = max(0, report.expected - report.finished)
+        silence = now - self._moved
+        p95 = report.percentile(95)
+        return {
+            "done": report.finished,
+            "total": report.expected,
+            "total_is_final": report.is_whole or report.total is not None,
+            "listed": report.counts["listed"],
+            "failed": report.failed.total(),
+            "per_second": round(rate, 3),
+            "eta_seconds": round(left / rate) if rate else None,
+            "p95_seconds": p95 and round(p95, 3),
+            "remaining": report.remaining,
+            "in_flight": report.in_flight(self._run.workers),
+            "silent_since": local_time(silence) if silence >= SILENCE_SECONDS else None,
+        }
+
+    def _draw(self, bar: "tqdm[NoReturn]", report: Report, now: float) -> None:
+        # The width is asked for each time, because it is drawn five times a second anyway: no signal need be heard.
+        columns = terminal_columns(sys.stderr)
+        if columns != self._columns:
+            # tqdm pads a line to the length of the last one, which would run over the edge of a window made smaller.
+            bar.fp.write("\r\x1b[J")
+            bar.sp = bar.status_printer(bar.fp)
+            self._columns = columns
+        count, *more = progress_words(self._numbers(report, now))
+        bar.bar_format = f"{count} |{{bar}}| {', '.join(more)}"
+        bar.n, bar.total = report.finished, report.expected
+        bar.refresh()
+
+
+def terminal_columns(stream: IO[str]) -> int:
+    """The width of the terminal behind a stream; 0 if there is none, or none that knows."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def shows_bars(stream: IO[str]) -> bool:
+    """Whether a line that is written again and again looks like one: not in pipes, files, and the logs of CI."""
+    is_dumb = os.environ.get("TERM") == "dumb" or os.environ.get("CI", "") not in {"", "0", "false"}
+    return stream.isatty() and terminal_columns(stream) > 0 and not is_dumb
+
+
+def progress_words(numbers: Mapping[str, Any]) -> Iterator[str]:
+    """The numbers of a moment in words, the more important ones first: a narrow terminal shows only those."""
+    yield f"{numbers['done']} of {'' if numbers['total_is_final'] else '~'}{numbers['total']} done"
+    yield f"{numbers['failed']} failed"
+    yield f"{numbers['per_second']:.1f} files/s"
+    if numbers["silent_since"]:
+        waiting = f"waiting for {numbers['in_flight']} in flight" if numbers["in_flight"] else "waiting for the listing"
+        yield f"nothing since {numbers['silent_since']}: {waiting}"
+    elif numbers["eta_seconds"] is not None:
+        yield f"ETA {timedelta(seconds=numbers['eta_seconds'])}"
+    if numbers["p95_seconds"] is not None:
+        yield f"p95 {numbers['p95_seconds']:.2f} s"
+    if numbers["remaining"] is not None:
+        yield f"quota {numbers['remaining']}"
+    if not numbers["total"]:
+        yield f"{numbers['listed']} listed"
+
+
+class Metric(NamedTuple):
+    """A family of samples: each has its own labels. A name that ends in `_total` is a counter, any other a gauge."""
+
+    name: str
+    about: str
+    samples: Sequence[tuple[Mapping[str, str], float]]
+
+
+# Metric -> the count that it shows. Each run counts from zero, which Prometheus takes for the restart that it is.
+COUNTERS = {
+    "listed_objects_total": ("listed", "Objects listed in the run."),
+    "converted_objects_total": ("converted", "Objects converted in the run."),
+    "already_done_objects_total": ("already_done", "Objects that were converted before the run."),
+    "source_bytes_total": ("bytes_in", "Size of the objects that were converted in the run."),
+    "output_bytes_total": ("bytes_out", "Size of the outputs that were stored in the run."),
+    "requests_total": ("requests", "Requests sent to the API in the run."),
+    "throttled_requests_total": ("throttled", "Answers 429 in the run."),
+    "replays_total": ("replays", "Requests of an earlier run that were answered in this one."),
+    "possible_double_charges_total": ("possible_double_charges", "Conversions that may have been charged twice."),
+}
+# Of the last run that ended, and kept in the file while the next one is at work, and when that one fails.
+LAST_SUCCESS, LAST_EXIT_CODE = "last_success_timestamp_seconds", "last_exit_code"
+
+
+def gauge(name: str, value: float | None, about: str) -> Metric:
+    """A family with one sample, or with none while nobody knows the value."""
+    return Metric(name, about, [] if value is None else [({}, value)])
+
+
+def metrics_of(report: Report, workers: int) -> Iterator[Metric]:
+    """The run so far. What is not known is left out."""
+    for name, (count, about) in COUNTERS.items():
+        yield Metric(name, about, [({}, report.counts[count])])
+    skipped = [({"reason": reason}, report.counts[reason]) for reason in SKIP_REASONS]
+    yield Metric("skipped_objects_total", "Objects skipped in the run, by reason.", skipped)
+    failed = [({"code": code}, count) for code, count in report.failed.items()]
+    yield Metric("failed_objects_total", "Objects that failed in the run, by code.", failed)
+    yield gauge("left_objects", report.counts["left"], "Objects that the run has left to do.")
+    yield gauge("expected_objects", report.expected, "Objects that the run is to try, as far as they are known.")
+    yield gauge("in_flight_objects", report.in_flight(workers), "Objects that are with the workers.")
+    yield gauge("run_duration_seconds", time.monotonic() - report.started, "Age of the run, or how long it took.")
+    yield gauge("remaining_conversions", report.remaining, "Conversions that the month has left, as the API says.")
+    yield gauge("conversion_p50_seconds", report.percentile(50), "Time within which half of the conversions are done.")
+    yield gauge("conversion_p95_seconds", report.percentile(95), "Time within which 95 % of the conversions are done.")
+
+
+def metric_text(metric: Metric, common: Mapping[str, str]) -> str:
+    """A family in Prometheus' text format, with labels that all its samples have."""
+    name, kind = f"s3_bulk_convert_{metric.name}", "counter" if metric.name.endswith("_total") else "gauge"
+    escapes = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+    lines = [f"# HELP {name} {metric.about}", f"# TYPE {name} {kind}"]
+    for labels, value in metric.samples:
+        shown = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in {**common, **labels}.items())
+        lines.append(f"{name}{{{shown}}} {round(value, 3)}")
+    return "\n".join(lines) + "\n"
+
+
+class Metrics:
+    """The file that `run.metrics` names: whole at any moment, and never older than 15 s while the run is at work."""
+
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = Path(settings.run.metrics) if settings.run.metrics else None
+        self._workers, self._clock, self._due, self._has_warned = settings.run.workers, clock, 0.0, False
+        # The checkpoint is what sets one run apart from another whose file the same node_exporter reads.
+        self._labels = {"bucket": settings.s3.bucket, "checkpoint": settings.run.checkpoint}
+        self._kept = self._read_kept()
+
+    def _read_kept(self) -> dict[str, float]:
+        """What outlives a run that fails, from the file of the last one: an alert asks how old the last success is."""
+        try:
+            old = self._path.read_text(encoding="utf-8") if self._path else ""
+        except (OSError, UnicodeDecodeError):
+            return {}
+        pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE})\{{.*\}} ([0-9.]+)$"
+        return {name: float(value) for name, value in re.findall(pattern, old, re.MULTILINE)}
+
+    def refresh(self, report: Report) -> None:
+        """Write the file if it is time to."""
+        if self._path and self._clock() >= self._due:
+            self._due = self._clock() + METRICS_SECONDS
+            self._write(report, is_running=True)
+
+    def finish(self, report: Report) -> None:
+        """Write what the run has come to."""
+        self._kept[LAST_EXIT_CODE] = report.exit_code
+        if report.exit_code is ExitCode.DONE:
+            self._kept[LAST_SUCCESS] = time.time()
+        self._write(report, is_running=False)
+
+    def _write(self, report: Report, *, is_running: bool) -> None:
+        kept = self._kept
+        metrics = [
+            *metrics_of(report, self._workers),
+            gauge("running", is_running, "Whether a run is at work."),
+            gauge(LAST_SUCCESS, kept.get(LAST_SUCCESS), "When a run last ended with everything converted."),
+            gauge(LAST_EXIT_CODE, kept.get(LAST_EXIT_CODE), "Exit code of the last run that has ended."),
+        ]
+        try:
+            if self._path:
+                write_atomically(self._path, "".join(metric_text(metric, self._labels) for metric in metrics))
+        except OSError as problem:
+            if not self._has_warned:
+                log.warning("run.metrics = %s cannot be written: %s", self._path, problem.strerror)
+            self._has_warned = True
 
 
 class Recorder:
@@ -4529,7 +4775,8 @@ class Recorder:
             again = (
                 f" for up to {self.run.shutdown_grace:.0f} s; once more ends it at once" if stop.is_by_signal else ""
             )
-            log.warning("%s; waiting for what is in flight%s", stop.because, again)
+            fields = {"because": stop.because, "hint": stop.hint, "exit_code": int(stop.exit_code)}
+            log.warning("%s; waiting for what is in flight%s", stop.because, again, extra=told("stop", **fields))
 
     def _grace_is_over(self) -> bool:
         flag = self.shared.stop
@@ -4581,6 +4828,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     checkpoint = Path(settings.run.checkpoint)
     refuse_unwritable(Path(settings.run.failures), "run.failures")
     refuse_unwritable(Path(settings.run.summary or os.devnull), "run.summary")
+    refuse_unwritable(Path(settings.run.metrics or os.devnull), "run.metrics")
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.s3.written_bucket) as journal:
         # What is imported is never garbage: looking at it again and again would cost a third of reading a page.
         gc.freeze()
@@ -4590,7 +4838,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         gate = Gate(pacer.hear)
         shared = Shared(settings, stop, gate, Bucket(settings), UrlTrust(), notes.put)
         report, progress = Report(), Progress(settings)
-        log.info("converting %s with %d workers", describe(settings), settings.run.workers)
+        say_start(settings, journal)
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
         pool = ThreadPoolExecutor(settings.run.consumers + 1)
         pool.submit(Feeder(shared, pacer, journal, tasks).run)
@@ -4608,7 +4856,21 @@ def run(settings: Settings, stop: StopFlag) -> Report:
             journal.forget_sent_before(time.time() - SENT_KEPT_SECONDS)
         if settings.run.summary:
             write_summary(Path(settings.run.summary), report)
+        progress.metrics.finish(report)
         return report
+
+
+def say_start(settings: Settings, journal: Journal) -> None:
+    """Say what is about to be done."""
+    about, workers = describe(settings), settings.run.workers
+    fields = {"bucket": settings.s3.bucket, "jobs": [job.name for job in settings.jobs], "workers": workers}
+    log.info("converting %s with %d workers", about, workers, extra=told("start", **fields))
+    if settings.retry_failed:
+        count = journal.failed_for_good(settings.jobs)
+        objects = "1 object" if count == 1 else f"{count} objects"
+        log.info(
+            "--retry-failed: %s that failed for good will be tried again", objects, extra=told("retry", count=count)
+        )
 
 
 def describe(settings: Settings) -> str:
@@ -4663,13 +4925,89 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+# What to do about a failure, by its code: the API's, or one of this program's.
+REMEDIES = {
+    "bad_request": "the API does not take this input: open one of them; it may be damaged, or not what its name says",
+    "unsupported_route": "the API does not convert from this format to that: leave it out with convert.exclude",
+    "file_too_large": "your plan takes no larger ones: lower api.max_size to skip the attempt, or change the plan",
+    "fetch_failed": "the API could not read the presigned URL: set api.transfer = upload",
+    "service_unavailable": "the API's converter was down: run it again later",
+    "rate_limited": "the API's limit left no room for too long: lower api.requests_per_minute, or run it again later",
+    "http_422": "the API could not convert it: open one of the files; it may be damaged or protected by a password",
+    "http_413": "the API takes no larger ones: lower api.max_size to skip the attempt, or change the plan",
+    "too_large": "raise api.max_size, or api.jobs_above from never, if your plan takes such sizes",
+    "network": "the connection broke, again and again: check network and proxy, and run it again",
+    "html_answer": "a web page came in place of the file: is there a proxy or a captive portal on the way?",
+    "json_answer": "an error came in place of the file: run it again",
+    "wrong_type": "the API answered with another format and has been paid: ask its support, with the key of an object",
+    "cut_answer": "answers broke off: check network and proxy, and run it again",
+    "no_length": "a proxy on the way hides where answers end: go around it",
+    "slow_answer": "the answer took too long: raise api.timeout",
+    "stale_link": "the API's link to the result did not work: run it again, it is asked for anew",
+    "no_job_id": "the API started a job and did not say which: run it again",
+    "job_not_finished": "the job took too long: run it again, it goes on with the same job",
+    "job_lost": "the API has forgotten the job: run it again",
+    "job_failed": "the API's converter gave up: open one of the files; it may be damaged or protected by a password",
+    "source_gone": "deleted after it was listed: nothing to do",
+    "source_changed": "overwritten after it was listed: the next run converts the new version",
+    "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
+    "store_failed": "S3 did not take the output: allow s3:PutObject on s3.output_key, and run it again",
+    "output_collision": "another source has this output: put {ext} into s3.output_key",
+    "output_key_too_long": "shorten s3.output_key",
+    "worker_died": "its size may need more memory than there is: give each process fewer workers, and run it again",
+    "bug": "a bug of this program: run it again with -v, and report what it prints",
+}
+
+
+def remedy(code: str) -> str:
+    """What to do about failures with a code."""
+    # The API may have codes that no page of it names; the status, where that is all there is, still says whose fault.
+    if code in REMEDIES:
+        return REMEDIES[code]
+    return (
+        "the API's side: run it again later" if code.startswith("http_5") else "see the failures file for its messages"
+    )
+
+
+def shown(text: str) -> str:
+    """A key or a message of somebody else's on one line: it may hold line ends and orders to the terminal."""
+    plain = text if text.isprintable() else json.dumps(text)
+    return plain if len(plain) <= MOST_SHOWN else plain[: MOST_SHOWN - 3] + "..."
+
+
+def failure_lines(report: Report) -> Iterator[str]:
+    """The failures by code, the most frequent first: how many, one of them, what was said of it, what to do."""
+    for code, count in report.failed.most_common():
+        example = report.examples[code]
+        yield f"failed        {count} {shown(code)}"
+        yield f"              for example {shown(example.task.key)}: {shown(example.message)}"
+        yield f"              remedy: {remedy(code)}"
+
+
+def next_steps(report: Report, settings: Settings) -> Iterator[str]:
+    """What to do about what is left."""
+    if report.stop:
+        yield f"stopped: {report.stop.because}"
+        yield f"hint: {report.stop.hint}"
+    elif report.counts["left"]:
+        yield "next: run it again for what is left to do"
+    for_good = report.counts["failed_for_good"]
+    passing = report.failed.total() - for_good
+    if passing:
+        yield f"next: the next run tries {passing} of the failures again"
+    if for_good:
+        yield f"next: {for_good} failed for good; when the cause is removed, run it with --retry-failed"
+    if report.failed:
+        yield f"failures are in {settings.run.failures}"
+
+
 def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
     """The end of a run in words."""
     found = report.summary()
     yield f"converted     {found['converted']}"
     yield f"already done  {found['already_done']}"
     yield from (f"skipped       {count} {reason}" for reason, count in found["skipped"].items())
-    yield from (f"failed        {count} {code}" for code, count in found["failed"].items())
+    yield from failure_lines(report)
     if found["left"]:
         yield f"left to do    {found['left']}"
     yield f"bytes         {human_bytes(found['bytes_in'])} in, {human_bytes(found['bytes_out'])} out"
@@ -4681,11 +5019,17 @@ def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
         yield f"warning       {found['possible_double_charges']} conversions may have been charged twice"
     if found["remaining"] is not None:
         yield f"quota         {found['remaining']} conversions remain"
-    if report.failed:
-        yield f"failures are in {settings.run.failures}"
-    if report.stop:
-        yield f"stopped: {report.stop.because}"
-        yield f"hint: {report.stop.hint}"
+    yield from next_steps(report, settings)
+
+
+def summary_line(report: Report) -> str:
+    """The end of a run in one line."""
+    found = report.summary()
+    skipped, failed = sum(found["skipped"].values()), report.failed.total()
+    return (
+        f"converted {found['converted']} in {found['seconds']:.1f} s, already done {found['already_done']}, "
+        f"skipped {skipped}, failed {failed}, left {found['left']}"
+    )
 
 
 ########################################################################################################################
@@ -4694,7 +5038,7 @@ def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
 ########################################################################################################################
 
 
-def local_time(seconds: float) -> str:
+def local_date(seconds: float) -> str:
     """A time (Unix seconds) in the local zone, with how long ago that is."""
     shown = datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
     return f"{shown} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
@@ -4708,11 +5052,6 @@ def human_seconds(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def shown(words: str) -> str:
-    """A key, or what somebody says, that cannot play tricks on a terminal."""
-    return words if words.isprintable() else json.dumps(words)
-
-
 def status_lines(settings: Settings) -> Iterator[str]:
     """What the checkpoint knows. Raises UserError if there is none."""
     path = Path(settings.run.checkpoint)
@@ -4724,7 +5063,7 @@ def status_lines(settings: Settings) -> Iterator[str]:
         last, holder = journal.last_activity(), RunLock(path).holder()
         yield f"checkpoint     {path}, {human_bytes(journal.bytes_on_disk())}"
         yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
-        yield f"last activity  {local_time(last) if last else 'none'}"
+        yield f"last activity  {local_date(last) if last else 'none'}"
         # A job may have been renamed since, or have left the configuration.
         names = {job.fingerprint: f"job {job.name}" for job in settings.jobs}
         for tally in journal.tallies():
@@ -4747,7 +5086,7 @@ def tally_lines(tally: Tally, job: str) -> Iterator[str]:
         }
         listed = ", ".join(f"{code} {count}" for code, count in sorted(codes.items(), key=lambda pair: -pair[1]))
         yield f"  failed       {sum(codes.values())} {words}{': ' if listed else ''}{listed}"
-    oldest = f", the oldest since {local_time(tally.oldest_sent_at)}" if tally.oldest_sent_at else ""
+    oldest = f", the oldest since {local_date(tally.oldest_sent_at)}" if tally.oldest_sent_at else ""
     yield f"  in flight    {tally.in_flight}{oldest}"
 
 
@@ -4779,7 +5118,7 @@ def foresee(settings: Settings, journal: JournalReader, key: str) -> tuple[Bucke
         bucket = reached
         if source is None:
             return bucket, None, "do nothing: it is not in the bucket"
-        return bucket, source, next_steps(settings, journal, bucket, source)
+        return bucket, source, steps_of_next_run(settings, journal, bucket, source)
     except RunStopped as stopped:
         return bucket, source, f"stop before it: {stopped.stop.because}; {stopped.stop.hint}"
     except UserError as error:
@@ -4789,7 +5128,7 @@ def foresee(settings: Settings, journal: JournalReader, key: str) -> tuple[Bucke
 def source_facts(source: S3Object) -> str:
     """What the listing says of an object."""
     archived = ", archived" if source.archived else ""
-    return f"{human_bytes(source.size)}, ETag {source.etag}, written {local_time(source.modified)}{archived}"
+    return f"{human_bytes(source.size)}, ETag {source.etag}, written {local_date(source.modified)}{archived}"
 
 
 def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
@@ -4805,9 +5144,9 @@ def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
         lasting = "for good" if row["permanent"] else "for now"
         failure = f" {lasting}: {shown(row['code'] + ' ' + row['message'])}" if row["event"] == "failed" else ""
         made = f" as {shown(row['output_key'])}" if not failure else ""
-        yield f"  {local_time(row['time'])} {row['event']}{failure}{made}, to {row['target']}, ETag {row['etag']}"
+        yield f"  {local_date(row['time'])} {row['event']}{failure}{made}, to {row['target']}, ETag {row['etag']}"
     for sent in journal.requests_of(key):
-        yield f"in flight      since {local_time(sent['sent_at'])}, for {shown(sent['claim'])}, ETag {sent['etag']}"
+        yield f"in flight      since {local_date(sent['sent_at'])}, for {shown(sent['claim'])}, ETag {sent['etag']}"
 
 
 def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
@@ -4830,7 +5169,7 @@ def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> I
         yield f"output         {shown(made)} is there, {version}"
 
 
-def next_steps(settings: Settings, journal: JournalReader, bucket: Bucket, source: S3Object) -> str:
+def steps_of_next_run(settings: Settings, journal: JournalReader, bucket: Bucket, source: S3Object) -> str:
     """What the next run would do with an object, job by job: asked of the feeder, which is what decides it."""
     told: list[Note] = []
     # Nothing takes from its queue, and its journal cannot be written: it can only say what it would do.
@@ -5237,6 +5576,8 @@ def build_parser() -> argparse.ArgumentParser:
     alone("--why", metavar="KEY", help="all that is known about one object, and what the next run would do")
     alone("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
     add("--keys-from", metavar="FILE", help="take keys from FILE (- is stdin) instead of listing; see README")
+    log_help = "lines for people, or one JSON object a line (default: text)"
+    add("--log-format", choices=("text", "json"), default="text", help=log_help)
     add("-q", "--quiet", action="store_true", help="print only what went wrong, and one line at the end")
     add("-v", "--verbose", action="store_true", help="say more; show tracebacks")
     add("--version", action="version", version=f"%(prog)s {__version__}")
@@ -5259,18 +5600,44 @@ def read_flags(arguments: argparse.Namespace) -> list[Given]:
     return given
 
 
-class ConsoleFormatter(logging.Formatter):
-    """Lines for people: time, text without secrets, and a traceback only on demand."""
+def iso_time(seconds: float) -> str:
+    """A time (Unix seconds) in ISO 8601, in the local zone, with its offset."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
-    def __init__(self, *, verbose: bool) -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
-        self._verbose = verbose
+
+def without_secrets(value: Any) -> Any:
+    """A value of a JSON document, with every text in it redacted."""
+    if isinstance(value, dict):
+        return {name: without_secrets(part) for name, part in value.items()}
+    return redacted(value) if isinstance(value, str) else value
+
+
+class ConsoleFormatter(logging.Formatter):
+    """A line for people, or a JSON object: time in the local zone, no secrets, and a traceback only on demand."""
+
+    def __init__(self, *, verbose: bool, as_json: bool) -> None:
+        super().__init__()
+        self._verbose, self._as_json = verbose, as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        """A line without secrets."""
-        if record.exc_info and not self._verbose:
-            record.exc_text = "".join(traceback.format_exception_only(record.exc_info[1])).rstrip()
-        return redacted(super().format(record))
+        """One record without secrets."""
+        when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
+        event, fields = getattr(record, "event", "message"), getattr(record, "fields", {})
+        message, trace = record.getMessage(), self._trace(record)
+        if self._as_json:
+            standard = {"ts": when, "level": record.levelname.lower(), "event": event, "message": message}
+            # What stands first in every line is never replaced by a field of the same name.
+            told_more = {**fields, **({"traceback": trace} if trace else {})}
+            return json.dumps(without_secrets({**standard, **told_more}), ensure_ascii=False)
+        if event == "error":
+            return redacted(f"{trace}error: {message}\nhint: {fields['hint']}")
+        return redacted(f"{when} {message}" + (f"\n{trace.rstrip()}" if trace else ""))
+
+    def _trace(self, record: logging.LogRecord) -> str:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return ""
+        return "".join((traceback.format_exception if self._verbose else traceback.format_exception_only)(error))
 
 
 class ConsoleHandler(logging.Handler):
@@ -5282,11 +5649,11 @@ class ConsoleHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stderr)
 
 
-def set_up_logging(*, quiet: bool, verbose: bool) -> None:
+def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
     """Send this program's messages to stderr; other libraries' only with -v."""
     # One handler for all: a library's message must not tear the progress bar either.
     handler = ConsoleHandler()
-    handler.setFormatter(ConsoleFormatter(verbose=verbose))
+    handler.setFormatter(ConsoleFormatter(verbose=verbose, as_json=as_json))
     logging.basicConfig(level=logging.WARNING if not verbose else logging.INFO, handlers=[handler], force=True)
     # urllib3 warns at each retry, with the path of the request; the summary has the counts.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -5295,13 +5662,32 @@ def set_up_logging(*, quiet: bool, verbose: bool) -> None:
 
 def finish(report: Report, settings: Settings) -> ExitCode:
     """Say what the run came to."""
-    lines = list(summary_lines(report, settings))
-    if settings.quiet and report.exit_code is ExitCode.DONE:
-        lines = lines[:1]
+    if settings.log_format == "json":
+        log_summary(report)
+        text = json.dumps(without_secrets(report.summary()), ensure_ascii=False)
+    elif settings.quiet and report.exit_code is ExitCode.DONE:
+        text = summary_line(report)
+    else:
+        text = redacted("\n".join(summary_lines(report, settings)))
     # Nobody may be there to read it, or the disk behind it may be full: what was done stays done.
     with contextlib.suppress(OSError):
-        print(redacted("\n".join(lines)), flush=True)
+        print(text, flush=True)
     return report.exit_code
+
+
+def log_summary(report: Report) -> None:
+    """Send the end of a run to where the log goes, with what to do about its failures."""
+    for code, count in report.failed.most_common():
+        example = report.examples[code]
+        fields = {
+            "code": code,
+            "count": count,
+            "key": example.task.key,
+            "said": example.message,
+            "remedy": remedy(code),
+        }
+        log.warning("%d failed: %s", count, code, extra=told("failures", **fields))
+    log.info("%s", summary_line(report), extra=told("summary", **report.summary()))
 
 
 def carry_out(arguments: argparse.Namespace, settings: Settings) -> ExitCode:
@@ -5329,15 +5715,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     give_streams()
     arguments = build_parser().parse_args(argv)
-    set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose)
+    set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
         is_offline = arguments.status or arguments.why is not None
         settings = load_settings(
             arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_offline
         )
-        settings = replace(settings, retry_failed=arguments.retry_failed, quiet=arguments.quiet)
-        settings = replace(settings, keys_from=arguments.keys_from)
-        return carry_out(arguments, settings)
+        named = ("retry_failed", "quiet", "keys_from", "log_format")
+        return carry_out(arguments, replace(settings, **{name: getattr(arguments, name) for name in named}))
     except UserError as error:
         return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)
     except RunStopped as stopped:
@@ -5354,10 +5739,8 @@ def give_streams() -> None:
 
 
 def complain(message: str, hint: str, exit_code: ExitCode, *, verbose: bool) -> ExitCode:
-    """Print what went wrong and what to do."""
-    if verbose:
-        traceback.print_exc()
-    sys.stderr.write(redacted(f"error: {message}\nhint: {hint}\n"))
+    """Say what went wrong and what to do."""
+    log.error("%s", message, exc_info=verbose, extra=told("error", hint=hint, exit_code=int(exit_code)))
     return exit_code
 
 

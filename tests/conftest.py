@@ -82,12 +82,24 @@ class Run:
     """The real script in a subprocess, and what it has left in its working directory."""
 
     def __init__(
-        self, command: list[str], workdir: Path, environment: Mapping[str, str], stdin: int | None = None
+        self,
+        command: list[str],
+        workdir: Path,
+        environment: Mapping[str, str],
+        stdin: int | None = None,
+        terminal: int | None = None,
     ) -> None:
         self.workdir, self._environment = workdir, environment
-        pipe = subprocess.PIPE
+        output = subprocess.PIPE if terminal is None else terminal
         self.process = subprocess.Popen(
-            command, cwd=workdir, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True
+            command,
+            cwd=workdir,
+            env=environment,
+            stdin=stdin,
+            stdout=output,
+            stderr=output,
+            text=True,
+            start_new_session=bool(terminal),
         )
         self.out = self.err = ""
         self.exit_code: int | None = None
@@ -95,7 +107,8 @@ class Run:
 
     def wait(self, seconds: float = 60) -> "Run":
         """Wait for its end; whatever it says and writes must be free of secrets."""
-        self.out, self.err = self.process.communicate(timeout=seconds)
+        out, err = self.process.communicate(timeout=seconds)
+        self.out, self.err = out or "", err or ""
         self.exit_code = self.process.returncode
         path = self.workdir / "summary.json"
         # Read at once: the next run in the same directory writes its own.
@@ -131,6 +144,7 @@ def launch(
     bucket: TestBucket,
     command: tuple[str, ...] = (str(SCRIPT),),
     stdin: int | None = None,
+    terminal: int | None = None,
     **changes: str | None,
 ) -> Run:
     """Start the script as a user would who has set what is needed to convert the bucket to jpg, and nothing else."""
@@ -144,7 +158,7 @@ def launch(
     }
     changed = {name: value for name, value in {**environment, **changes}.items() if value is not None}
     given = ["--set", f"api.url={api.url}", "--set", "run.summary=summary.json", *arguments]
-    return Run([sys.executable, *command, *given], workdir, changed, stdin)
+    return Run([sys.executable, *command, *given], workdir, changed, stdin, terminal)
 
 
 @pytest.fixture

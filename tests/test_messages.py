@@ -1,5 +1,6 @@
 """Bad input of every kind: one clear message, the documented exit code, no traceback, nothing started."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import s3_bulk_convert as program
 from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Fault
 from tests.samples import photo
@@ -170,3 +172,62 @@ def test_quiet_says_one_line_when_all_is_well(run_cli: Cli, bucket: Any) -> None
     run = run_cli("-q")
     assert (run.exit_code, run.err) == (0, "")
     assert run.out.count("\n") == 1
+
+
+def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    run = run_cli("-q")
+    assert (run.exit_code, run.err) == (1, "")
+    assert "failed        1 unsupported_route\n" in run.out
+
+
+def test_failures_are_grouped_with_an_example_and_what_to_do(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    for number in range(3):
+        bucket.put(f"{number}.png", photo(number, "png"))
+    api.faults.add(Fault(status=422, code="unsupported_route", message="no way\n\x1b[2Jfrom png", times=2))
+    api.faults.add(Fault.status_reply(502, "service_unavailable", times=None, retry_after="0"))
+    out = run_cli("--workers", "1", "--set", "api.retries=0").out
+    remedies = program.REMEDIES
+    assert (
+        "failed        2 unsupported_route\n"
+        '              for example 0.png: "no way\\n\\u001b[2Jfrom png"\n'
+        f"              remedy: {remedies['unsupported_route']}\n"
+        "failed        1 service_unavailable\n"
+        "              for example 2.png: a scripted fault\n"
+        f"              remedy: {remedies['service_unavailable']}\n"
+    ) in out
+    assert "next: the next run tries 1 of the failures again\n" in out
+    assert "next: 2 failed for good; when the cause is removed, run it with --retry-failed\n" in out
+
+
+def test_a_failure_rate_over_the_limit_says_what_failed_and_what_to_do(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for number in range(120):
+        bucket.put(f"{number:02}.png", b"\x89PNG\r\n\x1a\n" + str(number).encode())
+    api.faults.add(Fault.status_reply(422, "unsupported_route", times=None))
+    run = run_cli("--workers", "1")
+    assert run.exit_code == 3
+    assert f"remedy: {program.REMEDIES['unsupported_route']}" in run.out
+    assert re.search(r"stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate", run.out)
+
+
+def test_each_code_of_this_program_has_a_remedy() -> None:
+    source = SCRIPT.read_text()
+    codes = set(re.findall(r'(?:ObjectFailed|BadAnswer)\(\s*"(\w+)"', source))
+    codes |= set(re.findall(r'self\._fail\(\s*task, "(\w+)"', source))
+    codes |= set(re.findall(r'Event\.FAILED, "(\w+)"', source)) | set(re.findall(r'code or "(\w+)"', source))
+    assert {"output_collision", "cut_answer", "bug", "job_failed"} < codes
+    assert codes - set(program.REMEDIES) == set()
+
+
+def test_retry_failed_says_first_how_many_it_tries_again(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    for number in range(3):
+        bucket.put(f"{number}.png", photo(number, "png"))
+    api.faults.add(Fault.status_reply(422, "unsupported_route", times=2))
+    assert run_cli("--workers", "1").summary["failed"] == {"unsupported_route": 2}
+    assert "--retry-failed" not in run_cli().err
+    assert "--retry-failed: 2 objects that failed for good will be tried again" in run_cli("--retry-failed").err
+    # What has been converted since is none of them.
+    assert "--retry-failed: 0 objects that" in run_cli("--retry-failed").err

@@ -256,8 +256,8 @@ def test_a_shard_has_its_own_files_and_its_share_of_the_cap_but_the_whole_rate(
     load: Load,
 ) -> None:
     capped = [program.Given("api", "max_conversions", "4", ""), program.Given("api", "requests_per_minute", "60", "")]
-    settings = load("1/3", more="summary = out/s.json\n", given=capped)
-    assert settings.run.summary == "out/s.1-of-3.json"
+    settings = load("1/3", more="summary = out/s.json\nmetrics = out/s.prom\n", given=capped)
+    assert (settings.run.summary, settings.run.metrics) == ("out/s.1-of-3.json", "out/s.1-of-3.prom")
     assert settings.run.checkpoint == "s3_bulk_convert.1-of-3.sqlite3"
     assert settings.run.failures == "conversion_failures.1-of-3.jsonl"
     assert [load(f"{index}/3", given=capped).api.max_conversions for index in range(3)] == [2, 1, 1]

@@ -1,0 +1,242 @@
+"""What is seen while a run is at work: a bar on a real pseudo-terminal, lines in a pipe, nothing with -q."""
+
+import fcntl
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import s3_bulk_convert as program
+from tests.conftest import SCRIPT
+from tests.conversion_api import ConversionApi, Fault
+from tests.converters import marking
+
+Cli = Callable[..., Any]
+# Starts the real script with other numbers, so that no test waits for a minute.
+HASTY_PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import s3_bulk_convert as program
+program.LINE_SECONDS = program.SILENCE_SECONDS = 0.5
+program.leave(program.main())
+"""
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d .+")
+
+
+class Terminal:
+    """A pseudo-terminal, and everything that was written to it."""
+
+    def __init__(self, columns: int) -> None:
+        self.master, self.slave = pty.openpty()
+        self.written = ""
+        self.resize(columns)
+
+    def resize(self, columns: int) -> None:
+        """Give it another width, as a window does, but for the signal."""
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def read_until(self, pattern: str, start: int = 0, seconds: float = 30) -> int:
+        """Read until something is written; where it ends. Raises AssertionError if it does not come."""
+        while not (found := re.compile(pattern).search(self.written, start)):
+            ready, _, _ = select.select([self.master], [], [], seconds)
+            assert ready, f"{pattern} did not come: {self.written[-500:]!r}"
+            self.written += os.read(self.master, 65536).decode()
+        return found.end()
+
+    def close(self) -> None:
+        """Take the terminal away."""
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    """A terminal of 120 columns."""
+    opened = Terminal(120)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def cheap(api: ConversionApi) -> None:
+    """Conversions that cost nothing, for tests of what is shown."""
+    api.behaviour.convert = marking
+
+
+def put_some(bucket: Any, count: int) -> None:
+    for number in range(count):
+        bucket.put(f"{number:03}.png", b"\x89PNG\r\n\x1a\n" + f"picture {number}".encode())
+
+
+def drawn(written: str) -> list[str]:
+    """The states of a line that was written again and again, without orders to the terminal."""
+    return [re.sub(r"\x1b\[[A-Z]", "", part).rstrip("\n") for part in re.split(r"\r\n|[\r\n]", written)]
+
+
+def test_a_bar_shows_count_total_rate_failures_latency_and_what_the_month_has_left(
+    start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal
+) -> None:
+    put_some(bucket, 12)
+    api.behaviour.month_quota = 100
+    run = start("--workers", "2", terminal=terminal.slave)
+    terminal.read_until(r"12 of 12 done \|█+\| 0 failed, [\d.]+ files/s, .*p95 [\d.]+ s, quota 88")
+    terminal.read_until(r"quota +88 conversions remain")
+    assert run.wait().exit_code == 0
+
+
+def test_the_total_is_an_estimate_until_the_listing_has_ended(
+    start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal, release: threading.Event
+) -> None:
+    put_some(bucket, 6)
+    fault = api.faults.add(Fault.hang_until(release))
+    run = start("--workers", "1", terminal=terminal.slave)
+    assert fault.reached.wait(30)
+    terminal.read_until(r"0 of ~6 done")
+    release.set()
+    terminal.read_until(r"6 of 6 done")
+    assert run.wait().exit_code == 0
+
+
+def test_a_window_made_smaller_leaves_no_line_longer_than_it_is(
+    start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal, release: threading.Event
+) -> None:
+    put_some(bucket, 3)
+    fault = api.faults.add(Fault.hang_until(release))
+    run = start("--workers", "1", terminal=terminal.slave)
+    assert fault.reached.wait(30)
+    before = terminal.read_until(r"0 of ~3 done \|.{60,}\| 0 failed, 0.0 files/s[^\r]*\r")
+    terminal.resize(40)
+    run.process.send_signal(signal.SIGWINCH)
+    resized = terminal.read_until(r"\x1b\[J", before)
+    end = terminal.read_until(r"0 of ~3 done[^\r]*\r[^\r]*\r", resized)
+    assert max(map(len, drawn(terminal.written[resized:end]))) <= 40
+    release.set()
+    terminal.read_until("converted     3")
+    assert run.wait().exit_code == 0
+
+
+def test_a_message_does_not_tear_the_bar(
+    start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal, release: threading.Event
+) -> None:
+    put_some(bucket, 4)
+    fault = api.faults.add(Fault.hang_until(release))
+    run = start("--workers", "1", terminal=terminal.slave)
+    assert fault.reached.wait(30)
+    terminal.read_until("of ~4 done")
+    run.process.send_signal(signal.SIGTERM)
+    terminal.read_until("interrupted by SIGTERM; waiting for what is in flight[^\r]*\r\n")
+    release.set()
+    terminal.read_until("hint: run it again")
+    (line,) = [line for line in drawn(terminal.written) if "waiting for what is in flight" in line]
+    assert LINE.fullmatch(line)
+    assert run.wait().exit_code == 143
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"CI": "true"}], ids=str)
+def test_a_terminal_that_is_none_gets_lines(
+    *, environment: dict[str, str], start: Cli, bucket: Any, terminal: Terminal
+) -> None:
+    put_some(bucket, 4)
+    run = start("--set", "run.log_every=2", terminal=terminal.slave, **environment)
+    terminal.read_until("converted     4")
+    assert run.wait().exit_code == 0
+    assert not re.search(r"\r(?!\n)|\x1b", terminal.written)
+    assert "4 of 4 done, 0 failed, " in terminal.written
+
+
+def test_quiet_draws_no_bar(start: Cli, bucket: Any, terminal: Terminal) -> None:
+    put_some(bucket, 4)
+    run = start("-q", terminal=terminal.slave)
+    terminal.read_until(r"\n")
+    assert run.wait().exit_code == 0
+    assert re.fullmatch(r"converted 4 in [\d.]+ s, .* failed 0, left 0\r\n", terminal.written)
+
+
+def test_a_pipe_gets_a_line_every_so_many_objects(run_cli: Cli, bucket: Any) -> None:
+    put_some(bucket, 9)
+    run = run_cli("--workers", "1", "--set", "run.log_every=3")
+    lines = run.err.splitlines()
+    assert all(LINE.fullmatch(line) for line in lines)
+    assert [re.findall(r" (\d) of ~?9 done, 0 failed, ", line) for line in lines][1:] == [["3"], ["6"], ["9"]]
+
+
+def test_a_line_comes_even_when_nothing_finishes_and_says_what_is_waited_for(
+    start: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    put_some(bucket, 5)
+    api.faults.add(Fault.hang_until(release, times=2))
+    run = start("--workers", "2", command=("-c", HASTY_PROGRAM))
+    said = next(line for line in run.process.stderr if "nothing since" in line)
+    assert re.search(r"0 of ~5 done, .*nothing since \d\d:\d\d:\d\d[+-]\d\d:\d\d: waiting for 2 in flight$", said)
+    release.set()
+    assert run.wait().exit_code == 0
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        """The time, in seconds."""
+        return self.now
+
+
+def shown_over(seconds: int, clock: Clock, progress: program.Progress, report: program.Report, each: int) -> None:
+    """Let time pass, and so many objects be converted each second."""
+    for _ in range(seconds * 5):
+        clock.now += 0.2
+        if each and round(clock.now * 5) % 5 == 0:
+            report.counts["converted"] += each
+        progress.show(report)
+
+
+@pytest.fixture
+def clocked(tmp_path: Path, caplog: Any) -> tuple[Clock, program.Progress]:
+    """What a run with one worker and no terminal shows, by a clock of the test's own."""
+    path, clock = tmp_path / "config.ini", Clock()
+    path.write_text("[s3]\nbucket = b\n[convert]\ntarget = jpg\n[run]\nworkers = 1\nlog_every = 1000000\n")
+    caplog.set_level("INFO", "s3_bulk_convert")
+    return clock, program.Progress(program.load_settings(path, {"CTF_API_KEY": "k"}, []), clock)
+
+
+def test_silence_of_ten_minutes_is_ten_lines(clocked: tuple[Clock, program.Progress], caplog: Any) -> None:
+    report = program.Report()
+    report.add_counts({"listed": 7})
+    shown_over(605, *clocked, report, each=0)
+    lines = [record.fields for record in caplog.records]
+    assert len(lines) == 10
+    assert {(line["done"], line["total"], line["in_flight"], line["eta_seconds"]) for line in lines} == {
+        (0, 7, 1, None)
+    }
+    assert all(line["silent_since"] for line in lines)
+
+
+def test_rate_and_eta_are_those_of_the_last_minute(clocked: tuple[Clock, program.Progress], caplog: Any) -> None:
+    report = program.Report()
+    report.add_counts({"listed": 10_000})
+    shown_over(121, *clocked, report, each=10)
+    shown_over(120, *clocked, report, each=2)
+    fast, slow = caplog.records[1].fields, caplog.records[-1].fields
+    assert (fast["per_second"], slow["per_second"]) == (pytest.approx(10, rel=0.05), pytest.approx(2, rel=0.05))
+    assert slow["eta_seconds"] == pytest.approx((10_000 - slow["done"]) / 2, rel=0.05)
+    assert slow["silent_since"] is None
+
+
+def test_a_counted_total_takes_the_place_of_the_estimate() -> None:
+    report = program.Report()
+    report.add_counts({"listed": 10, "already_done": 4})
+    assert report.expected == 6
+    report.total = 50
+    assert report.expected == 50
+    report.is_whole = True
+    assert report.expected == 6
