@@ -163,7 +163,9 @@ LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
 CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
 MOST_SHOWN = 200  # characters of a key or a message in the summary; the failures file has all of them
+IDLE_TO_BUSY = 9  # of the thread that counts the total: a tenth of a processor at the most
 DRAW_SECONDS = 0.2  # between two states of the bar
+PUBLISHED_LATENCY_SECONDS = 0.8  # the API's own median for files under 5 MB
 LINE_SECONDS = 60  # between two lines where there is no terminal, even if nothing finishes
 SILENCE_SECONDS = 30  # without news, what is being waited for is said
 RATE_SECONDS = 60  # the rate that is shown is that of the last minute
@@ -190,6 +192,9 @@ TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
 SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE = "same_format", "own_output", "failed_before"
+LISTED, ALREADY_DONE, LEFT_TO_DO = "listed", "already_done", "left"
+RETRIED = "retried"  # of those that are to do: their last attempt failed
+TO_CONVERT, TO_RESUME, TO_COPY = "convert", "resume", "copy"
 
 # What a file of a format begins with: (offset, bytes). A format that is not here is judged by its media type alone.
 SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
@@ -440,9 +445,16 @@ class Heard:
 
 @dataclass(frozen=True)
 class Counted:
-    """What the feeder disposed of without a worker: name of the count -> how many."""
+    """What the feeder disposed of without a worker: (job, name of the count) -> how many; no job's own under ""."""
 
-    counts: Mapping[str, int]  # "listed", "already_done", "left", and reasons to skip
+    counts: Mapping[tuple[str, str], int]  # "listed", "already_done", "left", RETRIED, and reasons to skip
+
+
+@dataclass(frozen=True)
+class TotalKnown:
+    """A count over the whole listing has come to its end: how many objects this run is to try."""
+
+    total: int
 
 
 @dataclass(frozen=True)
@@ -1608,6 +1620,8 @@ LOGGED = frozenset({Event.CONVERTED, Event.FAILED, Event.FOUND})
 class Journal:
     """The checkpoint of one source bucket and one output bucket. Safe to use from several threads."""
 
+    horizon = sys.maxsize  # rows of the log behind it are as if they were not there
+
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
         self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
         # The feeder and the recorder share one connection: SQLite has one writer anyway, and this one needs no waiting.
@@ -1689,7 +1703,7 @@ class Journal:
                 raise
 
     def _rows_about(
-        self, columns: str, table: str, where: str, scope: Sequence[str], keys: Sequence[str]
+        self, columns: str, table: str, where: str, scope: Sequence[str | int], keys: Sequence[str]
     ) -> Iterator[Any]:
         """Rows of a table whose last column of `where` is one of `keys`, in the order in which they were appended."""
         # The rows are fetched before they are yielded: nobody may hold the lock, or an open read, while others work.
@@ -1703,8 +1717,8 @@ class Journal:
 
     def states(self, fingerprint: str, keys: Sequence[str]) -> dict[str, State]:
         """What the log says last about those of the keys that it knows, and about some that lie between them."""
-        columns, where = "key, etag, event, permanent", "bucket = ? AND fingerprint = ? AND key"
-        scope = (self.bucket, fingerprint)
+        columns, where = "key, etag, event, permanent", "bucket = ? AND fingerprint = ? AND id <= ? AND key"
+        scope = (self.bucket, fingerprint, self.horizon)
         # A page of a listing is a range of keys. Where most of what lies in it is gone, its keys are looked up.
         query = f"SELECT {columns} FROM log INDEXED BY log_state WHERE {where} BETWEEN ? AND ? ORDER BY key, id LIMIT ?"
         most = 4 * len(keys)
@@ -1785,6 +1799,11 @@ class Journal:
                 [(self.bucket, o.task.fingerprint, o.task.key) for o in outcomes if not o.unsettled],
             )
 
+    def newest_row(self) -> int:
+        """The id of the last row of the log; 0 if there is none."""
+        with self._lock, explaining_sqlite(self.path):
+            return int(self._db.execute("SELECT coalesce(max(id), 0) FROM log").fetchone()[0])
+
     def failed_for_good(self, jobs: Iterable[Job]) -> int:
         """How many objects the log knows last as failed for good, by any of the jobs."""
         newest = "SELECT MAX(id) FROM log WHERE (bucket, fingerprint, key) = (it.bucket, it.fingerprint, it.key)"
@@ -1838,7 +1857,9 @@ class JournalReader(Journal):
         self.is_there = path.exists()
         self._lock = threading.Lock()
         with explaining_sqlite(path):
-            self._db = sqlite3.connect(self._address(), isolation_level=None, uri=True, timeout=30)
+            self._db = sqlite3.connect(
+                self._address(), isolation_level=None, check_same_thread=False, uri=True, timeout=30
+            )
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self._db.close)
                 if self.is_there:
@@ -1923,6 +1944,11 @@ class JournalReader(Journal):
         columns = "fingerprint, etag, claim, sent_at"
         return self._named(f"SELECT {columns} FROM in_flight WHERE bucket = ? AND key = ?", self.bucket, key)
 
+    def latencies(self) -> list[float]:
+        """How many seconds the newest conversions took, of at most a thousand rows."""
+        newest = "SELECT event, seconds FROM log ORDER BY id DESC LIMIT 1000"
+        return [seconds for (seconds,) in self._ask(f"SELECT seconds FROM ({newest}) WHERE event = 'converted'")]
+
     def _ask(self, query: str, *values: str) -> list[Any]:
         with self._lock, explaining_sqlite(self.path):
             return self._db.execute(query, values).fetchall()
@@ -1932,6 +1958,28 @@ class JournalReader(Journal):
             cursor = self._db.execute(query, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+class JournalInMind(JournalReader):
+    """The checkpoint as it is, and what a run would claim, in a temporary table: neither in it nor all in memory."""
+
+    def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
+        super().__init__(path, bucket, output_bucket)
+        # SQLite spills a temporary table to a file without a name, whatever the database itself allows.
+        self._db.execute("CREATE TEMP TABLE claimed (claim TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID")
+
+    def __enter__(self) -> "JournalInMind":
+        return self
+
+    def claim(self, tasks: Iterable[Task]) -> None:
+        """Take note of whose the output keys are."""
+        with self._lock, explaining_sqlite(self.path):
+            rows = [(claim_of(task.output_key), task.key) for task in tasks]
+            self._db.executemany("INSERT OR IGNORE INTO claimed VALUES (?, ?)", rows)
+
+    def owners(self, claims: Sequence[str]) -> dict[str, str]:
+        """The source keys that have, or would have, an output under those of the claims that are taken."""
+        return {**dict(self._rows_about("claim, key", "claimed", "claim", (), claims)), **super().owners(claims)}
 
 
 ########################################################################################################################
@@ -2197,6 +2245,7 @@ class Bucket:
         self.client = make_s3_client(settings.s3, None, self._connections)
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._has_read = False
+        self.pages_asked = 0  # of listings
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
 
@@ -2234,6 +2283,7 @@ class Bucket:
         """One page of a listing, ready to be parsed; see PageReader."""
         request: Any = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **where, **self._payer}
         request["OptionalObjectAttributes"] = ["RestoreStatus"]
+        self.pages_asked += 1
         if self._fast_failures < FAST_FAILURES_ENDURED:
             try:
                 return functools.partial(self._parse, self._fetch_xml(request), until, request)
@@ -3605,11 +3655,10 @@ def job_failure(job: Mapping[str, Any]) -> ObjectFailed | RunStopped:
 
 
 ########################################################################################################################
-# Feeder. One thread: from a page of the listing to tasks on the queue. It owns nothing that grows with the bucket; what
-# it disposes of itself it reports, page by page, to the recorder, the owner of every count.
+# Plan. What is to be done of each page of the listing. The feeder asks it, and so do `--dry-run`, `--why` and the count
+# of the total: it changes nothing, and owns nothing that grows with the bucket.
 #   - The journal is asked once for each page, job and question, never once for each key.
-#   - A batch is no larger than the queue, so that few requests are in the journal that are not with a worker.
-#   - Whatever happens, every worker gets its end marker.
+#   - What it disposes of itself it counts, or tells as an outcome.
 ########################################################################################################################
 
 
@@ -3651,7 +3700,7 @@ def select(
     routes: Sequence[Route],
     own_prefixes: tuple[str, ...],
     shard: Shard,
-    counts: Counter[str],
+    counts: Counter[tuple[str, str]],
 ) -> Iterator[Candidate]:
     """The objects of a page that jobs want; an object counts as listed once for each job that wants it."""
     is_divided = shard.count > 1
@@ -3659,15 +3708,15 @@ def select(
         reason = skip_reason(source, own_prefixes)
         wanting = () if reason else routes_wanting(source, routes)
         if not wanting and not (is_divided and not shard.owns(source.key)):
-            counts["listed"] += 1
-            counts[reason or UNMATCHED] += 1
+            counts["", LISTED] += 1
+            counts["", reason or UNMATCHED] += 1
         for route in wanting:
             # All sources that want one output key meet in one shard: two shards would both write it.
             if is_divided and not shard.owns(claim_of(output_key(route.job, source.key))):
                 continue
-            counts["listed"] += 1
+            counts[route.job.name, LISTED] += 1
             if source.key.lower().endswith(route.own_endings) and is_in_target_format(source.key, route.job):
-                counts[SAME_FORMAT] += 1
+                counts[route.job.name, SAME_FORMAT] += 1
             else:
                 yield Candidate(route.job, source)
 
@@ -3678,7 +3727,7 @@ def is_in_target_format(key: str, job: Job) -> bool:
 
 
 def unfinished(
-    candidates: Sequence[Candidate], journal: Journal, counts: Counter[str], *, retry: bool
+    candidates: Sequence[Candidate], journal: Journal, counts: Counter[tuple[str, str]], *, retry: bool
 ) -> Iterator[Candidate]:
     """The candidates whose version the journal knows neither as done nor, unless `retry`, as failed for good."""
     states = by_job(candidates, journal.states)
@@ -3689,15 +3738,15 @@ def unfinished(
         if state is None or state.etag != source.etag:
             yield candidate._replace(is_known=state is not None)
         elif state.event == Event.FAILED.value:
-            if retry or not state.permanent:
+            tries_again = retry or not state.permanent
+            counts[job.name, RETRIED if tries_again else FAILED_BEFORE] += 1
+            if tries_again:
                 yield candidate
-            else:
-                counts[FAILED_BEFORE] += 1
         elif makers and makers.get(claim_of(output_key(job, source.key))) != job.fingerprint:
             # It was done once, and other options have put another output in its place since.
             yield candidate._replace(is_known=True)
         else:
-            counts["already_done"] += 1
+            counts[job.name, ALREADY_DONE] += 1
 
 
 def makers_of(candidates: Sequence[Candidate], journal: Journal) -> Mapping[str, str]:
@@ -3737,74 +3786,39 @@ def by_job(
     return {job: look_up(job, wanted) for job, wanted in keys.items()}
 
 
-class Feeder:
-    """Lists, selects, and hands out tasks in batches, each of which is in the journal before a worker sees it."""
+class Planner:
+    """Lists, selects, and says what is to be done. `tell` gets the outcomes of what needs no worker."""
 
-    def __init__(self, shared: Shared, pacer: Pacer, journal: Journal, tasks: "queue.Queue[Task | None]") -> None:
-        self.shared, self.pacer, self.journal, self.tasks, self.tell = shared, pacer, journal, tasks, shared.tell
-        settings = shared.settings
-        self.budget = settings.api.max_conversions
-        self.counts: Counter[str] = Counter()
+    def __init__(
+        self, settings: Settings, bucket: Bucket, journal: Journal, stop: StopFlag, tell: Callable[[Outcome], None]
+    ) -> None:
+        self.settings, self.bucket, self.journal, self.stop, self.tell = settings, bucket, journal, stop, tell
+        self.counts: Counter[tuple[str, str]] = Counter()
         literals = {literal_prefix(job.output_key) for job in settings.jobs}
         self.own_prefixes = tuple(filter(None, literals)) if settings.s3.is_one_bucket else ()
         now = time.time()
-        self._has_begun = False  # a page has come in
+        self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
-        self.routes = [make_route(job, now) for job in settings.jobs]
 
-    def run(self) -> None:
-        """Feed until everything is handed out or the run is to end; then send the workers home."""
-        stop: Stop | None = None
-        is_complete = False
-        try:
-            # In this thread, because the main one must hear signals even while S3 does not answer.
-            self.shared.bucket.check()
-            stop = self.feed()
-            is_complete = not (stop or self.shared.stop.requested)
-        except RunStopped as stopped:
-            # A listing that broke off is no reason to drop what was handed out.
-            stop = stopped.stop
-        except UserError as error:
-            stop = Stop(error.message, error.hint, ExitCode.STOPPED if self._has_begun else error.exit_code)
-        except Interrupted:
-            pass
-        except Exception:
-            log.exception("the feeder failed")
-            stop = Stop("the program has a bug (the feeder failed)", "run it again with -v and report what it prints")
-        finally:
-            self._flush_counts()
-            self.tell(FeedEnded(stop, is_complete))
-            for _ in range(self.shared.settings.run.consumers):
-                self.tasks.put(None)
+    def pages(self, hunger: Callable[[], int]) -> Generator[tuple[list[S3Object], Sequence[Route]], None, None]:
+        """What there is, by pages, and the routes that may want it. Jobs with the same prefix share one listing.
 
-    def feed(self) -> Stop | None:
-        """Hand out the tasks of every page. Jobs with the same prefix share one listing."""
-        if self.shared.settings.keys_from:
-            return self._feed_pages(self._named_pages(self.shared.settings.keys_from), self.routes)
+        Raises RunStopped, UserError for what is wrong with a file of keys, Interrupted.
+        """
+        if self.settings.keys_from:
+            yield from ((page, self.routes) for page in self._named_pages(self.settings.keys_from))
+            return
         for prefix in dict.fromkeys(route.job.prefix for route in self.routes):
             routes = [route for route in self.routes if route.job.prefix == prefix]
-            with contextlib.closing(self.shared.bucket.list_pages(prefix, self._hunger)) as pages:
-                stop = self._feed_pages(pages, routes)
-            if stop or self.shared.stop.requested:
-                return stop
-        return None
-
-    def _feed_pages(self, pages: Iterable[list[S3Object]], routes: Sequence[Route]) -> Stop | None:
-        for page in pages:
-            self._has_begun = True
-            tasks = self.tasks_of(page, routes)
-            self._flush_counts()
-            stop = self._hand_out(tasks)
-            if stop or self.shared.stop.requested:
-                return stop
-        return None
+            with contextlib.closing(self.bucket.list_pages(prefix, hunger)) as pages:
+                yield from ((page, routes) for page in pages)
 
     def _named_pages(self, source: str) -> Iterator[list[S3Object]]:
         """The objects that a file names, as they are now; those that are done already need not be looked at."""
         # A failures file names an object once for each failure: the second must not go out while the first does.
         recent: dict[str, None] = {}
-        for page in interruptible(keys_from(source, self.shared.bucket), self.shared.stop):
+        for page in interruptible(keys_from(source, self.bucket), self.stop):
             fresh = [named for named in page if named.key not in recent]
             recent.update(dict.fromkeys(named.key for named in fresh))
             for key in list(recent)[:-KEYS_REMEMBERED]:
@@ -3816,27 +3830,26 @@ class Feeder:
     def _unknown_keys(self, page: Sequence[S3Object]) -> set[str]:
         """The keys of those objects that are not known to be done in the version that is named."""
         named = [Candidate(route.job, source) for source in page for route in self.routes if source.etag]
-        todo = unfinished(named, self.journal, Counter(), retry=self.shared.settings.retry_failed)
+        todo = unfinished(named, self.journal, Counter(), retry=self.settings.retry_failed)
         return {source.key for source in page if not source.etag} | {candidate.source.key for candidate in todo}
 
     def _current(self, page: Sequence[S3Object]) -> Iterator[S3Object]:
-        for named, found in zip(page, self.shared.bucket.current(page), strict=True):
+        for named, found in zip(page, self.bucket.current(page), strict=True):
             if isinstance(found, S3Object):
                 yield found
             else:
-                self.counts["listed"] += 1
+                self.counts[self.routes[0].job.name, LISTED] += 1
                 task = self._task(Candidate(self.routes[0].job, named), {})
                 self.tell(Outcome(task, Event.FAILED, found.code, found.message))
 
-    def _hunger(self) -> int:
-        # While there is work, a page that is read early is only a page that grows old.
-        return LIST_THREADS if self.tasks.qsize() < self.shared.settings.run.workers else 1
+    def eligible(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Candidate]:
+        """The objects of a page that jobs want and that are not done, each once for each job."""
+        selected = list(select(page, routes, self.own_prefixes, self.settings.shard, self.counts))
+        return list(unfinished(selected, self.journal, self.counts, retry=self.settings.retry_failed))
 
     def tasks_of(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Task]:
         """What is to be done of a page."""
-        selected = list(select(page, routes, self.own_prefixes, self.shared.settings.shard, self.counts))
-        todo = list(unfinished(selected, self.journal, self.counts, retry=self.shared.settings.retry_failed))
-        todo = list(self._without_own_outputs(todo))
+        todo = list(self._without_own_outputs(self.eligible(page, routes)))
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
@@ -3849,9 +3862,9 @@ class Feeder:
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
         for candidate in candidates:
-            is_mixed = self.shared.settings.puts_among_sources(candidate.job)
-            if is_mixed and self.shared.bucket.is_our_output(candidate.source.key):
-                self.counts[OWN_OUTPUT] += 1
+            is_mixed = self.settings.puts_among_sources(candidate.job)
+            if is_mixed and self.bucket.is_our_output(candidate.source.key):
+                self.counts[candidate.job.name, OWN_OUTPUT] += 1
             else:
                 yield candidate
 
@@ -3876,7 +3889,7 @@ class Feeder:
             overdue=is_overdue,
             traced=candidate.is_known or source.key in sent,
             look_first=earlier is not None,
-            among_sources=self.shared.settings.puts_among_sources(job),
+            among_sources=self.settings.puts_among_sources(job),
         )
         if earlier and not is_overdue:
             _, key, url, _, job_id = earlier
@@ -3885,7 +3898,7 @@ class Feeder:
 
     def _sendable(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks that may be sent at all; the others are failures before anything is paid."""
-        api = self.shared.settings.api
+        api = self.settings.api
         for task in tasks:
             most = min(api.max_size, SYNC_LIMIT_BYTES if api.jobs_above is None else api.max_size)
             if task.size > most:
@@ -3908,7 +3921,7 @@ class Feeder:
         for task in waiting:
             claim = claim_of(task.output_key)
             owner, job = owners.setdefault(claim, task.key), jobs.setdefault(claim, task.fingerprint)
-            is_itself = self.shared.settings.s3.is_one_bucket and task.output_key == task.key
+            is_itself = self.settings.s3.is_one_bucket and task.output_key == task.key
             if owner == task.key and job == task.fingerprint and not is_itself:
                 yield replace(task, traced=task.traced or logged.get(claim) == task.key)
             else:
@@ -3923,7 +3936,7 @@ class Feeder:
             claim = claim_of(task.output_key)
             claimant = found.get(claim, task.key)
             # An object that was deleted while it was in flight, and has left no output, holds nobody up.
-            if claimant != task.key and self.shared.bucket.has_nothing_of(claimant, task.output_key):
+            if claimant != task.key and self.bucket.has_nothing_of(claimant, task.output_key):
                 del found[claim]
         return found
 
@@ -3934,7 +3947,7 @@ class Feeder:
         """
         wanted = Counter(claim_of(task.output_key) for task in tasks)
         for task in tasks:
-            if wanted[claim_of(task.output_key)] > 1 and self.shared.bucket.output_is_of(task):
+            if wanted[claim_of(task.output_key)] > 1 and self.bucket.output_is_of(task):
                 yield claim_of(task.output_key), task.key
 
     def _without_outputs(self, tasks: list[Task], sources: Mapping[str, S3Object]) -> list[Task]:
@@ -3944,7 +3957,7 @@ class Feeder:
         have been made with other options, or of a version that was overwritten while it was converted.
         """
         untraced = [task for task in tasks if not task.traced]
-        if not (self.shared.settings.run.skip_existing and untraced):
+        if not (self.settings.run.skip_existing and untraced):
             return tasks
         written = self._written(untraced)
         todo = [task for task in tasks if task.traced]
@@ -3960,15 +3973,76 @@ class Feeder:
 
     def _written(self, tasks: Sequence[Task]) -> dict[str, float]:
         """When the planned outputs were written, of those that exist."""
-        prefixes = {job.name: literal_prefix(job.output_key) for job in self.shared.settings.jobs}
+        prefixes = {job.name: literal_prefix(job.output_key) for job in self.settings.jobs}
         found: dict[str, float] = {}
         for prefix in sorted(set(prefixes.values())):
             keys = [key for task in tasks if prefixes[task.job] == prefix for key in made_keys(task.output_key)]
-            found.update(self.shared.bucket.existing_outputs(prefix, keys))
+            found.update(self.bucket.existing_outputs(prefix, keys))
         return found
 
     def _fail(self, task: Task, code: str, message: str) -> None:
         self.tell(Outcome(task, Event.FAILED, code, message, permanent=True))
+
+
+########################################################################################################################
+# Feeder. One thread: from what is planned of a page to tasks on the queue.
+#   - A batch is no larger than the queue, so that few requests are in the journal that are not with a worker.
+#   - Whatever happens, every worker gets its end marker.
+########################################################################################################################
+
+
+class Feeder:
+    """Hands out tasks in batches, each of which is in the journal before a worker sees it."""
+
+    def __init__(self, shared: Shared, pacer: Pacer, journal: Journal, tasks: "queue.Queue[Task | None]") -> None:
+        self.shared, self.pacer, self.journal, self.tasks, self.tell = shared, pacer, journal, tasks, shared.tell
+        self.planner = Planner(shared.settings, shared.bucket, journal, shared.stop, shared.tell)
+        self.budget = shared.settings.api.max_conversions
+        self._has_begun = False  # a page has come in
+        self.is_ahead, self.has_ended = threading.Event(), threading.Event()  # of the workers; for TotalCount
+
+    def run(self) -> None:
+        """Feed until everything is handed out or the run is to end; then send the workers home."""
+        stop: Stop | None = None
+        is_complete = False
+        try:
+            # In this thread, because the main one must hear signals even while S3 does not answer.
+            self.shared.bucket.check()
+            stop = self.feed()
+            is_complete = not (stop or self.shared.stop.requested)
+        except RunStopped as stopped:
+            # A listing that broke off is no reason to drop what was handed out.
+            stop = stopped.stop
+        except UserError as error:
+            stop = Stop(error.message, error.hint, ExitCode.STOPPED if self._has_begun else error.exit_code)
+        except Interrupted:
+            pass
+        except Exception:
+            log.exception("the feeder failed")
+            stop = Stop("the program has a bug (the feeder failed)", "run it again with -v and report what it prints")
+        finally:
+            self.has_ended.set()
+            self.is_ahead.set()
+            self._flush_counts()
+            self.tell(FeedEnded(stop, is_complete))
+            for _ in range(self.shared.settings.run.consumers):
+                self.tasks.put(None)
+
+    def feed(self) -> Stop | None:
+        """Hand out the tasks of every page; why that is not all there is, if it is not."""
+        with contextlib.closing(self.planner.pages(self._hunger)) as pages:
+            for page, routes in pages:
+                self._has_begun = True
+                tasks = self.planner.tasks_of(page, routes)
+                self._flush_counts()
+                stop = self._hand_out(tasks)
+                if stop or self.shared.stop.requested:
+                    return stop
+        return None
+
+    def _hunger(self) -> int:
+        # While there is work, a page that is read early is only a page that grows old.
+        return LIST_THREADS if self.tasks.qsize() < self.shared.settings.run.workers else 1
 
     def _hand_out(self, tasks: Sequence[Task]) -> Stop | None:
         allowed = list(self._within_budget(tasks))
@@ -3981,7 +4055,7 @@ class Feeder:
             self._enqueue(signed)
         if len(allowed) == len(tasks):
             return None
-        self.counts["left"] += len(tasks) - len(allowed)
+        self.planner.counts["", LEFT_TO_DO] += len(tasks) - len(allowed)
         settings = self.shared.settings
         return Stop(
             f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
@@ -4019,6 +4093,7 @@ class Feeder:
             try:
                 return self.tasks.put(task, timeout=0.2)
             except queue.Full:
+                self.is_ahead.set()
                 if self.shared.stop.requested:
                     raise Interrupted from None
 
@@ -4027,8 +4102,41 @@ class Feeder:
             self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
 
     def _flush_counts(self) -> None:
-        self.tell(Counted(dict(self.counts)))
-        self.counts.clear()
+        self.tell(Counted(dict(self.planner.counts)))
+        self.planner.counts.clear()
+
+
+class TotalCount(threading.Thread):
+    """Counts what a run is to do, over a listing of its own, so that a bar has an end while the feeder is on its way.
+
+    It never holds up the work: it starts when the workers have more than they can do, reads a page at a time, leaves
+    the processor to others, and nothing waits for it. What this run has converted by then counts as to do.
+    """
+
+    def __init__(self, feeder: Feeder) -> None:
+        super().__init__(name="total", daemon=True)
+        self._feeder, self._horizon = feeder, feeder.journal.newest_row()
+
+    def run(self) -> None:
+        """Count, if there is something to wait for; tell the recorder once it is all counted."""
+        self._feeder.is_ahead.wait()
+        shared = self._feeder.shared
+        with contextlib.suppress(RunStopped, UserError), self._own_journal() as journal:
+            planner = Planner(shared.settings, shared.bucket, journal, shared.stop, lambda _: None)
+            total, began = 0, time.thread_time()
+            for page, routes in planner.pages(lambda: 1):
+                total += len(planner.eligible(page, routes))
+                if self._feeder.has_ended.wait(IDLE_TO_BUSY * (time.thread_time() - began)):
+                    return
+                began = time.thread_time()
+            shared.tell(TotalKnown(total))
+
+    def _own_journal(self) -> JournalReader:
+        # A connection of its own: the feeder and the recorder never wait for it.
+        journal = self._feeder.journal
+        reader = JournalReader(journal.path, journal.bucket, journal.output_bucket)
+        reader.horizon = self._horizon
+        return reader
 
 
 ########################################################################################################################
@@ -4328,7 +4436,7 @@ def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
 #   - An outcome is counted after it is written. What cannot be written is left to do, and its request stays recorded.
 ########################################################################################################################
 
-Note = Outcome | JobStarted | Counted | FeedEnded | None  # None: a worker, or a process of them, has left
+Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None  # None: a worker, or a process of them, has left
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
 
 
@@ -4346,9 +4454,10 @@ class Report:
         self.stop: Stop | None = None
         self.is_whole = False  # everything there is was listed and handed out
 
-    def add_counts(self, counts: Mapping[str, int]) -> None:
-        """Take over what the feeder counted."""
-        self.counts.update(counts)
+    def add_counts(self, counts: Mapping[tuple[str, str], int]) -> None:
+        """Take over what the feeder counted, of all jobs together."""
+        for (_, name), count in counts.items():
+            self.counts[name] += count
 
     def add(self, outcome: Outcome) -> None:
         """Count one outcome."""
@@ -4687,10 +4796,12 @@ class Recorder:
                 return False
         return True
 
-    def _take(self, notes: Sequence["Outcome | JobStarted | Counted | FeedEnded"]) -> None:
+    def _take(self, notes: Sequence["Outcome | JobStarted | Counted | TotalKnown | FeedEnded"]) -> None:
         for note in notes:
             if isinstance(note, Counted):
                 self.report.add_counts(note.counts)
+            elif isinstance(note, TotalKnown):
+                self.report.total = note.total
             elif isinstance(note, FeedEnded):
                 self.report.stop = self.report.stop or note.stop
                 self.report.is_whole = note.is_complete
@@ -4841,7 +4952,10 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         say_start(settings, journal)
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
         pool = ThreadPoolExecutor(settings.run.consumers + 1)
-        pool.submit(Feeder(shared, pacer, journal, tasks).run)
+        feeder = Feeder(shared, pacer, journal, tasks)
+        if not (settings.quiet or settings.keys_from):
+            TotalCount(feeder).start()
+        pool.submit(feeder.run)
         for work in workforce(shared, pacer, tasks):
             pool.submit(work_until_done, work, stop).add_done_callback(lambda _: notes.put(None))
         # The main thread records, because it is the one that signals wake.
@@ -4923,6 +5037,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration for people, in its largest unit."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 # What to do about a failure, by its code: the API's, or one of this program's.
@@ -5033,6 +5155,200 @@ def summary_line(report: Report) -> str:
 
 
 ########################################################################################################################
+# Forecast. `--dry-run` plans the whole bucket by the very rules of a run, and says what it would come to. It sends
+# nothing to be converted and writes nothing: what a run would claim is remembered in a temporary table.
+########################################################################################################################
+
+
+class Forecast:
+    """What a run would come to."""
+
+    def __init__(self, settings: Settings, journal: JournalInMind) -> None:
+        self.settings, self._journal = settings, journal
+        self.counts: Counter[tuple[str, str]] = Counter()  # (job, what) -> objects, or bytes; no job's own under ""
+        self.failed: Counter[tuple[str, str]] = Counter()  # (job, code) -> objects
+        self.examples: dict[str, Outcome] = {}  # code -> the first failure that has it
+        self.latencies = journal.latencies()
+        self.usage, self.usage_problem = Usage(), ""
+
+    def tell(self, outcome: Outcome) -> None:
+        """Count what needs no worker: a failure, or an output that is there already."""
+        if outcome.event is Event.FAILED:
+            self.failed[outcome.task.job, outcome.code] += 1
+            self.examples.setdefault(outcome.code, outcome)
+        else:
+            self.counts[outcome.task.job, ALREADY_DONE] += 1
+            self._journal.claim([outcome.task])
+
+    def plan(self, tasks: Sequence[Task]) -> None:
+        """Count what is for workers to do."""
+        for task in tasks:
+            kind = TO_COPY if task.copy else TO_RESUME if task.resumed else TO_CONVERT
+            self.counts[task.job, kind] += 1
+            self.counts[task.job, "bytes"] += task.size if kind == TO_CONVERT else 0
+        self._journal.claim(tasks)
+
+    def ask_usage(self) -> None:
+        """Learn what the month has left, where the API says it; a forecast is one without it, too."""
+        try:
+            if not self.settings.api.key:
+                raise UserError("no API key is given", "")
+            self.usage = ask_usage(self.settings.api)
+        except (UserError, RunStopped) as problem:
+            self.usage_problem = problem.message if isinstance(problem, UserError) else problem.stop.because
+
+    def total(self, what: str) -> int:
+        """A count of all jobs together, and of no job."""
+        return sum(count for (_, counted), count in self.counts.items() if counted == what)
+
+    @property
+    def conversions(self) -> int:
+        """Conversions to pay for at the most: of those in flight, the API may have done none yet."""
+        return self.total(TO_CONVERT) + self.total(TO_RESUME)
+
+    @property
+    def in_one_run(self) -> int:
+        """Those that the cap leaves to the next run."""
+        cap = self.settings.api.max_conversions
+        return self.conversions if cap is None else min(cap, self.conversions)
+
+    @property
+    def requests_per_minute(self) -> float | None:
+        """What is known of the rate before anything is sent: this shard's share of the smaller limit."""
+        known = [limit for limit in (self.settings.api.requests_per_minute, self.usage.requests_per_minute) if limit]
+        return min(known) / self.settings.shard.count if known else None
+
+    @property
+    def latency_seconds(self) -> float:
+        """The median of the newest conversions, or what the API publishes."""
+        return statistics.median(self.latencies) if self.latencies else PUBLISHED_LATENCY_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """How long the next run would take, bound by the rate or by its workers."""
+        pace = 60 / self.requests_per_minute if self.requests_per_minute else 0.0
+        return self.in_one_run * max(pace, self.latency_seconds / self.settings.run.workers)
+
+    def _of_job(self, name: str) -> dict[str, Any]:
+        kinds = (TO_CONVERT, "bytes", TO_RESUME, TO_COPY, RETRIED, ALREADY_DONE)
+        failed = {code: count for (job, code), count in self.failed.items() if job == name}
+        return {**{kind: self.counts[name, kind] for kind in kinds}, "skipped": self._skipped(name), "failed": failed}
+
+    def _skipped(self, name: str) -> dict[str, int]:
+        return {reason: self.counts[name, reason] for reason in SKIP_REASONS if self.counts[name, reason]}
+
+    def document(self, pages_asked: int) -> dict[str, Any]:
+        """All of it as JSON has it; times in seconds, sizes in bytes. `pages_asked`: of listings."""
+        examples = {
+            code: {"key": failure.task.key, "said": failure.message, "remedy": remedy(code)}
+            for code, failure in self.examples.items()
+        }
+        return {
+            "listed": self.total(LISTED),
+            "jobs": {job.name: self._of_job(job.name) for job in self.settings.jobs},
+            "skipped": self._skipped(""),
+            "examples": examples,
+            "conversions": self.conversions,
+            "conversions_in_one_run": self.in_one_run,
+            "max_conversions": self.settings.api.max_conversions,
+            "plan": self.usage.plan,
+            "monthly_limit": self.usage.monthly_limit,
+            "remaining": self.usage.remaining,
+            "requests_per_minute": self.requests_per_minute,
+            "latency_seconds": round(self.latency_seconds, 3),
+            "latency_is_measured": bool(self.latencies),
+            "seconds": round(self.seconds),
+            "s3_requests": {
+                **{"LIST": pages_asked, "GET": self.conversions, "PUT": self.conversions},
+                "COPY": self.total(TO_COPY),
+            },
+            "warnings": list(self.warnings()),
+        }
+
+    def warnings(self) -> Iterator[str]:
+        """What a person should know before the run."""
+        yield from quota_warnings(self.in_one_run, self.usage, self.usage_problem, self.settings.api)
+        most, failed = self.settings.run.max_failure_rate, self.failed.total()
+        tried = self.conversions + failed
+        if most is not None and failed > most * tried and tried >= FAILURES_BEFORE_RATE_COUNTS:
+            yield f"{failed} of {tried} would fail, more than run.max_failure_rate: the run would stop early"
+
+
+def quota_warnings(wanted: int, usage: Usage, problem: str, api: ApiOptions) -> Iterator[str]:
+    """What the month's quota means for so many conversions."""
+    if usage.remaining is None:
+        said = problem or "the API does not say"
+        yield f"what the month has left is not known ({said}), and plans may bill what is beyond it: see --limit"
+    elif wanted > usage.remaining:
+        beyond = wanted - usage.remaining
+        what = "are refused, and the run stops there" if usage.bills_overage is False else "are billed as overage"
+        yield f"{beyond} conversions more than the month has left {what}; --limit {usage.remaining} keeps within it"
+    elif api.keep_remaining and wanted > usage.remaining - api.keep_remaining:
+        yield f"the run would stop when {api.keep_remaining} conversions are left (api.keep_remaining)"
+
+
+def make_forecast(settings: Settings) -> dict[str, Any]:
+    """What the next run would do, as JSON has it. Raises UserError or RunStopped where it could not even look."""
+    path = Path(settings.run.checkpoint)
+    with JournalInMind(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
+        bucket, forecast = Bucket(settings), Forecast(settings, journal)
+        bucket.check()
+        planner = Planner(settings, bucket, journal, StopFlag(), forecast.tell)
+        planner.counts = forecast.counts
+        said_at = time.monotonic()
+        for page, routes in planner.pages(lambda: LIST_THREADS):
+            forecast.plan(planner.tasks_of(page, routes))
+            if time.monotonic() - said_at > LINE_SECONDS:
+                said_at = time.monotonic()
+                log.info("%d objects listed so far", forecast.total(LISTED))
+        forecast.ask_usage()
+        return forecast.document(bucket.pages_asked)
+
+
+def forecast_lines(found: Mapping[str, Any], settings: Settings) -> Iterator[str]:
+    """A forecast in words."""
+    yield f"{describe(settings)}: {found['listed']} listed"
+    for name, job in found["jobs"].items():
+        yield from job_forecast_lines(name, job, found["examples"])
+    yield from (f"skipped       {count} {reason}" for reason, count in found["skipped"].items())
+    cap, left = found["max_conversions"], found["remaining"]
+    month = "" if left is None else f"; {left} are left of this month's {found['monthly_limit'] or 'quota'}"
+    limit = f", {found['conversions_in_one_run']} of them in the next run (api.max_conversions = {cap})" if cap else ""
+    yield f"conversions   {found['conversions']} to pay for at the most{limit}{month}"
+    yield f"time          about {human_seconds(found['seconds'])}: {pace_words(found, settings)}"
+    yield "S3 requests   " + ", ".join(f"{count} {name}" for name, count in found["s3_requests"].items() if count)
+    yield from (f"warning       {warning}" for warning in found["warnings"])
+    yield "nothing was sent to be converted, and nothing was written"
+
+
+def job_forecast_lines(name: str, job: Mapping[str, Any], examples: Mapping[str, Any]) -> Iterator[str]:
+    """One job of a forecast in words."""
+    yield f"job {name}"
+    yield f"  to convert  {job[TO_CONVERT]}, {human_bytes(job['bytes'])}"
+    if job[TO_RESUME]:
+        yield f"  in flight   {job[TO_RESUME]}, asked for again: free of charge where the API has done the work"
+    if job[TO_COPY]:
+        yield f"  to copy     {job[TO_COPY]} within S3, free of charge"
+    if job[RETRIED]:
+        yield f"  of these    {job[RETRIED]} failed before and would be tried again"
+    yield f"  done        {job[ALREADY_DONE]} already"
+    yield from (f"  skipped     {count} {reason}" for reason, count in job["skipped"].items())
+    for code, count in job["failed"].items():
+        key, said = shown(examples[code]["key"]), shown(examples[code]["said"])
+        yield f"  would fail  {count} {code}, for example {key}: {said}"
+        yield f"              remedy: {examples[code]['remedy']}"
+
+
+def pace_words(found: Mapping[str, Any], settings: Settings) -> str:
+    """What bounds the time of a run."""
+    source = "as measured" if found["latency_is_measured"] else "as the API publishes"
+    workers = f"{settings.run.workers} workers at {found['latency_seconds']:.1f} s each ({source})"
+    if found["requests_per_minute"] is None:
+        return f"{workers}; the rate limit is not known"
+    return f"{found['requests_per_minute']:.0f} requests a minute, {workers}"
+
+
+########################################################################################################################
 # Looking. Commands that convert nothing and leave nothing behind: `--status` reads the checkpoint alone, `--why` asks
 # S3 and the very rules of a run, `--check` proves what a run needs. None takes the lock: a run may be at work.
 ########################################################################################################################
@@ -5042,14 +5358,6 @@ def local_date(seconds: float) -> str:
     """A time (Unix seconds) in the local zone, with how long ago that is."""
     shown = datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
     return f"{shown} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
-
-
-def human_seconds(seconds: float) -> str:
-    """A duration for people, in its largest unit."""
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def status_lines(settings: Settings) -> Iterator[str]:
@@ -5170,33 +5478,29 @@ def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> I
 
 
 def steps_of_next_run(settings: Settings, journal: JournalReader, bucket: Bucket, source: S3Object) -> str:
-    """What the next run would do with an object, job by job: asked of the feeder, which is what decides it."""
-    told: list[Note] = []
-    # Nothing takes from its queue, and its journal cannot be written: it can only say what it would do.
-    pacer = Pacer(None)
-    shared = Shared(settings, StopFlag(), Gate(pacer.hear), bucket, UrlTrust(), told.append)
-    feeder = Feeder(shared, pacer, journal, queue.Queue())
-    routes = [route for route in feeder.routes if source.key.startswith(route.job.prefix)]
-    steps = {task.fingerprint: step_for(task, bucket) for task in feeder.tasks_of([source], routes)}
+    """What the next run would do with an object, job by job: asked of the planner, which is what decides it."""
+    told: list[Outcome] = []
+    planner = Planner(settings, bucket, journal, StopFlag(), told.append)
+    routes = [route for route in planner.routes if source.key.startswith(route.job.prefix)]
+    steps = {task.fingerprint: step_for(task, bucket) for task in planner.tasks_of([source], routes)}
     # What needs no worker is told to the recorder: failures that cost nothing, and outputs that are found.
     for outcome in told:
-        if isinstance(outcome, Outcome):
-            what = f"fail: {outcome.code}, {outcome.message}" if outcome.code else "take the output that is there"
-            steps[outcome.task.fingerprint] = shown(what)
-    by_job = {route.job.name: step_of(route, source, feeder, steps) for route in feeder.routes}
+        what = f"fail: {outcome.code}, {outcome.message}" if outcome.code else "take the output that is there"
+        steps[outcome.task.fingerprint] = shown(what)
+    by_job = {route.job.name: step_of(route, source, planner, steps) for route in planner.routes}
     if len(by_job) == 1:
         return "".join(by_job.values())
     return "; ".join(f"{step} (job {name})" for name, step in by_job.items())
 
 
-def step_of(route: Route, source: S3Object, feeder: Feeder, steps: Mapping[str, str]) -> str:
+def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str, str]) -> str:
     """What becomes of an object in one job; `steps`: by fingerprint, which several jobs may share."""
     if not source.key.startswith(route.job.prefix):
         return f"not list it, for its key does not begin with {route.job.prefix}"
     # By itself, so that the only reason that is counted is this job's.
-    feeder.counts.clear()
-    feeder.tasks_of([source], [route])
-    reasons = [name for name in feeder.counts if name != "listed"]
+    planner.counts.clear()
+    planner.tasks_of([source], [route])
+    reasons = [name for _, name in planner.counts if name not in {LISTED, RETRIED}]
     return f"leave it: {', '.join(reasons)}" if reasons else steps[route.job.fingerprint]
 
 
@@ -5273,9 +5577,8 @@ def findings(settings: Settings) -> Iterator[Finding]:
     checkpoint = Path(settings.run.checkpoint)
     yield proved("run.checkpoint", partial(checkpoint_is_usable, settings))
     yield proved("lock", partial(lock_is_free, checkpoint))
-    for name in ("failures", "summary"):
-        path = getattr(settings.run, name)
-        if path:
+    for name in ("failures", "summary", "metrics"):
+        if path := getattr(settings.run, name):
             yield proved(f"run.{name}", partial(is_writable, Path(path), f"run.{name}"))
     for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
         yield proved(f"space in {folder}", partial(has_space, folder))
@@ -5536,6 +5839,7 @@ FLAGS = {
     "prefix": ("s3", "prefix"),
     "target": ("convert", "target"),
     "workers": ("run", "workers"),
+    "processes": ("run", "processes"),
     "limit": ("api", "max_conversions"),
 }
 
@@ -5563,6 +5867,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefix", metavar="PREFIX", help="only keys that begin so (s3.prefix)")
     add("--target", metavar="FORMAT", help="format to convert to (convert.target)")
     add("--workers", metavar="N", help="conversions at a time (run.workers)")
+    add("--processes", metavar="N", help="processes that share the workers out (run.processes)")
     add("--limit", metavar="N", help="conversions to pay for in this run (api.max_conversions)")
     add(
         "--shard",
@@ -5571,6 +5876,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
     alone = parser.add_mutually_exclusive_group().add_argument
+    alone("--dry-run", action="store_true", help="what a run would convert, skip, pay for and take; convert nothing")
     alone("--check", action="store_true", help="prove configuration, S3, API key, quota and files; convert nothing")
     alone("--status", action="store_true", help="what the checkpoint knows; no network")
     alone("--why", metavar="KEY", help="all that is known about one object, and what the next run would do")
@@ -5694,6 +6000,8 @@ def carry_out(arguments: argparse.Namespace, settings: Settings) -> ExitCode:
     """Do what the command line asks for. Raises UserError or RunStopped."""
     if arguments.check:
         return check(settings)
+    if arguments.dry_run:
+        return dry_run(settings)
     if arguments.status:
         return print_all(status_lines(settings), settings)
     if arguments.why is not None:
@@ -5702,6 +6010,14 @@ def carry_out(arguments: argparse.Namespace, settings: Settings) -> ExitCode:
     stop = StopFlag()
     stop.install()
     return finish(run(settings, stop), settings)
+
+
+def dry_run(settings: Settings) -> ExitCode:
+    """Print a forecast: lines for people, or one JSON document."""
+    found = make_forecast(settings)
+    if settings.log_format == "json":
+        return print_all([json.dumps(without_secrets(found), ensure_ascii=False)], settings)
+    return print_all(forecast_lines(found, settings), settings)
 
 
 def print_all(lines: Iterable[str], settings: Settings) -> ExitCode:
@@ -5717,9 +6033,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
-        is_offline = arguments.status or arguments.why is not None
+        is_free = arguments.status or arguments.dry_run or arguments.why is not None
         settings = load_settings(
-            arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_offline
+            arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_free
         )
         named = ("retry_failed", "quiet", "keys_from", "log_format")
         return carry_out(arguments, replace(settings, **{name: getattr(arguments, name) for name in named}))

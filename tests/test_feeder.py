@@ -74,15 +74,19 @@ class Fed:
     counts: Counter[str] = field(default_factory=Counter)
     ended: list[FeedEnded] = field(default_factory=list)
     end_markers: int = 0
+    notes: list[program.Note] = field(default_factory=list)  # of any other kind
 
     def tell(self, note: program.Note) -> None:
         """Take a note as the recorder would."""
         if isinstance(note, Counted):
-            self.counts.update(note.counts)
+            for (_, name), count in note.counts.items():
+                self.counts[name] += count
         elif isinstance(note, FeedEnded):
             self.ended.append(note)
         elif isinstance(note, Outcome):
             self.outcomes.append(note)
+        else:
+            self.notes.append(note)
 
     def take(self, tasks: queue.Queue[Task | None]) -> None:
         """Take what is on the queue as the workers would."""
@@ -183,10 +187,13 @@ def test_select_counts_a_page_by_hand() -> None:
     page = [source("a.png"), source("b.jpg"), source("c/"), source("d.png", 0), source("out/e.png"), source("f.gif")]
     wanted = settings("convert.include=*.png *.jpg")
     routes = [program.make_route(job, NOW) for job in wanted.jobs]
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     assert [found.source.key for found in program.select(page, routes, ("out/",), program.Shard(), counts)] == ["a.png"]
-    expected = {"listed": 6, "same_format": 1, "folder": 1, "empty": 1, "own_output": 1, "not_matched": 1}
-    assert counts == expected
+    of_no_job = {"listed": 4, "folder": 1, "empty": 1, "own_output": 1, "not_matched": 1}
+    of_the_job = {"listed": 2, "same_format": 1}
+    expected = [*((("", name), count) for name, count in of_no_job.items())]
+    expected += [*((("default", name), count) for name, count in of_the_job.items())]
+    assert counts == dict(expected)
 
 
 def test_an_object_that_two_jobs_want_counts_twice_and_is_listed_once(journal: Journal) -> None:
@@ -227,7 +234,7 @@ def test_the_journal_tells_what_is_unfinished(
     settle(journal, feed(FakeBucket(pages_of("a.png")), journal).tasks, event, permanent=permanent)
     wanted = replace(settings(), retry_failed=retry)
     fed = feed(FakeBucket([[source("a.png", etag=etag)]]), journal, wanted)
-    found = {name for name, count in fed.counts.items() if count and name != "listed"}
+    found = {name for name, count in fed.counts.items() if count and name not in {"listed", "retried"}}
     assert (found or {"to do"}) == {expected}
     assert fed.keys == (["a.png"] if expected == "to do" else [])
 
@@ -237,9 +244,9 @@ def test_unfinished_asks_for_each_job_apart(journal: Journal) -> None:
     candidates = [program.Candidate(job, source("x.png")) for job in (first, second)]
     done = Task("a", first.fingerprint, "x.png", "e1", 10, "jpg", None, "converted/x.jpg", "id")
     settle(journal, [done], Event.CONVERTED)
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     left = list(program.unfinished(candidates, journal, counts, retry=False))
-    assert ([found.job.name for found in left], counts) == (["b"], {"already_done": 1})
+    assert ([found.job.name for found in left], counts) == (["b"], {("a", "already_done"): 1})
 
 
 def test_a_crashed_request_is_sent_again_as_it_was(journal: Journal) -> None:

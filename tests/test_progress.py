@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import queue
 import re
 import select
 import signal
@@ -19,6 +20,7 @@ import s3_bulk_convert as program
 from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
+from tests.test_feeder import FakeBucket, Fed, feed, feeder, pages_of, settings, settle
 
 Cli = Callable[..., Any]
 # Starts the real script with other numbers, so that no test waits for a minute.
@@ -104,6 +106,33 @@ def test_the_total_is_an_estimate_until_the_listing_has_ended(
     release.set()
     terminal.read_until(r"6 of 6 done")
     assert run.wait().exit_code == 0
+
+
+def test_a_second_pass_over_the_listing_gives_the_total_while_the_workers_are_busy(
+    start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal, release: threading.Event
+) -> None:
+    put_some(bucket, 25)
+    api.faults.add(Fault.hang_until(release))
+    script = HASTY_PROGRAM.replace("program.LINE", "program.PAGE_KEYS = 5\nprogram.LINE")
+    known = ("--workers", "1", "--set", "api.requests_per_minute=100000")
+    run = start(*known, command=("-c", script), terminal=terminal.slave)
+    terminal.read_until(r"0 of ~5 done")
+    terminal.read_until(r"0 of 25 done")
+    release.set()
+    assert run.wait().exit_code == 0
+
+
+def test_what_this_run_has_converted_by_then_belongs_to_the_total(tmp_path: Path) -> None:
+    fed = Fed()
+    with program.Journal(tmp_path / "checkpoint.sqlite3", "bucket", "bucket") as journal:
+        settle(journal, feed(FakeBucket(pages_of("done before.png")), journal).tasks, program.Event.CONVERTED)
+        bucket = FakeBucket(pages_of("done before.png", "b.png", "c.png", "d.jpg"))
+        feeding = feeder(bucket, journal, settings(), queue.Queue(), fed)
+        counting = program.TotalCount(feeding)
+        settle(journal, feed(FakeBucket(pages_of("b.png")), journal).tasks, program.Event.CONVERTED)
+        feeding.is_ahead.set()
+        counting.run()
+    assert fed.notes == [program.TotalKnown(2)]
 
 
 def test_a_window_made_smaller_leaves_no_line_longer_than_it_is(
@@ -211,7 +240,7 @@ def clocked(tmp_path: Path, caplog: Any) -> tuple[Clock, program.Progress]:
 
 def test_silence_of_ten_minutes_is_ten_lines(clocked: tuple[Clock, program.Progress], caplog: Any) -> None:
     report = program.Report()
-    report.add_counts({"listed": 7})
+    report.add_counts({("", "listed"): 7})
     shown_over(605, *clocked, report, each=0)
     lines = [record.fields for record in caplog.records]
     assert len(lines) == 10
@@ -223,7 +252,7 @@ def test_silence_of_ten_minutes_is_ten_lines(clocked: tuple[Clock, program.Progr
 
 def test_rate_and_eta_are_those_of_the_last_minute(clocked: tuple[Clock, program.Progress], caplog: Any) -> None:
     report = program.Report()
-    report.add_counts({"listed": 10_000})
+    report.add_counts({("", "listed"): 10_000})
     shown_over(121, *clocked, report, each=10)
     shown_over(120, *clocked, report, each=2)
     fast, slow = caplog.records[1].fields, caplog.records[-1].fields
@@ -234,7 +263,7 @@ def test_rate_and_eta_are_those_of_the_last_minute(clocked: tuple[Clock, program
 
 def test_a_counted_total_takes_the_place_of_the_estimate() -> None:
     report = program.Report()
-    report.add_counts({"listed": 10, "already_done": 4})
+    report.add_counts({("", "listed"): 10, ("", "already_done"): 4})
     assert report.expected == 6
     report.total = 50
     assert report.expected == 50
