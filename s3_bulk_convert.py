@@ -141,7 +141,8 @@ MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint within a day
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
-MULTIPART_BYTES = 16 << 20  # a larger output is put in parts
+MULTIPART_BYTES = 100 * 10**6  # a larger output is put in parts, each of which is in memory twice; one PUT is streamed
+PART_BYTES = 5 << 20  # the least that S3 takes
 S3_TIMEOUT_SECONDS = 60
 PAGE_KEYS = 1000  # what S3 lists at once
 LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes 160 ms
@@ -2164,13 +2165,13 @@ FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, EndpointConnecti
 
 def refused(error: Exception, doing: str) -> RunStopped:
     """The end of the run for an S3 error that would meet every object."""
-    if isinstance(error, ClientError):
-        said = error.response.get("Error", {})
-        because = f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()
-    else:
-        because = f"S3 could not be reached for {doing}: {error}"
+    if not isinstance(error, ClientError):
+        because = redacted(f"S3 could not be reached for {doing}: {error}")
+        return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
+    said = error.response.get("Error", {})
     return RunStopped(
-        redacted(because), "check the bucket's name, the AWS credentials and their permissions, and run it again"
+        redacted(f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()),
+        "check the bucket's name, the AWS credentials and their permissions, and run it again",
     )
 
 
@@ -2471,7 +2472,7 @@ class Bucket:
         extra = {**self._output_arguments(task), "ContentType": result.media_type}
         with self._explaining_writes(key):
             if result.size > MULTIPART_BYTES:
-                parts = TransferConfig(use_threads=False, multipart_chunksize=MULTIPART_BYTES)
+                parts = TransferConfig(use_threads=False, multipart_chunksize=PART_BYTES)
                 self.client.upload_fileobj(result.body, self.output_name, key, ExtraArgs=extra, Config=parts)
             else:
                 self.client.put_object(Bucket=self.output_name, Key=key, Body=result.body, **extra)
@@ -5239,6 +5240,7 @@ class Forecast:
 
     def document(self, pages_asked: int) -> dict[str, Any]:
         """All of it as JSON has it; times in seconds, sizes in bytes. `pages_asked`: of listings."""
+        wanted = self.conversions
         examples = {
             code: {"key": failure.task.key, "said": failure.message, "remedy": remedy(code)}
             for code, failure in self.examples.items()
@@ -5248,7 +5250,7 @@ class Forecast:
             "jobs": {job.name: self._of_job(job.name) for job in self.settings.jobs},
             "skipped": self._skipped(""),
             "examples": examples,
-            "conversions": self.conversions,
+            "conversions": wanted,
             "conversions_in_one_run": self.in_one_run,
             "max_conversions": self.settings.api.max_conversions,
             "plan": self.usage.plan,
@@ -5258,10 +5260,7 @@ class Forecast:
             "latency_seconds": round(self.latency_seconds, 3),
             "latency_is_measured": bool(self.latencies),
             "seconds": round(self.seconds),
-            "s3_requests": {
-                **{"LIST": pages_asked, "GET": self.conversions, "PUT": self.conversions},
-                "COPY": self.total(TO_COPY),
-            },
+            "s3_requests": {"LIST": pages_asked, "COPY": self.total(TO_COPY)} | dict.fromkeys(["GET", "PUT"], wanted),
             "warnings": list(self.warnings()),
         }
 
