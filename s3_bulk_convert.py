@@ -46,6 +46,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import hmac
 import io
 import itertools
 import json
@@ -84,6 +85,7 @@ from xml.etree import ElementTree
 try:
     import boto3
     import botocore.config
+    import botocore.credentials
     import requests
     import urllib3
     from boto3.s3.transfer import TransferConfig
@@ -2202,8 +2204,10 @@ def open_session(address: str, connections: int, ca_bundle: str | None = None) -
     return session
 
 
-def make_s3_client(options: S3Options, region: str | None, connections: int) -> "S3Client":
-    """The one client, shared by all threads. boto3's usual chain gives the credentials.
+def make_s3_client(
+    options: S3Options, region: str | None, connections: int
+) -> tuple["S3Client", botocore.credentials.Credentials]:
+    """The one client, shared by all threads, and the credentials that boto3's usual chain gives it.
 
     Raises UserError if the profile does not exist or there are no credentials at all.
     """
@@ -2225,15 +2229,69 @@ def make_s3_client(options: S3Options, region: str | None, connections: int) -> 
     )
     try:
         session = boto3.session.Session(profile_name=options.profile, region_name=region or options.region)
-        if session.get_credentials() is None:
+        credentials = session.get_credentials()
+        if credentials is None:
             raise UserError(
                 "there are no AWS credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
             )
-        return session.client("s3", endpoint_url=options.endpoint_url, config=config)
+        return session.client("s3", endpoint_url=options.endpoint_url, config=config), credentials
     except (BotoCoreError, ValueError) as problem:
         raise UserError(
             f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
         ) from None
+
+
+class UrlSigner:
+    """Presigns reading the objects of a bucket as boto3 does, at a tenth of its cost (SigV4 with query parameters).
+
+    A URL of boto3's own is its model and its check: where the same request gets another signature there (an access
+    point of several regions, say), boto3 goes on signing all of them. `more`: what the query is to say in addition;
+    boto3 would sign it as a header, which whoever fetches the URL does not send.
+    """
+
+    PROBE = "as boto3/signs it+%~é.png"
+
+    def __init__(
+        self, sign: Callable[[str], str], credentials: botocore.credentials.Credentials, more: Mapping[str, str]
+    ) -> None:
+        self._sign, self._credentials, self._more = sign, credentials, dict[str, str]()
+        theirs = urllib.parse.urlsplit(sign(self.PROBE))
+        told = dict(urllib.parse.parse_qsl(theirs.query))
+        self._host, self._origin = theirs.netloc, f"{theirs.scheme}://{theirs.netloc}"
+        self._folder = theirs.path.removesuffix(urllib.parse.quote(self.PROBE, safe="/~"))
+        # The access key in front of the scope may hold anything.
+        self._scope = told.get("X-Amz-Credential", "").rsplit("/", 4)[2:]
+        ours = self._signed(self.PROBE, told.get("X-Amz-Date", ""))
+        self._is_like_boto3 = ours.endswith(f"&X-Amz-Signature={told.get('X-Amz-Signature')}")
+        self._more = dict(more)
+
+    def sign(self, key: str) -> str:
+        """A URL that reads one object for as long as URL_LIFE_SECONDS."""
+        if not self._is_like_boto3:
+            return self._sign(key)
+        return self._signed(key, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
+
+    def _signed(self, key: str, stamp: str) -> str:
+        keys = self._credentials.get_frozen_credentials()
+        scope = [stamp[:8], *self._scope]
+        fields = {
+            "X-Amz-Algorithm": "AWS4-HMAC-SHA256",
+            "X-Amz-Credential": f"{keys.access_key}/{'/'.join(scope)}",
+            "X-Amz-Date": stamp,
+            "X-Amz-Expires": str(URL_LIFE_SECONDS),
+            "X-Amz-SignedHeaders": "host",
+            **({"X-Amz-Security-Token": keys.token} if keys.token else {}),
+            **self._more,
+        }
+        quote = urllib.parse.quote
+        query = "&".join(f"{name}={quote(value, safe='-_.~')}" for name, value in sorted(fields.items()))
+        path = self._folder + quote(key, safe="/~")
+        canonical = f"GET\n{path}\n{query}\nhost:{self._host}\n\nhost\nUNSIGNED-PAYLOAD"
+        wanted = f"AWS4-HMAC-SHA256\n{stamp}\n{'/'.join(scope)}\n{hashlib.sha256(canonical.encode()).hexdigest()}"
+        secret = f"AWS4{keys.secret_key}".encode()
+        for part in (*scope, wanted):
+            secret = hmac.digest(secret, part.encode(), "sha256")
+        return f"{self._origin}{path}?{query}&X-Amz-Signature={secret.hex()}"
 
 
 class Bucket:
@@ -2243,12 +2301,18 @@ class Bucket:
         self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.written_bucket
         # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
         self._connections = settings.run.workers + HEADS_AT_A_TIME
-        self.client = make_s3_client(settings.s3, None, self._connections)
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
+        self._connect(None)
         self._has_read = False
         self.pages_asked = 0  # of listings
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
+
+    def _connect(self, region: str | None) -> None:
+        self.client, credentials = make_s3_client(self.options, region, self._connections)
+        # As Amazon says for URLs of requester-pays buckets.
+        payer = {"x-amz-request-payer": "requester"} if self._payer else {}
+        self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
 
     def check(self) -> None:
         """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
@@ -2270,7 +2334,7 @@ class Bucket:
     def _use_region(self, region: str | None, name: str) -> None:
         # A URL signed for another region is refused by Amazon, where a client's own requests are redirected.
         if region and name == self.name and region != self.client.meta.region_name and not self.options.endpoint_url:
-            self.client = make_s3_client(self.options, region, self._connections)
+            self._connect(region)
 
     def list_pages(self, prefix: str, hunger: Callable[[], int]) -> Generator[list[S3Object], None, None]:
         """The objects whose keys begin with `prefix`, a page at a time; see Listing. Raises RunStopped."""
@@ -2370,9 +2434,8 @@ class Bucket:
             copy.seek(0)
             yield copy
 
-    def presign(self, key: str) -> str:
-        """A URL that reads one object."""
-        request = {"Bucket": self.name, "Key": key, **self._payer}
+    def _presigned_by_boto3(self, key: str) -> str:
+        request = {"Bucket": self.name, "Key": key}
         return self.client.generate_presigned_url("get_object", Params=request, ExpiresIn=URL_LIFE_SECONDS)
 
     def open_source(self, task: Task) -> IO[bytes]:

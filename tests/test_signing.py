@@ -1,0 +1,81 @@
+"""Presigned URLs: the same signature as boto3's for any key, and boto3's own where it has another way to sign."""
+
+import urllib.parse
+from typing import Any
+
+import pytest
+from botocore.auth import S3SigV4QueryAuth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from hypothesis import given
+from hypothesis import strategies as st
+
+import s3_bulk_convert as program
+from tests.test_feeder import settings
+
+ENDPOINTS = ("none", "http://127.0.0.1:9000", "https://s3.example.com/below")
+KEYS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
+
+
+def bucket(monkeypatch: pytest.MonkeyPatch, *options: str, token: str = "") -> program.Bucket:
+    """A bucket in Ireland, and nobody behind it."""
+    found = {"AWS_ACCESS_KEY_ID": "key/with:odd", "AWS_SECRET_ACCESS_KEY": "s+/=", "AWS_DEFAULT_REGION": "eu-west-1"}
+    for name, value in {**found, "AWS_SESSION_TOKEN": token}.items():
+        monkeypatch.setenv(name, value)
+    return program.Bucket(settings(*options))
+
+
+def query_of(url: str) -> dict[str, str]:
+    """The parameters of a URL."""
+    return dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(url).query))
+
+
+def signer_of(of: program.Bucket) -> program.UrlSigner:
+    """Who signs for a bucket."""
+    signer: Any = of.presign
+    found: program.UrlSigner = signer.__self__
+    return found
+
+
+@pytest.mark.parametrize("token", ["", "a/session+token=="])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize("name", ["bucket", "a.bucket.with.dots"])
+def test_a_url_is_boto3_s_own_to_the_signature(
+    endpoint: str, token: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = bucket(monkeypatch, f"s3.endpoint_url={endpoint}", f"s3.bucket={name}", token=token)
+
+    @given(key=KEYS)
+    def holds_for(key: str) -> None:
+        theirs = here._presigned_by_boto3(key)
+        ours = signer_of(here)._signed(key, query_of(theirs)["X-Amz-Date"])
+        assert urllib.parse.urlsplit(ours)[:3] == urllib.parse.urlsplit(theirs)[:3]
+        assert query_of(ours) == query_of(theirs)
+
+    holds_for()
+
+
+def test_who_pays_is_said_in_the_query_where_it_needs_no_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = bucket(monkeypatch, "s3.requester_pays=yes").presign("a b.png")
+    asked = query_of(url)
+    assert (asked["x-amz-request-payer"], asked["X-Amz-SignedHeaders"]) == ("requester", "host")
+    request = AWSRequest("GET", url.partition("?")[0] + "?x-amz-request-payer=requester")
+    request.context["timestamp"] = asked["X-Amz-Date"]
+    signer = S3SigV4QueryAuth(Credentials("key/with:odd", "s+/="), "s3", "eu-west-1", expires=86_400)
+    canonical = signer.canonical_request(AWSRequest("GET", url.rpartition("&X-Amz-Signature")[0]))
+    assert signer.signature(signer.string_to_sign(request, canonical), request) == asked["X-Amz-Signature"]
+
+
+def test_where_boto3_signs_in_another_way_it_signs_them_all() -> None:
+    def sign(key: str) -> str:
+        return f"https://h/{key}?AWSAccessKeyId=k&Expires=1&Signature=s"
+
+    assert program.UrlSigner(sign, Credentials("k", "s"), {}).sign("a") == sign("a")
+
+
+def test_keys_that_are_renewed_sign_the_next_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = bucket(monkeypatch, token="old")
+    credentials: Any = signer_of(here)._credentials
+    credentials.access_key, credentials.token = "renewed", "new"
+    asked = query_of(here.presign("a.png"))
+    assert (asked["X-Amz-Credential"].split("/")[0], asked["X-Amz-Security-Token"]) == ("renewed", "new")
