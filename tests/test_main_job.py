@@ -9,7 +9,6 @@ import pytest
 
 from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Fault
-from tests.converters import Conversion, marking
 from tests.samples import number_in, photo
 
 Cli = Callable[..., Any]
@@ -125,15 +124,3 @@ def test_every_request_names_the_source_format_and_repeats_its_key(
     assert first.fields["source"] == "png"
     assert first.filename == "a.png"
     assert (first.idempotency_key, first.raw_sha256) == (second.idempotency_key, second.raw_sha256)
-
-
-def test_a_large_object_goes_through_in_parts_and_comes_out_whole(
-    run_cli: Cli, bucket: Any, api: ConversionApi
-) -> None:
-    api.behaviour.convert = marking
-    source = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4096 * 20
-    bucket.put("large.png", source)
-    run = run_cli("--set", "api.transfer=upload")
-    assert run.exit_code == 0, run.err
-    body, *_ = bucket.outputs()["converted/large.jpg"]
-    assert body == marking(Conversion(source, "png", "jpg", None)).body
