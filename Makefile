@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo test test-slow bench lint clean
+.PHONY: help demo test test-slow test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -23,6 +23,9 @@ test: .venv/ready  ## all tests but the slow ones
 test-slow: .venv/ready  ## the long proofs: random kills, many examples
 	$(BIN)/python -m pytest -c tests/pytest.ini -m slow -s tests
 
+test-all: .venv/ready  ## all tests but the slow ones on each Python that is here, and with the oldest packages
+	$(BIN)/python -m tests.all_pythons
+
 .venv/ready-bench: .venv/ready tests/bench/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
 	@touch $@
@@ -37,5 +40,5 @@ lint: .venv/ready  ## style, complexity and size of functions, types
 	$(BIN)/python -m tests.size_budget s3_bulk_convert.py
 
 clean:  ## remove .venv and caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["boto3>=1.36", "requests>=2.31", "tqdm>=4.60", "urllib3>=2.0"]
+# dependencies = ["boto3>=1.36", "requests>=2.31", "tqdm>=4.60", "urllib3>=2.0.2"]
 # ///
 """Convert every object of an S3 bucket once through the ChangeThisFile API and put the results back into S3.
 
@@ -179,7 +179,7 @@ SCARCE_DISK_BYTES, LITTLE_DISK_BYTES = 100 * 10**6, 10**9  # a failure, a warnin
 SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
 MOST_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
 
-OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3": "2.0"}
+OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3": "2.0.2"}
 CONVERT_PATH, JOBS_PATH, USAGE_PATH = "/v1/convert", "/v1/jobs", "/v1/usage"
 JOB_LOST = "job_lost"
 FORMAT_ALIASES = {
@@ -5651,11 +5651,11 @@ def findings(settings: Settings) -> Iterator[Finding]:
 def versions() -> str:
     """The versions that are at work. Raises UserError if one is too old."""
     found = {name: str(getattr(sys.modules[name], "__version__", "")) for name in OLDEST_PACKAGES}
-    # Two numbers are enough, and "2.0a1" has them as well.
+    # "2.0a1" has its numbers too.
     old = [
         f"{name}>={oldest}"
         for name, oldest in OLDEST_PACKAGES.items()
-        if [int(part) for part in re.findall(r"\d+", found[name])[:2]] < [int(part) for part in oldest.split(".")]
+        if [int(part) for part in re.findall(r"\d+", found[name])[:3]] < [int(part) for part in oldest.split(".")]
     ]
     if old:
         wanted = " ".join(f"'{name}'" for name in old)

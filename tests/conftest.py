@@ -28,6 +28,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPT = Path(__file__).parent.parent / "s3_bulk_convert.py"
+# The interpreter for the script, if it is not the tests' own: see all_pythons.py.
+PYTHON = os.environ.get("S3_TEST_PYTHON", sys.executable)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def launch(
     }
     changed = {name: value for name, value in {**environment, **changes}.items() if value is not None}
     given = ["--set", f"api.url={api.url}", "--set", "run.summary=summary.json", *arguments]
-    return Run([sys.executable, *command, *given], workdir, changed, stdin, terminal)
+    return Run([PYTHON, *command, *given], workdir, changed, stdin, terminal)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """The main job, end to end: the real script, a real S3 server, a real HTTP API that counts what is paid."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,6 +76,16 @@ def test_the_environment_alone_is_enough(run_cli: Cli, bucket: Any) -> None:
     run = run_cli(SOURCE_PREFIX="uploads/", TARGET_FORMAT="webp", CONCURRENCY="2")
     assert run.exit_code == 0
     assert list(bucket.outputs()) == ["converted/uploads/a.webp"]
+
+
+def test_a_copy_of_the_one_file_in_an_empty_directory_is_all_it_needs(
+    run_cli: Cli, bucket: Any, tmp_path: Path
+) -> None:
+    put_photos(bucket, 3)
+    shutil.copy(SCRIPT, tmp_path / "work" / "converter.py")
+    run = run_cli("--processes", "2", command=("converter.py",))
+    assert run.exit_code == 0, run.err
+    assert_each_output_shows_its_source(bucket, 3)
 
 
 def test_a_run_that_was_killed_in_the_middle_is_finished_by_the_next(
