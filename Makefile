@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo test test-slow test-all bench lint clean
+.PHONY: help demo recording test test-slow test-all bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -16,6 +16,9 @@ help:  ## say what can be made
 
 demo: .venv/ready  ## convert about 60 real files from a real S3 server, twice, on this machine only
 	$(BIN)/python -m tests.demo
+
+recording: .venv/ready  ## draw what a terminal shows of the demo into tests/demo.svg
+	$(BIN)/python -m tests.recording
 
 test: .venv/ready  ## all tests but the slow ones
 	$(BIN)/python -m pytest -c tests/pytest.ini -n 2 tests

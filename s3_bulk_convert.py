@@ -5148,10 +5148,10 @@ REMEDIES = {
 def remedy(code: str) -> str:
     """What to do about failures with a code."""
     # The API may have codes that no page of it names; the status, where that is all there is, still says whose fault.
-    if code in REMEDIES:
-        return REMEDIES[code]
-    return (
-        "the API's side: run it again later" if code.startswith("http_5") else "see the failures file for its messages"
+    if code.startswith("http_5"):
+        return "the API's side: run it again later"
+    return REMEDIES.get(
+        code, "open one of the files: it may be damaged or protected by a password; its message says more"
     )
 
 

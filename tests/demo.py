@@ -117,6 +117,7 @@ def demonstrate(claims: Claims) -> None:
         print(f"  {endpoints[1]}  a conversion API that does convert, and takes {LATENCY_SECONDS} s for each file")
         bucket = servers.s3.client()
         samples = fill(bucket)
+        show_forecast(servers, claims)
         outputs = show_first_run(servers, bucket, samples, claims)
         show_second_run(servers, bucket, outputs, claims)
     files = [path for path in (servers.s3.directory, servers.directory) if path is None or path.exists()]
@@ -124,9 +125,18 @@ def demonstrate(claims: Claims) -> None:
     claims.claim("both servers have ended, and no files are left behind", is_true=is_over)
 
 
+def show_forecast(servers: Servers, claims: Claims) -> None:
+    """Ask what a run would come to."""
+    say("What would it come to? In an empty directory, with nothing but environment variables and flags:")
+    code = run_program(servers, "--dry-run")
+    sent = [request.path for request in servers.api.requests if request.is_conversion]
+    is_forecast = code == 0 and not sent and not list(servers.directory.iterdir())
+    claims.claim(f"conversions asked for: {len(sent)}, files written: 0", is_true=is_forecast)
+
+
 def show_first_run(servers: Servers, bucket: S3Client, samples: dict[str, bytes], claims: Claims) -> list[Output]:
     """Convert the bucket, and check what came of it."""
-    say("Convert them all to JPEG, in an empty directory, with nothing but environment variables and flags:")
+    say("Convert them all to JPEG:")
     code = run_program(servers)
     outputs, failures = outputs_in(bucket), read_failures(servers.directory / FAILURES)
     show_outputs(outputs)
@@ -145,7 +155,7 @@ def show_second_run(servers: Servers, bucket: S3Client, outputs: list[Output], c
     """Run the same command again, and check that it did nothing."""
     requests_before, paid_before = len(servers.api.requests), len(servers.api.paid)
     say("The same again. Nothing has changed, so nothing may be sent, not even the broken files:")
-    code = run_program(servers, again=True)
+    code = run_program(servers)
     requests, paid = len(servers.api.requests) - requests_before, len(servers.api.paid) - paid_before
     say("Was nothing sent again?")
     claims.claim(f"exit code {code}: nothing left to do", is_true=code == 0)
@@ -228,7 +238,7 @@ def number_in_key(key: str) -> int | None:
 ########################################################################
 
 
-def run_program(servers: Servers, *, again: bool = False) -> int:
+def run_program(servers: Servers, *flags: str) -> int:
     """Run the program as a user would, after showing the command, and return its exit code."""
     variables = {
         "CTF_API_KEY": servers.api.api_key,
@@ -237,11 +247,11 @@ def run_program(servers: Servers, *, again: bool = False) -> int:
         "CONCURRENCY": "10",
         **servers.s3.environment(),
     }
-    command = [sys.executable, str(PROGRAM), "--set", f"api.url={servers.api.url}", *FLAGS]
-    if again:
-        print("$ (the same command)", flush=True)
-    else:
+    command = [sys.executable, str(PROGRAM), "--set", f"api.url={servers.api.url}", *FLAGS, *flags]
+    if flags:
         show_command(servers.directory, variables, command)
+    else:
+        print("$ (the same command, but for --dry-run)", flush=True)
     # Output and errors go where the demo's own go, so that on a terminal there is a progress bar.
     process = subprocess.Popen(command, cwd=servers.directory, env=os.environ | variables)
     with surely_ended(process):
