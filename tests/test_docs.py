@@ -13,6 +13,7 @@ import botocore.validate
 import pytest
 
 import s3_bulk_convert as program
+from tests import messages
 from tests.conftest import SCRIPT
 
 ROOT = SCRIPT.parent
@@ -132,3 +133,19 @@ def test_the_project_has_nothing_else_at_its_top_level() -> None:
         ".gitignore",
         ".ci",
     }
+
+
+def test_readme_has_every_message_of_the_script_with_its_remedy() -> None:
+    assert messages.tables() in README
+
+
+def test_no_message_of_the_script_is_overlooked() -> None:
+    found = messages.read_script()
+    said = {row.text for row in found.errors}
+    source = SCRIPT.read_text(encoding="utf-8")
+    # Each that is raised with a text of its own; the others hand on what is in the table already.
+    assert len(re.findall(r"\b(?:UserError|RunStopped|Doubt)\(\s*f?\"", source)) <= len(said)
+    assert all(
+        row.hint for row in found.errors if messages.says_something(row.text) and row.text != "no API key is given"
+    )
+    assert {"the bucket … does not exist", "the quota is used up: …"} <= said
