@@ -3120,6 +3120,9 @@ class RetryPolicy(Retry):
         if response is None:
             return self._after_broken_exchange(error)
         asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
+        # A refusal may say what the limit is as well; a download host speaks for nobody but itself.
+        if "X-RateLimit-Limit" in response.headers and not self.looks_up:
+            self.shared.gate.learn(response.headers, time.time())
         code, message = parse_error(error_body(response))
         verdict = judge_reply(response.status, code, looks_up=self.looks_up)
         # A refusal is proof that nothing was made. A 5xx may come from a gateway that lost patience, a 409 says that

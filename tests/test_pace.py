@@ -1,0 +1,166 @@
+"""The pace: evenly spaced, learned from what the API says, slowed down by a 429, and back again after a while."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import s3_bulk_convert as program
+from s3_bulk_convert import Gate, Heard, Pacer, StopFlag
+from tests.conversion_api import ConversionApi
+from tests.samples import photo
+
+Cli = Callable[..., Any]
+
+
+class Clock:
+    """A clock that only moves when somebody waits."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def monotonic(self) -> float:
+        """The time, in seconds."""
+        return self.now
+
+    time = monotonic
+
+
+class Waiting(StopFlag):
+    """Waits by moving the clock."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def sleep(self, seconds: float) -> None:
+        """Let the time pass."""
+        self._clock.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of the program."""
+    clock = Clock()
+    monkeypatch.setattr(program, "time", clock)
+    return clock
+
+
+def gaps(pacer: Pacer, clock: Clock, count: int) -> list[float]:
+    """Seconds between the next slots."""
+    stop, moments = Waiting(clock), []
+    for _ in range(count + 1):
+        pacer.take(stop)
+        moments.append(clock.now)
+    return [later - earlier for earlier, later in itertools.pairwise(moments)]
+
+
+def answered(pacer: Pacer, limit: int = 0) -> Pacer:
+    """The same after a first answer that says what the limit per minute is."""
+    pacer.hear(Heard(limit=limit))
+    return pacer
+
+
+@pytest.mark.parametrize(
+    ("cap", "limit", "parts", "seconds"),
+    [
+        pytest.param(60, 0, 1, 1.0, id="the user's cap"),
+        pytest.param(None, 60, 1, 1 / 0.99, id="the API's limit, less one percent"),
+        pytest.param(30, 60, 1, 2 / 0.99, id="the cap is smaller"),
+        pytest.param(120, 60, 1, 1 / 0.99, id="the limit is smaller"),
+        pytest.param(60, 0, 4, 4.0, id="one of four shards"),
+        pytest.param(None, 60, 4, 4 / 0.99, id="the limit of four shards"),
+        pytest.param(None, 0, 1, 0.0, id="nobody says"),
+    ],
+)
+def test_slots_are_evenly_spaced_at_the_smaller_limit(
+    cap: int | None, limit: int, parts: int, seconds: float, clock: Clock
+) -> None:
+    assert gaps(answered(Pacer(cap, parts), limit), clock, 20) == pytest.approx([seconds] * 20)
+
+
+def test_what_is_sent_beside_the_feeder_is_taken_off_the_next_slots(clock: Clock) -> None:
+    pacer = answered(Pacer(60))
+    gaps(pacer, clock, 1)
+    pacer.hear(Heard(slots=3))
+    assert gaps(pacer, clock, 2) == pytest.approx([1, 1])
+    assert clock.now == pytest.approx(1_000_000 + 1 + 4 + 2)
+
+
+def test_a_429_pauses_all_and_lowers_the_pace_which_then_recovers(clock: Clock) -> None:
+    pacer = answered(Pacer(60))
+    gaps(pacer, clock, 1)
+    pacer.hear(Heard(throttled_seconds=10))
+    before = clock.now
+    assert gaps(pacer, clock, 1) == [pytest.approx(1.1, rel=0.02)]
+    assert clock.now - before == pytest.approx(10 + 1.1, rel=0.02)
+    clock.now += program.SECONDS_TO_RECOVER_HALF
+    assert gaps(pacer, clock, 1) == [pytest.approx(1.05, rel=0.02)]
+    clock.now += 10 * program.SECONDS_TO_RECOVER_HALF
+    assert gaps(pacer, clock, 5) == pytest.approx([1] * 5, rel=0.001)
+
+
+def test_many_workers_that_meet_one_limit_slow_down_once(clock: Clock) -> None:
+    alone, many = answered(Pacer(60)), answered(Pacer(60))
+    alone.hear(Heard(throttled_seconds=10))
+    for _ in range(20):
+        many.hear(Heard(throttled_seconds=10))
+    assert gaps(many, clock, 1) == pytest.approx(gaps(alone, clock, 1), rel=0.02)
+
+
+def test_429s_without_end_do_not_bring_it_to_a_stand(clock: Clock) -> None:
+    pacer = answered(Pacer(60))
+    for _ in range(100):
+        pacer.hear(Heard(throttled_seconds=1))
+        gaps(pacer, clock, 1)
+    assert gaps(pacer, clock, 1)[0] < 1 + program.MOST_EXCESS
+
+
+def test_where_nobody_says_a_429_does(clock: Clock) -> None:
+    pacer = answered(Pacer(None))
+    gaps(pacer, clock, 29)
+    clock.now += 20
+    pacer.hear(Heard(throttled_seconds=40))
+    # 30 within a minute were too many: they are one every two seconds, and a tenth slower for now.
+    assert gaps(pacer, clock, 1) == [pytest.approx(2.2, rel=0.02)]
+
+
+@pytest.mark.parametrize(
+    ("headers", "heard"),
+    [
+        ({"X-RateLimit-Limit": "60", "X-RateLimit-Reset": "1000030"}, [60]),
+        ({"X-RateLimit-Limit": "60", "X-RateLimit-Reset": "999970"}, [0]),
+        ({"X-RateLimit-Limit": "60"}, [0]),
+        ({"X-RateLimit-Limit": "many", "X-RateLimit-Reset": "1000030"}, [0]),
+        ({"X-RateLimit-Limit": "-1", "X-RateLimit-Reset": "1000030"}, [0]),
+        ({}, [0]),
+    ],
+)
+def test_a_limit_is_learned_from_fresh_headers_only(headers: dict[str, str], heard: list[int], clock: Clock) -> None:
+    told: list[Heard] = []
+    gate = Gate(told.append)
+    gate.learn(headers, clock.now)
+    gate.learn({}, clock.now)
+    assert [news.limit for news in told] == heard
+
+
+def test_a_limit_that_is_raised_is_heard_of(clock: Clock) -> None:
+    told: list[Heard] = []
+    gate = Gate(told.append)
+    for limit in ("60", "60", "300"):
+        gate.learn({"X-RateLimit-Limit": limit, "X-RateLimit-Reset": "1000030"}, clock.now)
+    assert [news.limit for news in told] == [60, 300]
+
+
+def test_the_limit_is_known_before_the_second_request_even_if_the_first_is_refused(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.per_minute, api.behaviour.window_seconds = 1200, 60
+    bucket.put("00.txt", b"of a format that is refused")
+    for number in range(1, 25):
+        bucket.put(f"{number:02}.png", photo(number, "png", size=(64, 48)))
+    run = run_cli("--set", "run.max_failure_rate=never")
+    assert (run.exit_code, run.summary["throttled"]) == (1, 0)
+    posts = [request.started for request in api.requests if request.is_conversion]
+    assert posts[-1] - posts[1] > 22 * 0.05
