@@ -3854,13 +3854,16 @@ def by_job(
 
 
 class Planner:
-    """Lists, selects, and says what is to be done. `tell` gets the outcomes of what needs no worker."""
+    """Lists, selects, and says what is to be done.
 
-    def __init__(
-        self, settings: Settings, bucket: Bucket, journal: Journal, stop: StopFlag, tell: Callable[[Outcome], None]
-    ) -> None:
-        self.settings, self.bucket, self.journal, self.stop, self.tell = settings, bucket, journal, stop, tell
+    `counts` and `settled` (the outcomes of what needs no worker) are those of the page in hand, for whoever asks to
+    take away: a page that S3 breaks off in the middle of is as if it had not been listed.
+    """
+
+    def __init__(self, settings: Settings, bucket: Bucket, journal: Journal, stop: StopFlag) -> None:
+        self.settings, self.bucket, self.journal, self.stop = settings, bucket, journal, stop
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.settled: list[Outcome] = []
         literals = {literal_prefix(job.output_key) for job in settings.jobs}
         self.own_prefixes = tuple(filter(None, literals)) if settings.s3.is_one_bucket else ()
         now = time.time()
@@ -3907,7 +3910,7 @@ class Planner:
             else:
                 self.counts[self.routes[0].job.name, LISTED] += 1
                 task = self._task(Candidate(self.routes[0].job, named), {})
-                self.tell(Outcome(task, Event.FAILED, found.code, found.message))
+                self.settled.append(Outcome(task, Event.FAILED, found.code, found.message))
 
     def eligible(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Candidate]:
         """The objects of a page that jobs want and that are not done, each once for each job."""
@@ -4032,7 +4035,7 @@ class Planner:
             made = next((key for key in made_keys(task.output_key) if key in written), "")
             if made and not task.among_sources and written[made] > sources[task.key].modified:
                 self._found[claim_of(made)] = task.key
-                self.tell(Outcome(task, Event.FOUND, output_key=made))
+                self.settled.append(Outcome(task, Event.FOUND, output_key=made))
             else:
                 # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
                 todo.append(replace(task, look_first=bool(made)))
@@ -4048,7 +4051,7 @@ class Planner:
         return found
 
     def _fail(self, task: Task, code: str, message: str) -> None:
-        self.tell(Outcome(task, Event.FAILED, code, message, permanent=True))
+        self.settled.append(Outcome(task, Event.FAILED, code, message, permanent=True))
 
 
 ########################################################################################################################
@@ -4063,7 +4066,7 @@ class Feeder:
 
     def __init__(self, shared: Shared, pacer: Pacer, journal: Journal, tasks: "queue.Queue[Task | None]") -> None:
         self.shared, self.pacer, self.journal, self.tasks, self.tell = shared, pacer, journal, tasks, shared.tell
-        self.planner = Planner(shared.settings, shared.bucket, journal, shared.stop, shared.tell)
+        self.planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
         self.budget = shared.settings.api.max_conversions
         self._has_begun = False  # a page has come in
         self.is_ahead, self.has_ended = threading.Event(), threading.Event()  # of the workers; for TotalCount
@@ -4090,7 +4093,6 @@ class Feeder:
         finally:
             self.has_ended.set()
             self.is_ahead.set()
-            self._flush_counts()
             self.tell(FeedEnded(stop, is_complete))
             for _ in range(self.shared.settings.run.consumers):
                 self.tasks.put(None)
@@ -4101,7 +4103,7 @@ class Feeder:
             for page, routes in pages:
                 self._has_begun = True
                 tasks = self.planner.tasks_of(page, routes)
-                self._flush_counts()
+                self._report_page()
                 stop = self._hand_out(tasks)
                 if stop or self.shared.stop.requested:
                     return stop
@@ -4122,7 +4124,7 @@ class Feeder:
             self._enqueue(signed)
         if len(allowed) == len(tasks):
             return None
-        self.planner.counts["", LEFT_TO_DO] += len(tasks) - len(allowed)
+        self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
         settings = self.shared.settings
         return Stop(
             f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
@@ -4168,9 +4170,12 @@ class Feeder:
         for task in tasks:
             self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
 
-    def _flush_counts(self) -> None:
+    def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
+        for outcome in self.planner.settled:
+            self.tell(outcome)
         self.planner.counts.clear()
+        self.planner.settled.clear()
 
 
 class TotalCount(threading.Thread):
@@ -4189,7 +4194,7 @@ class TotalCount(threading.Thread):
         self._feeder.is_ahead.wait()
         shared = self._feeder.shared
         with contextlib.suppress(RunStopped, UserError), self._own_journal() as journal:
-            planner = Planner(shared.settings, shared.bucket, journal, shared.stop, lambda _: None)
+            planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
             total, began = 0, time.thread_time()
             for page, routes in planner.pages(lambda: 1):
                 total += len(planner.eligible(page, routes))
@@ -5238,22 +5243,23 @@ class Forecast:
         self.latencies = journal.latencies()
         self.usage, self.usage_problem = Usage(), ""
 
-    def tell(self, outcome: Outcome) -> None:
-        """Count what needs no worker: a failure, or an output that is there already."""
-        if outcome.event is Event.FAILED:
-            self.failed[outcome.task.job, outcome.code] += 1
-            self.examples.setdefault(outcome.code, outcome)
-        else:
-            self.counts[outcome.task.job, ALREADY_DONE] += 1
-            self._journal.claim([outcome.task])
-
-    def plan(self, tasks: Sequence[Task]) -> None:
-        """Count what is for workers to do."""
+    def plan(self, tasks: Sequence[Task], planner: Planner) -> None:
+        """Count a page: what is for workers to do, and what needs none, a failure or an output that is there."""
         for task in tasks:
             kind = TO_COPY if task.copy else TO_RESUME if task.resumed else TO_CONVERT
             self.counts[task.job, kind] += 1
             self.counts[task.job, "bytes"] += task.size if kind == TO_CONVERT else 0
-        self._journal.claim(tasks)
+        for outcome in planner.settled:
+            if outcome.event is Event.FAILED:
+                self.failed[outcome.task.job, outcome.code] += 1
+                self.examples.setdefault(outcome.code, outcome)
+            else:
+                self.counts[outcome.task.job, ALREADY_DONE] += 1
+        found = [outcome.task for outcome in planner.settled if outcome.event is Event.FOUND]
+        self._journal.claim([*tasks, *found])
+        self.counts.update(planner.counts)
+        planner.counts.clear()
+        planner.settled.clear()
 
     def ask_usage(self) -> None:
         """Learn what the month has left, where the API says it; a forecast is one without it, too."""
@@ -5358,11 +5364,10 @@ def make_forecast(settings: Settings) -> dict[str, Any]:
     with JournalInMind(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
         bucket, forecast = Bucket(settings), Forecast(settings, journal)
         bucket.check()
-        planner = Planner(settings, bucket, journal, StopFlag(), forecast.tell)
-        planner.counts = forecast.counts
+        planner = Planner(settings, bucket, journal, StopFlag())
         said_at = time.monotonic()
         for page, routes in planner.pages(lambda: LIST_THREADS):
-            forecast.plan(planner.tasks_of(page, routes))
+            forecast.plan(planner.tasks_of(page, routes), planner)
             if time.monotonic() - said_at > LINE_SECONDS:
                 said_at = time.monotonic()
                 log.info("%d objects listed so far", forecast.total(LISTED))
@@ -5544,12 +5549,11 @@ def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> I
 
 def steps_of_next_run(settings: Settings, journal: JournalReader, bucket: Bucket, source: S3Object) -> str:
     """What the next run would do with an object, job by job: asked of the planner, which is what decides it."""
-    told: list[Outcome] = []
-    planner = Planner(settings, bucket, journal, StopFlag(), told.append)
+    planner = Planner(settings, bucket, journal, StopFlag())
     routes = [route for route in planner.routes if source.key.startswith(route.job.prefix)]
     steps = {task.fingerprint: step_for(task, bucket) for task in planner.tasks_of([source], routes)}
     # What needs no worker is told to the recorder: failures that cost nothing, and outputs that are found.
-    for outcome in told:
+    for outcome in planner.settled:
         what = f"fail: {outcome.code}, {outcome.message}" if outcome.code else "take the output that is there"
         steps[outcome.task.fingerprint] = shown(what)
     by_job = {route.job.name: step_of(route, source, planner, steps) for route in planner.routes}

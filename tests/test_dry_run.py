@@ -54,9 +54,11 @@ def foresee(bucket: FakeBucket, path: Path) -> list[Outcome]:
     told: list[Outcome] = []
     with JournalInMind(path, "bucket", "bucket") as journal:
         forecast = program.Forecast(settings(), journal)
-        planner = program.Planner(settings(), bucket, journal, program.StopFlag(), told.append)
+        planner = program.Planner(settings(), bucket, journal, program.StopFlag())
         for page, routes in planner.pages(lambda: 1):
-            forecast.plan(planner.tasks_of(page, routes))
+            tasks = planner.tasks_of(page, routes)
+            told += planner.settled
+            forecast.plan(tasks, planner)
     return told
 
 
@@ -208,7 +210,8 @@ def test_the_time_is_bound_by_the_rate_or_by_the_workers(
         journal.end([replace(converted(task("found")), event=Event.FOUND, seconds=0.001)], 1.0)
     with JournalInMind(path, "bucket", "bucket") as reader:
         forecast = program.Forecast(settings(*options), reader)
-        forecast.plan([replace(task(str(number)), job="default") for number in range(100)])
+        planner = program.Planner(settings(), FakeBucket([]), reader, program.StopFlag())
+        forecast.plan([replace(task(str(number)), job="default") for number in range(100)], planner)
         assert forecast.seconds == pytest.approx(seconds)
 
 

@@ -443,6 +443,19 @@ def test_a_listing_that_breaks_off_ends_the_run_and_keeps_what_was_handed_out(jo
     assert fed.ended == [FeedEnded(program.Stop("the listing broke off", "run it again"))]
 
 
+def test_a_page_that_s3_breaks_off_in_the_middle_of_is_as_if_it_had_not_been_listed(journal: Journal) -> None:
+    class Broken(FakeBucket):
+        """A bucket whose outputs can be listed once."""
+
+        def existing_outputs(self, prefix: str, keys: Iterable[str]) -> dict[str, float]:
+            if self.pages_read > 1:
+                raise program.RunStopped("S3 went away", "run it again")
+            return super().existing_outputs(prefix, keys)
+
+    fed = feed(Broken([*pages_of("a.png"), *pages_of("a.heic", "b.png", "c.jpg", "d/")]), journal)
+    assert (fed.keys, fed.codes, fed.counts["listed"]) == (["a.png"], {}, 1)
+
+
 @pytest.mark.parametrize(
     ("key", "options", "has_url"),
     [
