@@ -9,6 +9,7 @@ from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import Conversion, marking
 from tests.crashing import EFFECTS, HALF_READ
+from tests.test_resume import until_next_second
 
 Cli = Callable[..., Any]
 OBJECTS = 6
@@ -105,6 +106,7 @@ def test_a_url_that_died_with_its_credentials_condemns_no_object(
     recorded = [row["url"] for row in killed.rows("in_flight")]
     dead = strict_api.faults.add(Fault.status_reply(422, "fetch_failed", times=None))
     dead.at(lambda request: request.fields.get("file_url") in recorded)
+    until_next_second()  # in which a presigned URL is another one
     second = start(*mode).wait()
     assert second.exit_code == exit_code, second.out
     assert not any(line["permanent"] for line in second.failures)
