@@ -1,6 +1,7 @@
 """`run.metrics` is what Prometheus reads, and what `promtool check metrics` finds nothing wrong with."""
 
 import re
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -142,3 +143,13 @@ def test_it_may_not_be_another_file_of_the_run(tmp_path: Path) -> None:
     path.write_text("[s3]\nbucket = b\n[convert]\ntarget = jpg\n[run]\nsummary = x\nmetrics = x\n")
     with pytest.raises(program.ConfigError, match=r"\[run\] metrics = x: is the summary file as well"):
         program.load_settings(path, {"CTF_API_KEY": "k"}, [])
+
+
+@pytest.mark.real
+def test_promtool_has_nothing_to_say(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    put_some(bucket, 3)
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    run = run_cli("--set", "run.metrics=metrics.prom", "--set", "run.max_failure_rate=never")
+    text = (run.workdir / "metrics.prom").read_text()
+    said = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout + said.stderr) == (0, "")
