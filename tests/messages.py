@@ -38,7 +38,7 @@ def text_of(node: ast.expr, names: dict[str, ast.expr]) -> str:
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part, names) for part in node.values)
+        return re.sub(f"{FILLED_IN}+", FILLED_IN, "".join(text_of(part, names) for part in node.values))
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text_of(node.left, names) + text_of(node.right, names)
     if isinstance(node, ast.Name) and node.id in names:
