@@ -165,6 +165,7 @@ SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for s
 FOUND_KEPT = 10_000  # more than the notes that can wait for the recorder: 8 for each of at most 1,000 workers
 LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
+COMMIT_SECONDS = 0.05  # that an outcome waits for others: a commit for each would cost more than its conversion
 CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
 MOST_SHOWN = 200  # characters of a key or a message in the summary; the failures file has all of them
 IDLE_TO_BUSY = 9  # of the thread that counts the total: a tenth of a processor at the most
@@ -4983,13 +4984,14 @@ class Recorder:
 
 
 def next_batch(notes: "queue.Queue[Note]") -> list[Note]:
-    """The notes that are there, after waiting a moment for the first: they are committed together."""
+    """The notes of a moment, after waiting for the first of them: they are committed together."""
     batch: list[Note] = []
     try:
         # Not for ever: a signal, a time limit and a bar want attention while the API is silent.
         batch.append(notes.get(timeout=0.2))
+        closes_at = time.monotonic() + COMMIT_SECONDS
         while len(batch) < 500:
-            batch.append(notes.get_nowait())
+            batch.append(notes.get(timeout=max(0.0, closes_at - time.monotonic())))
     except queue.Empty:
         pass
     return batch
