@@ -2606,8 +2606,11 @@ class Bucket:
     def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)["Metadata"]
-        except (ClientError, BotoCoreError):
-            return None
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
+                return None
+            # Silence is no proof that nothing lies there, to be overwritten.
+            raise refused(error, f"reading from {bucket}") from None
 
     def is_our_output(self, key: str) -> bool:
         """Whether an object of the source bucket carries the metadata of an output of this program."""

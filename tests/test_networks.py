@@ -236,6 +236,18 @@ def test_an_s3_that_lists_nothing_stops_the_run(place: bytes, site: Site) -> Non
     site.assert_finished(site.run())
 
 
+def test_an_output_that_cannot_be_looked_at_is_not_overwritten(site: Site) -> None:
+    site.bucket.put("converted/000.jpg", b"somebody else's")
+    site.put(1)
+    site.to_s3.faults.append(Fault(Does.RESET, on=rb"^HEAD \S*converted", way="down", times=None))
+    run = site.run(constants=FEW_ATTEMPTS)
+    site.assert_stopped(run, "^S3 could not be reached for reading from ", "check the network")
+    site.to_s3.faults.clear()
+    assert site.run().summary["failed"] == {"output_collision": 1}
+    assert site.bucket.outputs()["converted/000.jpg"][0] == b"somebody else's"
+    assert site.api.paid == []
+
+
 ########################################################################
 # No connection at all
 ########################################################################
