@@ -5,6 +5,7 @@ import io
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -32,9 +33,9 @@ class Relay(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, s3: S3Server) -> None:
         super().__init__(("127.0.0.1", 0), Relayed)
-        self.host = urlsplit(endpoint).netloc
+        self._s3 = s3
         self.refuse: Callable[[str, str], bool] = lambda *_: False
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
@@ -43,6 +44,14 @@ class Relay(ThreadingHTTPServer):
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection to the S3 server."""
+        there = urlsplit(self._s3.endpoint)
+        if there.scheme == "http":
+            return http.client.HTTPConnection(there.netloc)
+        context = ssl.create_default_context(cafile=self._s3.ca_bundle or None)
+        return http.client.HTTPSConnection(there.netloc, context=context)
 
 
 class Relayed(BaseHTTPRequestHandler):
@@ -57,7 +66,7 @@ class Relayed(BaseHTTPRequestHandler):
         if self.server.refuse(self.command, self.path):
             self.answer(403, [], self.server.refusal)
             return
-        connection = http.client.HTTPConnection(self.server.host)
+        connection = self.server.connect()
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
             connection.putheader(name, value)
@@ -91,7 +100,7 @@ class Relayed(BaseHTTPRequestHandler):
 @pytest.fixture
 def relay(s3: S3Server) -> Iterator[Relay]:
     """A running relay."""
-    with Relay(s3.endpoint) as server:
+    with Relay(s3) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
         server.shutdown()
@@ -144,11 +153,10 @@ def test_archived_objects_are_skipped_and_restored_ones_are_not(
 
 
 def test_keys_of_any_length_and_shape_are_converted_and_named_in_the_metadata(
-    run_cli: Cli, bucket: Any, api: ConversionApi
+    run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi
 ) -> None:
     api.behaviour.convert = marking
-    other = f"{bucket.name}-outputs"
-    bucket.client.create_bucket(Bucket=other)
+    other = other_bucket.name
     keys = ["k" * 1020 + ".png", "..", "a/../../b.png", "x//y.png", "//z.png", "no extension", "tab\tand\nline.png"]
     put_pngs(bucket, *keys)
     run = run_cli("--set", f"s3.output_bucket={other}", "--set", "s3.output_key={dir}{stem}.jpg")
@@ -160,11 +168,10 @@ def test_keys_of_any_length_and_shape_are_converted_and_named_in_the_metadata(
 
 @pytest.mark.parametrize("output_key", ["{key}", "{dir}{stem}.{target}"])
 def test_in_another_bucket_an_output_may_have_the_key_of_a_source(
-    output_key: str, run_cli: Cli, bucket: Any, api: ConversionApi
+    output_key: str, run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi
 ) -> None:
     api.behaviour.convert = marking
-    other = f"{bucket.name}-outputs"
-    bucket.client.create_bucket(Bucket=other)
+    other = other_bucket.name
     put_pngs(bucket, "a.png")
     bucket.put("a.jpg", photo(1, "jpg"))
     run = run_cli("--set", f"s3.output_bucket={other}", "--set", f"s3.output_key={output_key}")

@@ -61,8 +61,7 @@ def test_a_failures_file_that_cannot_be_written_stops_the_run(run_cli: Cli, buck
 def test_a_listing_that_breaks_off_is_no_end_of_the_work(api: ConversionApi, tmp_path: Path) -> None:
     api.behaviour.convert = marking
     with S3Server(tmp_path / "s3") as s3:
-        bucket = TestBucket("breaks", s3.client())
-        bucket.client.create_bucket(Bucket=bucket.name)
+        bucket = TestBucket(s3.new_bucket(s3.client()), s3.client())
         put_some(bucket, 30)
         servers: Any = {"workdir": tmp_path, "s3": s3, "api": api, "bucket": bucket}
         api.on("request_received", lambda _: s3.stop() if len(api.requests) == 3 else None)
