@@ -3335,10 +3335,10 @@ class ConvertClient:
         try:
             result = self._exchange(self._url_call(task), task, exchange)
         except ObjectFailed as refusal:
-            if not self._is_worth_an_upload(refusal):
-                # The URL of an earlier run may have died with its credentials: the next run signs another one.
-                refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+            if not self._may_be_about_url(refusal):
                 raise
+            if self._api.transfer == "url":
+                return self._exchange_again(task, exchange)
             result = self._exchange(self._upload_call(task), task, exchange)
             # A refusal leaves open what became of the request that an earlier run sent.
             exchange.maybe_paid_twice |= task.resumed
@@ -3347,8 +3347,15 @@ class ConvertClient:
         trust.accepted()
         return result
 
-    def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
-        return self._api.transfer != "url" and self._may_be_about_url(failure)
+    def _exchange_again(self, task: Task, exchange: Exchange) -> Result:
+        """Send a refused URL once more, now that S3 is seen to serve the object: it may have been away in between."""
+        self.shared.bucket.open_source(task).close()
+        try:
+            return self._exchange(self._url_call(task), task, exchange)
+        except ObjectFailed as refusal:
+            # The URL of an earlier run may have died with its credentials: the next run signs another one.
+            refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+            raise
 
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:
