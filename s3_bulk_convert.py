@@ -2204,6 +2204,18 @@ def open_session(address: str, connections: int, ca_bundle: str | None = None) -
     return session
 
 
+def is_amazon(address: str) -> bool:
+    """Whether an S3 is Amazon's own."""
+    return f".{urllib.parse.urlsplit(address).hostname}".endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def without_trailers() -> botocore.config.Config:
+    """What other S3 servers want: several refuse the checksums that boto3 sends behind a body, unless told not to."""
+    names = ("request_checksum_calculation", "response_checksum_validation")
+    told: Any = {name: "when_required" for name in names if f"AWS_{name.upper()}" not in os.environ}
+    return botocore.config.Config(**told)
+
+
 def make_s3_client(
     options: S3Options, region: str | None, connections: int
 ) -> tuple["S3Client", botocore.credentials.Credentials]:
@@ -2211,13 +2223,6 @@ def make_s3_client(
 
     Raises UserError if the profile does not exist or there are no credentials at all.
     """
-    # Other S3 servers refuse boto3's default integrity trailers; on Amazon they stay.
-    lenient = bool(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-    checksums: Any = {
-        name: "when_required"
-        for name in ("request_checksum_calculation", "response_checksum_validation")
-        if lenient and f"AWS_{name.upper()}" not in os.environ
-    }
     config = botocore.config.Config(
         signature_version="s3v4",
         retries={"mode": "standard", "total_max_attempts": 5},
@@ -2225,7 +2230,6 @@ def make_s3_client(
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         read_timeout=S3_TIMEOUT_SECONDS,
         user_agent_extra=f"s3_bulk_convert/{__version__}",
-        **checksums,
     )
     try:
         session = boto3.session.Session(profile_name=options.profile, region_name=region or options.region)
@@ -2234,7 +2238,11 @@ def make_s3_client(
             raise UserError(
                 "there are no AWS credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
             )
-        return session.client("s3", endpoint_url=options.endpoint_url, config=config), credentials
+        client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
+        # The address may come from the AWS configuration as well: only a client knows it.
+        if not is_amazon(client.meta.endpoint_url):
+            client = session.client("s3", endpoint_url=options.endpoint_url, config=config.merge(without_trailers()))
+        return client, credentials
     except (BotoCoreError, ValueError) as problem:
         raise UserError(
             f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
