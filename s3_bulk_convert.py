@@ -2162,6 +2162,13 @@ REFUSED_BY_S3 = frozenset(
 )
 
 
+# About how outputs are to be written (s3.storage_class, s3.sse, s3.acl), which is the same for all of them.
+REFUSED_OPTIONS = frozenset(
+    {
+        *("AccessControlListNotSupported", "InvalidArgument", "InvalidEncryptionAlgorithmError"),
+        *("InvalidStorageClass", "NotImplemented"),
+    }
+)
 FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, EndpointConnectionError, ConnectTimeoutError)
 
 
@@ -2311,7 +2318,7 @@ class Bucket:
         self._connections = settings.run.workers + HEADS_AT_A_TIME
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._connect(None)
-        self._has_read = False
+        self._has_read = self._has_written = False
         self.pages_asked = 0  # of listings
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
@@ -2618,12 +2625,25 @@ class Bucket:
     def _explaining_writes(self, key: str) -> Iterator[None]:
         try:
             yield
+            self._has_written = True
         except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
             # upload_fileobj wraps the error that says what happened.
             cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
-            if isinstance(cause, Exception) and is_refusal(cause):
-                raise refused(cause, f"writing to {self.output_name}") from None
+            if isinstance(cause, Exception):
+                self._refuse_to_write_on(cause)
             raise ObjectFailed("store_failed", f"S3: {error}", permanent=False) from None
+
+    def _refuse_to_write_on(self, error: Exception) -> None:
+        """Raise RunStopped for an error that would meet every output, before the next one is paid for."""
+        if is_refusal(error):
+            raise refused(error, f"writing to {self.output_name}")
+        code = error_code(error)
+        # Where others can be written, it is about this one.
+        if not self._has_written and (code in REFUSED_OPTIONS or code.startswith("KMS.")):
+            raise RunStopped(
+                redacted(f"S3 does not take outputs as they are to be written: {error}"),
+                "correct s3.storage_class, s3.sse, s3.sse_kms_key_id or s3.acl, and run it again",
+            )
 
 
 class BadListing(Exception):

@@ -286,6 +286,20 @@ def test_what_s3_does_not_let_us_store_is_stored_by_the_next_run_for_free(
     assert len(bucket.outputs()) == len(api.paid) == 6
 
 
+def test_a_storage_class_that_s3_does_not_have_stops_the_run_before_more_is_paid(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = marking
+    put_pngs(bucket, *(f"{number:02}.png" for number in range(12)))
+    run = run_cli("--workers", "2", "--set", "s3.storage_class=NONSENSE")
+    assert (run.exit_code, run.failures, run.summary["left"]) == (3, [], 12)
+    assert "S3 does not take outputs as they are to be written" in run.summary["stopped_because"]
+    assert len(api.paid) <= 2
+    assert run_cli().exit_code == 0
+    assert len(bucket.outputs()) == len(api.paid) == 12
+    assert api.paid_twice() == []
+
+
 @pytest.mark.parametrize(("status", "code"), [(429, "rate_limited"), (503, "service_unavailable")])
 def test_a_signal_ends_every_wait_at_once(
     *, status: int, code: str, start: Cli, bucket: Any, api: ConversionApi
