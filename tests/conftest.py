@@ -18,7 +18,7 @@ import pytest
 
 from tests.conversion_api import ConversionApi
 from tests.s3_server import S3Server
-from tests.servers.kinds import KINDS, kind_of
+from tests.servers.kinds import KINDS
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
@@ -66,12 +66,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tls", action="store_true", help="speak TLS with the S3 server, by a private CA")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to let several processes empty one bucket."""
+    several = config.getoption("numprocesses", default=None)
+    if config.getoption("--s3") == "external" and os.environ.get("S3_TEST_BUCKET") and several:
+        raise pytest.UsageError("S3_TEST_BUCKET is for one process at a time: leave out -n")
+
+
+def chosen_kind(config: pytest.Config) -> type[S3Server]:
+    """The kind of S3 server that the tests are run against."""
+    return KINDS[config.getoption("--s3") or "swift"]
+
+
 LEFT_OUT = pytest.StashKey[list[str]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what the chosen S3 server cannot do, and say so; with --s3, what needs none."""
-    chosen, lacks = config.getoption("--s3"), kind_of(config.getoption("--s3")).lacks
+    chosen, lacks = config.getoption("--s3"), chosen_kind(config).lacks
     kept, left_out = [], []
     for item in items:
         fixtures = getattr(item, "fixturenames", [])
@@ -107,7 +119,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session")
 def new_server(request: pytest.FixtureRequest) -> Callable[..., S3Server]:
     """Makes an S3 server of the chosen kind."""
-    return functools.partial(kind_of(request.config.getoption("--s3")), tls=request.config.getoption("--tls"))
+    return functools.partial(chosen_kind(request.config), tls=request.config.getoption("--tls"))
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from PIL import Image
 
 from tests.s3_server import PROJECT, S3Server
 from tests.samples import PIL_NAMES, number_in, photo, photo_samples
-from tests.servers.kinds import KINDS, kind_of
+from tests.servers.kinds import KINDS
 
 NewServer = Callable[..., S3Server]
 ODD_KEYS = [
@@ -219,7 +219,7 @@ def has_ended(process: int, *, seconds: float) -> bool:
 def test_a_suite_can_bring_its_own_s3(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("ENDPOINT", "http://127.0.0.1:9"), ("KEY", "their key"), ("SECRET", "their secret")):
         monkeypatch.setenv(f"S3_TEST_{name}", value)
-    with kind_of(None)() as server:
+    with KINDS["external"]() as server:
         assert server.pid is None
         assert server.environment()["AWS_ENDPOINT_URL_S3"] == "http://127.0.0.1:9"
         assert (server.access_key, server.secret_key) == ("their key", "their secret")
@@ -230,7 +230,7 @@ def test_an_external_server_without_its_variables_says_which(monkeypatch: pytest
     for name in ("KEY", "SECRET"):
         monkeypatch.delenv(f"S3_TEST_{name}", raising=False)
     with pytest.raises(RuntimeError, match="S3_TEST_KEY, S3_TEST_SECRET: not set"):
-        kind_of(None)().start()
+        KINDS["external"]().start()
 
 
 @pytest.mark.parametrize("name", ["ceph", "ministack"])
