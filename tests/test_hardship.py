@@ -65,7 +65,7 @@ def test_a_listing_that_breaks_off_is_no_end_of_the_work(
 ) -> None:
     api.behaviour.convert = marking
     put_some(bucket, 30)
-    api.on("request_received", lambda _: s3.stop() if len(api.requests) == 3 else None)
+    api.on("request_received", lambda _: s3.kill() if len(api.requests) == 3 else None)
     try:
         run = start("--workers", "1", command=WITH_SHORT_PAGES, PYTHONPATH=str(SCRIPT.parent)).wait(110)
     finally:
