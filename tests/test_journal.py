@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import s3_bulk_convert as program
-from s3_bulk_convert import Event, Journal, Outcome, State, Task
+from s3_bulk_convert import Event, Journal, Outcome, Task
 
 SCRIPT = Path(program.__file__).resolve()
 NOW = 1_790_000_000.0
@@ -175,9 +175,9 @@ def test_after_a_failed_transaction_the_next_one_works(journal: Journal, path: P
 
 def test_the_newest_row_is_the_state(journal: Journal) -> None:
     journal.end([converted(task(), event=Event.FAILED, permanent=True)], NOW + 99)
-    assert journal.states("f", ["a.png"]) == {"a.png": State("etag-1", "failed", permanent=1)}
+    assert journal.states("f", ["a.png"]) == {"a.png": ("a.png", "etag-1", "failed", 1)}
     journal.end([converted(replace(task(), etag="etag-2"))], NOW)
-    assert journal.states("f", ["a.png", "never seen"]) == {"a.png": State("etag-2", "converted", permanent=0)}
+    assert journal.states("f", ["a.png", "never seen"]) == {"a.png": ("a.png", "etag-2", "converted", 0)}
 
 
 def test_another_bucket_or_job_has_its_own_state(journal: Journal, path: Path) -> None:

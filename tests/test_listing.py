@@ -39,7 +39,7 @@ class SortedKeys:
         self.requests: list[dict[str, str]] = []
         self._lock = threading.Lock()
 
-    def read_page(self, prefix: str, *, until: str = program.LAST_KEY, **where: str) -> Page:
+    def read_page(self, prefix: str, **where: str) -> Page:
         """One page."""
         with self._lock:
             self.requests.append(where)
@@ -49,14 +49,12 @@ class SortedKeys:
         after = where.get("ContinuationToken", where.get("StartAfter", "")).removeprefix("token:")
         found = [key for key in self.keys[bisect.bisect_right(self.keys, after) :] if key.startswith(prefix)]
         shown = found[: self._page_keys]
-        if shown and shown[0] > until:
-            return Page([], [])
         token = f"token:{shown[-1]}" if len(found) > len(shown) else ""
         return Page([S3Object(key, "e1", 7, "") for key in shown], [], token)
 
-    def fetch_page(self, prefix: str, *, until: str = program.LAST_KEY, **where: str) -> program.FetchedPage:
+    def fetch_page(self, prefix: str, **where: str) -> program.FetchedPage:
         """One page, fetched."""
-        page = self.read_page(prefix, until=until, **where)
+        page = self.read_page(prefix, **where)
         return lambda: page
 
     @staticmethod
@@ -128,10 +126,10 @@ def test_a_hungry_reader_s_pages_are_read_side_by_side(keys: list[str]) -> None:
 def test_an_error_of_one_page_is_the_listing_s() -> None:
     bucket = SortedKeys([f"{number:03}" for number in range(50)])
 
-    def fetch_page(prefix: str, *, until: str = program.LAST_KEY, **where: str) -> program.FetchedPage:
+    def fetch_page(prefix: str, **where: str) -> program.FetchedPage:
         if where.get("ContinuationToken", "").endswith("011"):
             raise program.RunStopped("S3 refused", "try again")
-        return bucket.fetch_page(prefix, until=until, **where)
+        return bucket.fetch_page(prefix, **where)
 
     with pytest.raises(program.RunStopped, match="S3 refused"):
         list(Listing(fetch_page, "", lambda: 4).pages())
@@ -156,6 +154,42 @@ def test_keys_are_decoded_as_s3_encodes_them(encoded: str, key: str) -> None:
     assert page_of(ENTRY.format(key=encoded, kept="STANDARD", more="")).objects == [
         S3Object(key, "e1", 7, "2026-09-21T14:13:20.000Z")
     ]
+
+
+WRITTEN = "2026-09-21T14:13:20.000Z"
+DATED, SIZED = f"<LastModified>{WRITTEN}</LastModified>", "<Size>7</Size>"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(f'<Key>a.png</Key>{DATED}<ETag>"e1"</ETag>{SIZED}', id="quotes as they are"),
+        pytest.param(f"<Key>a.png</Key>{DATED}<ETag>&#34;e1&#34;</ETag>{SIZED}", id="quotes as Go writes them"),
+        pytest.param(f"<Key>a.png</Key>{DATED}<ETag>e1</ETag>{SIZED}", id="no quotes"),
+        pytest.param(
+            f"<Key>a.png</Key><Generation>3</Generation>{DATED}<ETag>e1</ETag><ChecksumAlgorithm>CRC32</ChecksumAlgorithm>"
+            f"{SIZED}<Owner><ID>me</ID></Owner><StorageClass>STANDARD</StorageClass>",
+            id="more in between",
+        ),
+        pytest.param(f"\n <Key>a.png</Key>\n {DATED}\n <ETag>e1</ETag>\n {SIZED}\n", id="on lines of its own"),
+    ],
+)
+def test_an_entry_is_read_however_a_server_writes_it(entry: str) -> None:
+    whole = f"<Contents>{entry}</Contents>"
+    assert page_of(whole, whole).objects == [S3Object("a.png", "e1", 7, WRITTEN)] * 2
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(f"<Key>a.png</Key>{DATED}<ETag>e1</ETag>", id="no size"),
+        pytest.param(f"<Key>a.png</Key>{SIZED}{DATED}<ETag>e1</ETag>", id="another order"),
+    ],
+)
+def test_an_entry_that_is_not_understood_is_boto3_s_to_read(entry: str) -> None:
+    good = ENTRY.format(key="b.png", kept="STANDARD", more="")
+    with pytest.raises(program.BadListing):
+        page_of(f"<Contents>{entry}</Contents>", good)
 
 
 @pytest.mark.parametrize(
