@@ -1,11 +1,9 @@
 """Promises seen from outside, where S3, the terminal or the user's own words are the trouble."""
 
-import http.client
 import io
 import re
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -13,7 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -35,7 +33,7 @@ class Relay(ThreadingHTTPServer):
 
     def __init__(self, s3: S3Server) -> None:
         super().__init__(("127.0.0.1", 0), Relayed)
-        self._s3 = s3
+        self.s3 = s3
         self.refuse: Callable[[str, str], bool] = lambda *_: False
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
@@ -44,14 +42,6 @@ class Relay(ThreadingHTTPServer):
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def connect(self) -> http.client.HTTPConnection:
-        """A connection to the S3 server."""
-        there = urlsplit(self._s3.endpoint)
-        if there.scheme == "http":
-            return http.client.HTTPConnection(there.netloc)
-        context = ssl.create_default_context(cafile=self._s3.ca_bundle or None)
-        return http.client.HTTPSConnection(there.netloc, context=context)
 
 
 class Relayed(BaseHTTPRequestHandler):
@@ -66,7 +56,7 @@ class Relayed(BaseHTTPRequestHandler):
         if self.server.refuse(self.command, self.path):
             self.answer(403, [], self.server.refusal)
             return
-        connection = self.server.connect()
+        connection = self.server.s3.connection()
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
             connection.putheader(name, value)

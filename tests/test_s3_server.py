@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import select
 import signal
@@ -61,10 +60,14 @@ def presigned(client: S3Client, bucket: str, key: str) -> str:
     return client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=60)
 
 
-def get_plainly(url: str) -> tuple[int, bytes]:
+def fetched(s3: S3Server, url: str) -> requests.Response:
+    """What requests, and so many a service, gets from a URL."""
+    return requests.get(url, timeout=30, verify=s3.ca_bundle or True)
+
+
+def get_plainly(s3: S3Server, url: str) -> tuple[int, bytes]:
     """Status and body by http.client, which sends a URL exactly as it is."""
-    parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    parts, connection = urlsplit(url), s3.connection()
     try:
         connection.request("GET", f"{parts.path}?{parts.query}")
         reply = connection.getresponse()
@@ -84,38 +87,42 @@ def test_a_wrong_secret_is_refused(s3: S3Server, bucket: str) -> None:
         s3.client(secret_key="not the secret").put_object(Bucket=bucket, Key="a", Body=b"")
 
 
-def test_a_presigned_url_works_until_a_byte_of_it_changes(client: S3Client, bucket: str) -> None:
+def test_a_presigned_url_works_until_a_byte_of_it_changes(s3: S3Server, client: S3Client, bucket: str) -> None:
     client.put_object(Bucket=bucket, Key="a.png", Body=b"body")
     client.put_object(Bucket=bucket, Key="b.png", Body=b"other")
     url = presigned(client, bucket, "a.png")
-    good, bad = requests.get(url, timeout=30), requests.get(url.replace("a.png", "b.png"), timeout=30)
+    good, bad = fetched(s3, url), fetched(s3, url.replace("a.png", "b.png"))
     assert (good.status_code, good.content) == (200, b"body")
     assert bad.status_code == 403
     assert "SignatureDoesNotMatch" in bad.text
 
 
-def test_an_expired_presigned_url_is_refused(client: S3Client, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_presigned_url_is_refused(
+    s3: S3Server, client: S3Client, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client.put_object(Bucket=bucket, Key="a.png", Body=b"body")
     for minutes, status in ((0.5, 200), (2, 403)):
         signed = datetime.now(timezone.utc).replace(tzinfo=None) - timedelta(minutes=minutes)
         with monkeypatch.context() as past:
             past.setattr("botocore.auth.get_current_datetime", lambda signed=signed: signed)
             url = presigned(client, bucket, "a.png")
-        reply = requests.get(url, timeout=30)
+        reply = fetched(s3, url)
         assert reply.status_code == status, reply.text
 
 
 @pytest.mark.parametrize("key", [*ODD_KEYS, *DOTTED_KEYS])
-def test_an_odd_key_round_trips(client: S3Client, bucket: str, key: str) -> None:
+def test_an_odd_key_round_trips(s3: S3Server, client: S3Client, bucket: str, key: str) -> None:
     client.put_object(Bucket=bucket, Key=key, Body=key.encode())
     assert client.get_object(Bucket=bucket, Key=key)["Body"].read() == key.encode()
-    assert get_plainly(presigned(client, bucket, key)) == (200, key.encode())
+    assert get_plainly(s3, presigned(client, bucket, key)) == (200, key.encode())
 
 
 @pytest.mark.parametrize("key", ODD_KEYS)
-def test_requests_fetches_an_odd_key_by_its_presigned_url(client: S3Client, bucket: str, key: str) -> None:
+def test_requests_fetches_an_odd_key_by_its_presigned_url(
+    s3: S3Server, client: S3Client, bucket: str, key: str
+) -> None:
     client.put_object(Bucket=bucket, Key=key, Body=b"body")
-    assert requests.get(presigned(client, bucket, key), timeout=30).content == b"body"
+    assert fetched(s3, presigned(client, bucket, key)).content == b"body"
 
 
 def test_odd_keys_are_listed_in_the_order_of_their_bytes(client: S3Client, bucket: str) -> None:
