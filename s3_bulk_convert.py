@@ -2260,6 +2260,13 @@ REFUSED_BY_S3 = frozenset(
 )
 
 
+# About how outputs are to be written (s3.storage_class, s3.sse, s3.acl), which is the same for all of them.
+REFUSED_OPTIONS = frozenset(
+    {
+        *("AccessControlListNotSupported", "InvalidArgument", "InvalidEncryptionAlgorithmError"),
+        *("InvalidStorageClass", "NotImplemented"),
+    }
+)
 NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
 FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, *NO_CONNECTION, SSLError)
 
@@ -2323,6 +2330,18 @@ def open_session(address: str, connections: int, ca_bundle: str | None = None) -
     return session
 
 
+def is_amazon(address: str) -> bool:
+    """Whether an S3 is Amazon's own."""
+    return f".{urllib.parse.urlsplit(address).hostname}".endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def without_trailers() -> botocore.config.Config:
+    """What other S3 servers want: several refuse the checksums that boto3 sends behind a body, unless told not to."""
+    names = ("request_checksum_calculation", "response_checksum_validation")
+    told: Any = {name: "when_required" for name in names if f"AWS_{name.upper()}" not in os.environ}
+    return botocore.config.Config(**told)
+
+
 def make_s3_client(
     options: S3Options, region: str | None, connections: int
 ) -> tuple["S3Client", botocore.credentials.Credentials]:
@@ -2330,13 +2349,6 @@ def make_s3_client(
 
     Raises UserError if the profile does not exist or there are no credentials at all.
     """
-    # Other S3 servers refuse boto3's default integrity trailers; on Amazon they stay.
-    lenient = bool(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-    checksums: Any = {
-        name: "when_required"
-        for name in ("request_checksum_calculation", "response_checksum_validation")
-        if lenient and f"AWS_{name.upper()}" not in os.environ
-    }
     config = botocore.config.Config(
         signature_version="s3v4",
         retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
@@ -2344,7 +2356,6 @@ def make_s3_client(
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         read_timeout=S3_TIMEOUT_SECONDS,
         user_agent_extra=f"s3_bulk_convert/{__version__}",
-        **checksums,
     )
     try:
         session = boto3.session.Session(profile_name=options.profile, region_name=region or options.region)
@@ -2353,7 +2364,11 @@ def make_s3_client(
             raise UserError(
                 "there are no AWS credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
             )
-        return session.client("s3", endpoint_url=options.endpoint_url, config=config), credentials
+        client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
+        # The address may come from the AWS configuration as well: only a client knows it.
+        if not is_amazon(client.meta.endpoint_url):
+            client = session.client("s3", endpoint_url=options.endpoint_url, config=config.merge(without_trailers()))
+        return client, credentials
     except (BotoCoreError, ValueError) as problem:
         raise UserError(
             f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
@@ -2423,7 +2438,7 @@ class Bucket:
         self._connections = settings.run.workers + HEADS_AT_A_TIME
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._connect(None)
-        self._has_read = False
+        self._has_read = self._has_written = False
         self.pages_asked = 0  # of listings
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
@@ -2751,12 +2766,25 @@ class Bucket:
     def _explaining_writes(self, key: str) -> Iterator[None]:
         try:
             yield
+            self._has_written = True
         except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
             # upload_fileobj wraps the error that says what happened.
             cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
-            if isinstance(cause, Exception) and is_refusal(cause):
-                raise refused(cause, f"writing to {self.output_name}") from None
+            if isinstance(cause, Exception):
+                self._refuse_to_write_on(cause)
             raise ObjectFailed("store_failed", f"S3: {error}", permanent=False) from None
+
+    def _refuse_to_write_on(self, error: Exception) -> None:
+        """Raise RunStopped for an error that would meet every output, before the next one is paid for."""
+        if is_refusal(error):
+            raise refused(error, f"writing to {self.output_name}")
+        code = error_code(error)
+        # Where others can be written, it is about this one.
+        if not self._has_written and (code in REFUSED_OPTIONS or code.startswith("KMS.")):
+            raise RunStopped(
+                redacted(f"S3 does not take outputs as they are to be written: {error}"),
+                "correct s3.storage_class, s3.sse, s3.sse_kms_key_id or s3.acl, and run it again",
+            )
 
 
 class BadListing(Exception):
@@ -3520,10 +3548,10 @@ class ConvertClient:
         try:
             result = self._exchange(self._url_call(task), task, exchange)
         except ObjectFailed as refusal:
-            if not self._is_worth_an_upload(refusal):
-                # The URL of an earlier run may have died with its credentials: the next run signs another one.
-                refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+            if not self._may_be_about_url(refusal):
                 raise
+            if self._api.transfer == "url":
+                return self._exchange_again(task, exchange)
             result = self._exchange(self._upload_call(task), task, exchange)
             # A refusal leaves open what became of the request that an earlier run sent.
             exchange.maybe_paid_twice |= task.resumed
@@ -3532,8 +3560,15 @@ class ConvertClient:
         trust.accepted()
         return result
 
-    def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
-        return self._api.transfer != "url" and self._may_be_about_url(failure)
+    def _exchange_again(self, task: Task, exchange: Exchange) -> Result:
+        """Send a refused URL once more, now that S3 is seen to serve the object: it may have been away in between."""
+        self.shared.bucket.open_source(task).close()
+        try:
+            return self._exchange(self._url_call(task), task, exchange)
+        except ObjectFailed as refusal:
+            # The URL of an earlier run may have died with its credentials: the next run signs another one.
+            refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+            raise
 
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:

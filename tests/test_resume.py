@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.conftest import NUMBERS, SCRIPT, Run, TestBucket
+from tests.conftest import SCRIPT, Run, TestBucket
 from tests.conversion_api import ConversionApi, Event, Fault, Request
 from tests.converters import Conversion, Converted, marking
 from tests.s3_server import S3Server
@@ -194,8 +194,10 @@ class Resuming(RuleBasedStateMachine):
         )
         for event in get_args(Event):
             self.api.on(event, self._listener(event))
-        self.bucket = TestBucket(f"resume-{next(NUMBERS)}", s3.client())
-        self.bucket.client.create_bucket(Bucket=self.bucket.name)
+        self.api.behaviour.ca_bundle = s3.ca_bundle
+        client = s3.client()
+        self.bucket = TestBucket(s3.new_bucket(client), client)
+        self.open.callback(s3.drop_bucket, client, self.bucket.name)
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.workdir),
