@@ -1289,9 +1289,10 @@ def media_kind(media_type: str) -> str:
     return canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
 
 
-def media_type_of(target: str) -> str:
-    """The usual media type of a format."""
-    return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
+def media_type_of(target: str, told: str = "") -> str:
+    """The usual media type of a format; what somebody told if this machine has no /etc/mime.types to know it from."""
+    usual = EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0]
+    return usual or told or "application/octet-stream"
 
 
 def begins_like(kind: str, head: bytes) -> bool:
@@ -1342,10 +1343,12 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
     # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
+    if contradicts:
+        return Identity(media_type_of(kind))
     plain = media_type.partition(";")[0].strip()
-    return Identity(
-        media_type_of(kind) if contradicts or not declared else media_type if kind in TEXT_FORMATS else plain
-    )
+    if not declared:
+        return Identity(media_type_of(kind, told=plain))
+    return Identity(media_type if kind in TEXT_FORMATS else plain)
 
 
 def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
