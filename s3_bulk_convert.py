@@ -3234,8 +3234,8 @@ class FormBody(io.RawIOBase):
         self._call = call
         fields: list[Any] = list(call.fields)
         if call.open_file:
-            media_type = media_type_of(source_format(call.filename) or "bin")
-            fields.append(("file", (call.filename, b"", media_type)))
+            # The API goes by the file's name; the usual type is another on a machine with other tables.
+            fields.append(("file", (call.filename, b"", "application/octet-stream")))
         boundary = "s3bc-" + call.idempotency_key.replace(":", "-")
         form, self.content_type = encode_multipart_formdata(fields, boundary)
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
