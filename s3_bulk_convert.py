@@ -1293,9 +1293,10 @@ def media_kind(media_type: str) -> str:
     return canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
 
 
-def media_type_of(target: str) -> str:
-    """The usual media type of a format."""
-    return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
+def media_type_of(target: str, told: str = "") -> str:
+    """The usual media type of a format; what somebody told if this machine has no /etc/mime.types to know it from."""
+    usual = EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0]
+    return usual or told or "application/octet-stream"
 
 
 def begins_like(kind: str, head: bytes) -> bool:
@@ -1346,10 +1347,12 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
     # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
+    if contradicts:
+        return Identity(media_type_of(kind))
     plain = media_type.partition(";")[0].strip()
-    return Identity(
-        media_type_of(kind) if contradicts or not declared else media_type if kind in TEXT_FORMATS else plain
-    )
+    if not declared:
+        return Identity(media_type_of(kind, told=plain))
+    return Identity(media_type if kind in TEXT_FORMATS else plain)
 
 
 def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
@@ -3444,8 +3447,8 @@ class FormBody(io.RawIOBase):
         self._call = call
         fields: list[Any] = list(call.fields)
         if call.open_file:
-            media_type = media_type_of(source_format(call.filename) or "bin")
-            fields.append(("file", (call.filename, b"", media_type)))
+            # The API goes by the file's name; the usual type is another on a machine with other tables.
+            fields.append(("file", (call.filename, b"", "application/octet-stream")))
         boundary = "s3bc-" + call.idempotency_key.replace(":", "-")
         form, self.content_type = encode_multipart_formdata(fields, boundary)
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
