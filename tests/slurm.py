@@ -98,7 +98,7 @@ class Slurm:
             self._configure()
             self._start_munge()
             self._start("slurmctld", "-D")
-            self._start_slurmd()
+            self._start_slurmd("idle")
         except BaseException:
             self.stop()
             raise
@@ -137,9 +137,13 @@ class Slurm:
         )
         self._wait_for(socket_path.exists)
 
-    def _start_slurmd(self) -> None:
+    def _start_slurmd(self, state: str) -> None:
+        """Start the node's daemon, and wait until it answers and the node is in a state."""
         self._start("slurmd", "-D", "-N", self._host)
-        self._wait_for(lambda: self.said("sinfo", "--noheader", "--format=%T").startswith("idle"))
+        self._wait_for_node(state)
+
+    def _wait_for_node(self, state: str) -> None:
+        self._wait_for(lambda: self.said("sinfo", "--noheader", "--responding", "--format=%T") == state)
 
     def kill_node(self) -> None:
         """End the node as a power cut does, and tell Slurm, as what watches over nodes would."""
@@ -155,8 +159,10 @@ class Slurm:
 
     def start_node(self) -> None:
         """Start the node that was killed; what was requeued runs on it."""
+        # A task that is sent to a node before its daemon answers is held for ever.
+        self._start_slurmd("down")
         self.said("scontrol", "update", f"NodeName={self._host}", "State=RESUME")
-        self._start_slurmd()
+        self._wait_for_node("idle")
 
     def _start(self, *command: str) -> None:
         with (self._directory / f"{command[0]}.out").open("wb") as out:
