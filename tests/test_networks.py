@@ -527,7 +527,7 @@ def test_a_proxy_that_cannot_be_reached_stops_the_run_and_is_named(
     used.assert_finished(used.run(**trusting(authorities)))
 
 
-def test_check_names_a_proxy_that_refuses(run_cli: Callable[..., Run], site: Site) -> None:
+def test_check_names_a_proxy_that_refuses(run_cli: Callable[..., Run]) -> None:
     with ForwardProxy(b"407 Proxy Authentication Required") as proxy:
         around = proxy.environment(no_proxy="127.0.0.1")
         run = run_cli("--check", "--set", "api.url=https://localhost:1", **around)
