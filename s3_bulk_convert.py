@@ -1510,7 +1510,8 @@ class Reach:
             with self._lock:
                 was_missed, self._missed_since = self._missed_since is not None, None
             if was_missed:
-                log.warning("%s can be reached again", self._name, extra=told("reached", name=self._name))
+                fields = told("outage", name=self._name, is_over=True)
+                log.warning("%s can be reached again", self._name, extra=fields)
 
     def may_come_back(self) -> bool:
         """Note that no connection could be made; whether to wait for one."""
@@ -1519,7 +1520,7 @@ class Reach:
             is_new = self._missed_since is None
             self._missed_since = since = now if self._missed_since is None else self._missed_since
         if is_new and self.has_answered:
-            fields = told("outage", name=self._name, seconds=OUTAGE_SECONDS)
+            fields = told("outage", name=self._name, is_over=False)
             log.warning("%s cannot be reached; waiting up to %d s for it", self._name, OUTAGE_SECONDS, extra=fields)
         return self.has_answered and now - since < OUTAGE_SECONDS
 
@@ -3763,7 +3764,10 @@ class ConvertClient:
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
         self.shared.gate.count(exchange)
         session = self._session if is_own else self._elsewhere
-        return session.get(address, stream=True, allow_redirects=False, timeout=timeout)
+        response = session.get(address, stream=True, allow_redirects=False, timeout=timeout)
+        if is_own:
+            self.shared.reach.found()
+        return response
 
     def _download(
         self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float
@@ -4422,7 +4426,7 @@ class TotalCount(threading.Thread):
         """Count, if there is something to wait for; tell the recorder once it is all counted."""
         self._feeder.is_ahead.wait()
         shared = self._feeder.shared
-        with contextlib.suppress(RunStopped, UserError), self._own_journal() as journal:
+        with contextlib.suppress(RunStopped, UserError, Interrupted), self._own_journal() as journal:
             planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
             total, began = 0, time.thread_time()
             for page, routes in planner.pages(lambda: 1):

@@ -201,11 +201,11 @@ class Connection:
 class TcpProxy:
     """A network between clients and one server, from `with` to its end. Everything may be changed while it runs."""
 
-    def __init__(self, target: str, tls: ssl.SSLContext | None = None) -> None:
-        """`target`: the server's URL, of which host and port are used."""
+    def __init__(self, target: str, tls: ssl.SSLContext | None = None, host: str = HOST) -> None:
+        """`target`: the server's URL, of which host and port are used; `host`: the address to listen on."""
         address = urlsplit(target)
         self._server_address = address.hostname or HOST, address.port or 80
-        self._tls, self.port = tls, 0
+        self._tls, self._host, self.port = tls, host, 0
         self.faults: list[Fault] = []  # the first that is meant strikes
         self.up, self.down = Weather(), Weather()
         self.connections = 0  # that were made, in all
@@ -218,7 +218,7 @@ class TcpProxy:
     @property
     def url(self) -> str:
         """Where clients find the server. The certificate is for the name."""
-        return f"https://localhost:{self.port}" if self._tls else f"http://{HOST}:{self.port}"
+        return f"https://localhost:{self.port}" if self._tls else f"http://{self._host}:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -266,7 +266,7 @@ class TcpProxy:
             act(connection)
 
     async def _listen(self) -> None:
-        self._listener = await asyncio.start_server(self._accepted, HOST, self.port, ssl=self._tls, backlog=1024)
+        self._listener = await asyncio.start_server(self._accepted, self._host, self.port, ssl=self._tls, backlog=1024)
         self.port = self._listener.sockets[0].getsockname()[1]
 
     async def _stop_listening(self) -> None:

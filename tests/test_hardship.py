@@ -18,9 +18,10 @@ sys.argv[0] = {str(SCRIPT)!r}
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 WITH_SMALL_FILES = ("-c", LIMITED)
+SHORT_PAGES = "program.PAGE_KEYS, program.OUTAGE_SECONDS = 4, 1"
 WITH_SHORT_PAGES = (
     "-c",
-    "import sys; import s3_bulk_convert as program; program.PAGE_KEYS = 4; program.leave(program.main(sys.argv[1:]))",
+    f"import sys; import s3_bulk_convert as program; {SHORT_PAGES}; program.leave(program.main(sys.argv[1:]))",
 )
 
 

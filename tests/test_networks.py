@@ -5,7 +5,9 @@ finishes. Nothing is paid twice, lost, or stored wrong.
 """
 
 import itertools
+import os
 import re
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -33,11 +35,13 @@ IN_THE_MIDDLE, IN_THE_HEAD = 100_000, 100  # bytes: of a body, of an answer's fi
 COUNT = 3
 
 
-def with_constants(**constants: float) -> tuple[str, str]:
-    """The script as it is, but for some numbers."""
+def with_constants(constants: Mapping[str, float], inside: str) -> tuple[str, str]:
+    """The script as it is, but for some numbers; `inside`: the beginning of a command that takes it elsewhere."""
     changes = "".join(f"program.{name} = {value}; " for name, value in {**SHORT, **constants}.items())
     start = "program.leave(program.main(sys.argv[1:]))"
-    return "-c", f"import sys; import s3_bulk_convert as program; {changes}{start}"
+    script = f"import sys; import s3_bulk_convert as program; {changes}{start}"
+    elsewhere = f"import os, sys; os.execvp('ip', [*{inside.split()}, sys.executable, '-c', {script!r}, *sys.argv[1:]])"
+    return "-c", elsewhere if inside else script
 
 
 def picture(number: int) -> bytes:
@@ -59,12 +63,14 @@ class Site:
         for number in range(count):
             self.bucket.put(f"{number:03}.png", picture(number))
 
-    def begin(self, *options: str, constants: Mapping[str, float] | None = None, **environment: str) -> Run:
+    def begin(
+        self, *options: str, constants: Mapping[str, float] | None = None, inside: str = "", **environment: str
+    ) -> Run:
         """Start the script, which uploads, and waits 2 s for an answer."""
         given = [f"api.url={self.to_api.url}", "api.timeout=2s", "api.transfer=upload", *options]
         return self._start(
             *(part for option in given for part in ("--set", option)),
-            command=with_constants(**constants or {}),
+            command=with_constants(constants or {}, inside),
             **{"PYTHONPATH": str(SCRIPT.parent), "AWS_ENDPOINT_URL_S3": self.to_s3.url, **environment},
         )
 
@@ -181,6 +187,48 @@ def test_a_network_that_is_bad_all_the_time_only_takes_longer(site: Site) -> Non
     site.assert_finished(run, 8)
 
 
+@pytest.fixture
+def lossy_host() -> Iterator[tuple[str, str]]:
+    """A network namespace of its own, to and from which each 20th packet is lost, and the address of this end of it."""
+    name, here, there = f"s3b{os.getpid()}", "10.213.7.1", "10.213.7.2"
+    enter = f"ip netns exec {name} "
+    chains = [
+        f"chain {hook} {{\ntype filter hook {hook} priority 0\nnumgen random mod 100 < 5 counter drop\n}}\n"
+        for hook in ("input", "output")
+    ]
+    try:
+        for command in (
+            f"ip netns add {name}",
+            f"ip link add {name} type veth peer name inside netns {name}",
+            f"ip address add {here}/30 dev {name}",
+            f"ip link set {name} up",
+            f"{enter}ip address add {there}/30 dev inside",
+            f"{enter}ip link set inside up",
+        ):
+            subprocess.run(command.split(), check=True)
+        subprocess.run(
+            [*enter.split(), "nft", "-f", "-"], input=f"table inet loss {{\n{''.join(chains)}}}\n".encode(), check=True
+        )
+        yield enter, here
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
+
+
+@pytest.mark.real
+def test_a_network_that_loses_packets_only_takes_longer(
+    lossy_host: tuple[str, str], start: Any, bucket: Any, api: ConversionApi, s3: S3Server
+) -> None:
+    enter, here = lossy_host
+    api.behaviour.convert = marking
+    with TcpProxy(s3.endpoint, host=here) as to_s3, TcpProxy(api.url, host=here) as to_api:
+        site = Site(start, bucket, api, to_s3, to_api)
+        site.put(30)
+        run = site.run("api.timeout=20s", constants={"S3_TIMEOUT_SECONDS": 20}, inside=enter)
+    site.assert_finished(run, 30)
+    counted = subprocess.run([*enter.split(), "nft", "list", "ruleset"], check=True, capture_output=True, text=True)
+    assert sum(map(int, re.findall(r"counter packets (\d+)", counted.stdout))) > 20
+
+
 def test_a_peer_that_vanished_between_two_requests_costs_one_wait(site: Site) -> None:
     site.put(2)
     run = site.begin("run.workers=1", "api.requests_per_minute=20")
@@ -263,10 +311,11 @@ def test_an_api_that_cannot_be_found_stops_the_run_and_blames_none_of_sixty_obje
     assert (run.summary["left"], run.summary["requests"] <= 30) == (60, True)
 
 
-def test_an_api_that_refuses_connections_stops_the_run_and_the_next_one_finishes(site: Site) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_api_that_refuses_connections_stops_the_run_and_the_next_one_finishes(processes: int, site: Site) -> None:
     site.put()
     with site.to_api.refusing():
-        run = site.run("api.retries=2")
+        run = site.run("api.retries=1", f"run.processes={processes}")
     words = r"^the API cannot be reached at 127\.0\.0\.1:\d+: .*Connection refused"
     site.assert_stopped(run, words, "hint: check api.url and the network")
     assert run.rows("in_flight") == []
@@ -476,3 +525,11 @@ def test_a_proxy_that_cannot_be_reached_stops_the_run_and_is_named(
         run = used.run("api.retries=1", constants=FEW_ATTEMPTS, **environment)
     used.assert_stopped(run, f"proxy.*{proxy.port}.*Connection refused", "hint: check HTTPS_PROXY")
     used.assert_finished(used.run(**trusting(authorities)))
+
+
+def test_check_names_a_proxy_that_refuses(run_cli: Callable[..., Run]) -> None:
+    with ForwardProxy(b"407 Proxy Authentication Required") as proxy:
+        around = proxy.environment(no_proxy="127.0.0.1")
+        run = run_cli("--check", "--set", "api.url=https://localhost:1", **around)
+    said = f"localhost:1 cannot be reached through the proxy 127.0.0.1:{proxy.port}: Tunnel connection failed: 407"
+    assert (said in run.out, run.exit_code) == (True, 2)
