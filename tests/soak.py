@@ -666,7 +666,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, and soak."""
     parser = argparse.ArgumentParser(description="let the script work under every kind of trouble")
     parser.add_argument("--minutes", type=float, default=60, metavar="N", help="default: %(default)s")
-    parser.add_argument("--rate", type=float, default=20, metavar="N", help="changes a second; default: %(default)s")
+    parser.add_argument(
+        "--rate", type=float, default=10, metavar="N", help="changes a second; default: %(default)s, one CPU"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), metavar="N", help="default: a random one")
     given = parser.parse_args(arguments)
     with S3Server() as s3:

@@ -43,6 +43,7 @@ WITH_SLURM = f"sbatch --wait --array=0-3 --output=task-%a.out --wrap '{RUN_BY_SL
 SQUEUE = ("squeue", "--array", "--noheader")
 WORKERS = 5  # of each shard: fewer than it has pictures
 LIMIT = 300  # requests a minute
+SECONDS_FOR_SLURM = 120  # it takes a few; a busy machine may need many
 
 
 @pytest.fixture
@@ -182,14 +183,14 @@ def test_a_slurm_task_that_was_killed_is_run_again_alone_and_finishes(
 ########################################################################
 
 
-def start_tasks_that_hang(start: Cli, api: ConversionApi, release: threading.Event, slurm_: slurm.Slurm) -> Any:
+def start_tasks_that_hang(start: Cli, api: ConversionApi, release: threading.Event, running: slurm.Slurm) -> Any:
     """Start an array; it comes back when each worker of each task waits for the API, which answers at the release."""
     hung = api.faults.add(Fault.hang_until(release, times=None))
     # With a rate of its own, no task waits for a first answer that tells it one.
     options = ("--workers", str(WORKERS), "--set", "api.requests_per_minute=60000")
     again = WITH_SLURM.replace("sbatch", "sbatch --requeue")
-    run = start_array(start, again, options=options, environment=slurm_.environment)
-    wait_until(lambda: hung.struck == 4 * WORKERS)
+    run = start_array(start, again, options=options, environment=running.environment)
+    wait_until(lambda: hung.struck == 4 * WORKERS, SECONDS_FOR_SLURM)
     return run
 
 
@@ -208,7 +209,7 @@ def test_a_slurm_task_that_is_requeued_while_it_runs_pays_nothing_twice(
     run = start_tasks_that_hang(start, api, release, running_slurm)
     [task] = [task for task in running_slurm.said(*SQUEUE, "--format=%F_%K").split() if task.endswith("_2")]
     running_slurm.said("scontrol", "requeue", task)
-    wait_until(lambda: running_slurm.said(*SQUEUE, "--format=%T", f"--jobs={task}") == "PENDING")
+    wait_until(lambda: running_slurm.said(*SQUEUE, "--format=%T", f"--jobs={task}") == "PENDING", SECONDS_FOR_SLURM)
     release.set()
     assert_all_was_done_by_tasks_that_ran_again(run, bucket, api, {"ran-again-2"})
 
@@ -218,7 +219,7 @@ def test_tasks_whose_node_dies_run_again_and_pay_nothing_twice(
 ) -> None:
     run = start_tasks_that_hang(start, api, release, running_slurm)
     running_slurm.kill_node()
-    wait_until(lambda: set(running_slurm.said(*SQUEUE, "--format=%T").split()) == {"PENDING"})
+    wait_until(lambda: set(running_slurm.said(*SQUEUE, "--format=%T").split()) == {"PENDING"}, SECONDS_FOR_SLURM)
     release.set()
     running_slurm.start_node()
     assert_all_was_done_by_tasks_that_ran_again(run, bucket, api, {f"ran-again-{index}" for index in range(4)})

@@ -49,9 +49,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(holds: Callable[[], Any]) -> None:
+def wait_until(holds: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait for what another process does, which no event of this one can tell."""
-    patience = time.monotonic() + PATIENCE_SECONDS
+    patience = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < patience
         threading.Event().wait(0.02)
