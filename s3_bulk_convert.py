@@ -97,6 +97,8 @@ try:
         EndpointConnectionError,
         NoCredentialsError,
         PartialCredentialsError,
+        ProxyConnectionError,
+        SSLError,
     )
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
@@ -124,6 +126,8 @@ log = logging.getLogger("s3_bulk_convert")
 ########################################################################################################################
 
 CONNECT_TIMEOUT_SECONDS = 10
+OUTAGE_SECONDS = 300  # as long as a router takes to start anew; after that, it is for the next run
+OUTAGE_PAUSE_SECONDS = 15  # between two attempts in it, at most: a network that is back is soon noticed
 BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
 SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
 SLOTS_REMEMBERED = 10_000  # of the last minute, while the API's limit is unknown
@@ -147,6 +151,7 @@ MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
 MULTIPART_BYTES = 100 * 10**6  # a larger output is put in parts, each of which is in memory twice; one PUT is streamed
 PART_BYTES = 5 << 20  # the least that S3 takes
 S3_TIMEOUT_SECONDS = 60
+S3_ATTEMPTS = 5  # about 8 s, in all
 PAGE_KEYS = 1000  # what S3 lists at once
 LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes 160 ms
 PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
@@ -1288,9 +1293,10 @@ def media_kind(media_type: str) -> str:
     return canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
 
 
-def media_type_of(target: str) -> str:
-    """The usual media type of a format."""
-    return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
+def media_type_of(target: str, told: str = "") -> str:
+    """The usual media type of a format; what somebody told if this machine has no /etc/mime.types to know it from."""
+    usual = EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0]
+    return usual or told or "application/octet-stream"
 
 
 def begins_like(kind: str, head: bytes) -> bool:
@@ -1341,10 +1347,12 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
     # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
+    if contradicts:
+        return Identity(media_type_of(kind))
     plain = media_type.partition(";")[0].strip()
-    return Identity(
-        media_type_of(kind) if contradicts or not declared else media_type if kind in TEXT_FORMATS else plain
-    )
+    if not declared:
+        return Identity(media_type_of(kind, told=plain))
+    return Identity(media_type if kind in TEXT_FORMATS else plain)
 
 
 def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
@@ -1365,7 +1373,7 @@ def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
     if status == 422 and code == "bad_request":
         return Verdict.NEW_KEY
     # A redirect, a 404 or a 405 for the endpoint itself is about the address, not about the object.
-    if status in {401, 402, 403, 404, 405, 429} or 300 <= status < 400:
+    if status in {401, 402, 403, 404, 405, 407, 429} or 300 <= status < 400:
         return Verdict.STOP_RUN
     if status in {408, 425} or status >= 500 or status < 300:
         return Verdict.RETRY
@@ -1474,6 +1482,94 @@ class StopFlag:
             os._exit(code)
         name = signal.Signals(number).name
         self.request(Stop(f"interrupted by {name}", "run it again: it goes on where this run ended", code))
+
+
+########################################################################################################################
+# Outages. What cannot be reached at all meets every object, and none is to blame.
+#   - What has not answered in this run yet is a wrong address, or a machine without a network: some attempts, no more.
+#   - What has answered before is waited for, and waiting costs no object an attempt.
+#   - A proxy that the environment names is on the way to everything, so the words for it name it.
+########################################################################################################################
+
+PROXY_HINT = "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again"
+
+
+class Reach:
+    """Whether the API, or S3, can be reached, as all threads of a process find out together."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._lock = name, threading.Lock()
+        self._missed_since: float | None = None  # monotonic seconds; None while it can be reached
+        self.has_answered = False
+
+    def found(self) -> None:
+        """It has answered, whatever it said."""
+        self.has_answered = True
+        # Looked at without the lock, because this is called for every answer.
+        if self._missed_since is not None:
+            with self._lock:
+                was_missed, self._missed_since = self._missed_since is not None, None
+            if was_missed:
+                log.warning("%s can be reached again", self._name, extra=told("reached", name=self._name))
+
+    def may_come_back(self) -> bool:
+        """Note that no connection could be made; whether to wait for one."""
+        now = time.monotonic()
+        with self._lock:
+            is_new = self._missed_since is None
+            self._missed_since = since = now if self._missed_since is None else self._missed_since
+        if is_new and self.has_answered:
+            fields = told("outage", name=self._name, seconds=OUTAGE_SECONDS)
+            log.warning("%s cannot be reached; waiting up to %d s for it", self._name, OUTAGE_SECONDS, extra=fields)
+        return self.has_answered and now - since < OUTAGE_SECONDS
+
+
+def outage_pause(attempt: int) -> float:
+    """How long to wait before the next attempt to connect, in seconds."""
+    return min(seconds_to_wait(attempt, None, random.random()), OUTAGE_PAUSE_SECONDS)
+
+
+def proxy_for(address: str) -> str:
+    """Host and port of the proxy that the environment names for an address; empty if it names none."""
+    named = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)) or ""
+    # It may hold a password, which is nobody's to read.
+    return urllib.parse.urlsplit(named if "//" in named else f"//{named}").netloc.rpartition("@")[2]
+
+
+def connection_problem(error: Any) -> str:
+    """What a failed connection's error says, without the names of Python's objects."""
+    # requests and urllib3 wrap the error that says what happened, each in its own way.
+    if isinstance(error, requests.RequestException):
+        wrapped = error.args[0] if error.args else None
+        return connection_problem(getattr(wrapped, "reason", None) or wrapped or type(error).__name__)
+    if isinstance(error, urllib3.exceptions.ProxyError):
+        error = error.original_error
+    said = str(error.args[-1]) if isinstance(error, Exception) and error.args else str(error)
+    return re.sub(r"^.*?: (?=Failed )", "", said)
+
+
+def certificate_problem(error: Exception) -> str:
+    """Why a certificate is not trusted; empty if that is not the problem."""
+    # The second is urllib3's own, which boto3 has it look for.
+    found = re.search(r"certificate verify failed: ([^(]*[^(. ])|(hostname '.*' doesn't match [^)]*)", str(error))
+    return found.group(found.lastindex or 0) if found else ""
+
+
+def never_sent(error: Any) -> bool:
+    """Whether no connection was made, so that the server cannot have seen the request."""
+    # urllib3 takes whatever breaks on the way through a proxy for a ProxyError, after the request was sent as well.
+    cause = error.original_error if isinstance(error, urllib3.exceptions.ProxyError) else error
+    failed = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
+    return isinstance(cause, failed) or "Tunnel connection failed" in str(cause)
+
+
+def api_unreachable(address: str, error: Exception) -> RunStopped:
+    """The end of the run where no connection to the API can be made."""
+    why, proxy = redacted(connection_problem(error)), proxy_for(address)
+    if proxy:
+        return RunStopped(f"the API cannot be reached through the proxy {proxy}: {why}", PROXY_HINT)
+    host = urllib.parse.urlsplit(address).netloc
+    return RunStopped(f"the API cannot be reached at {host}: {why}", "check api.url and the network, and run it again")
 
 
 ########################################################################################################################
@@ -2151,7 +2247,16 @@ class Listing:
 
 REFUSED_BY_S3 = frozenset(
     {
-        *("401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException"),
+        *(
+            "401",
+            "403",
+            "407",
+            "AccessDenied",
+            "AccountProblem",
+            "AllAccessDisabled",
+            "ExpiredToken",
+            "ExpiredTokenException",
+        ),
         *("InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidTokenId", "NoSuchBucket", "NotSignedUp"),
         *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
     }
@@ -2165,19 +2270,40 @@ REFUSED_OPTIONS = frozenset(
         *("InvalidStorageClass", "NotImplemented"),
     }
 )
-FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, EndpointConnectionError, ConnectTimeoutError)
+NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
+FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, *NO_CONNECTION, SSLError)
 
 
 def refused(error: Exception, doing: str) -> RunStopped:
     """The end of the run for an S3 error that would meet every object."""
     if not isinstance(error, ClientError):
-        because = redacted(f"S3 could not be reached for {doing}: {error}")
-        return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
+        return s3_unreachable(error, doing)
     said = error.response.get("Error", {})
+    if said.get("Code") == "407":
+        # Only to an http address a proxy answers itself.
+        because = f"the proxy {proxy_for('http://s3')} wants a password: 407 {said.get('Message', '')}".rstrip()
+        return RunStopped(because, PROXY_HINT)
     return RunStopped(
         redacted(f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()),
         "check the bucket's name, the AWS credentials and their permissions, and run it again",
     )
+
+
+def s3_unreachable(error: Exception, doing: str) -> RunStopped:
+    """The end of the run where S3 gives no answer."""
+    untrusted = certificate_problem(error)
+    if untrusted:
+        return RunStopped(
+            f"S3's certificate is not trusted: {untrusted}",
+            "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock",
+        )
+    # Of a failed connection, boto3 says where to, and keeps why to itself.
+    cause = error.kwargs.get("error") if isinstance(error, NO_CONNECTION) else None
+    why = f": {connection_problem(cause)}" if cause else ""
+    because = redacted(f"S3 could not be reached for {doing}: {error}{why}")
+    if isinstance(error, ProxyConnectionError):
+        return RunStopped(because, PROXY_HINT)
+    return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
 
 
 def error_code(error: Exception) -> str:
@@ -2228,7 +2354,7 @@ def make_s3_client(
     """
     config = botocore.config.Config(
         signature_version="s3v4",
-        retries={"mode": "standard", "total_max_attempts": 5},
+        retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
         max_pool_connections=connections,
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         read_timeout=S3_TIMEOUT_SECONDS,
@@ -2306,9 +2432,10 @@ class UrlSigner:
 
 
 class Bucket:
-    """The source bucket and the output bucket."""
+    """The source bucket and the output bucket. With a `stop`, an outage of S3 is waited for until the run is to end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stop: StopFlag | None = None) -> None:
+        self._stop, self._reach = stop, Reach("S3")
         self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.written_bucket
         # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
         self._connections = settings.run.workers + HEADS_AT_A_TIME
@@ -2319,10 +2446,21 @@ class Bucket:
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
 
+    def _ride_out(self, caught_exception: Exception | None, attempts: int, **_: Any) -> Any:
+        """Have boto3 try again, beyond its own few attempts, while an S3 that has answered before is away."""
+        if caught_exception is None:
+            self._reach.found()
+        elif self._stop and isinstance(caught_exception, NO_CONNECTION) and self._reach.may_come_back():
+            self._stop.sleep(outage_pause(attempts - 1))
+            return 0
+        return None
+
     def _connect(self, region: str | None) -> None:
         self.client, credentials = make_s3_client(self.options, region, self._connections)
         # As Amazon says for URLs of requester-pays buckets.
         payer = {"x-amz-request-payer": "requester"} if self._payer else {}
+        if self._stop:
+            self.client.meta.events.register_first("needs-retry.s3", self._ride_out)
         self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
 
     def check(self) -> None:
@@ -2338,6 +2476,8 @@ class Bucket:
                     raise RunStopped(
                         f"the bucket {name} does not exist", "correct s3.bucket or s3.output_bucket"
                     ) from None
+                if error_code(error) == "407":
+                    raise refused(error, f"access to the bucket {name}") from None
             except BotoCoreError as error:
                 raise refused(error, f"access to the bucket {name}") from None
             self._use_region(headers.get("x-amz-bucket-region"), name)
@@ -2363,6 +2503,9 @@ class Bucket:
         if self._fast_failures < FAST_FAILURES_ENDURED:
             try:
                 return functools.partial(self._parse, self._fetch_xml(request), request)
+            except requests.ConnectionError as error:
+                # A network that fails fails boto3 as well; what boto3 alone trusts, or goes around, does not.
+                self._fast_failures += isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError)
             except (BadListing, BotoCoreError, requests.RequestException, urllib3.exceptions.HTTPError):
                 self._fast_failures += 1
         page = self._ask_boto3(request)
@@ -2394,6 +2537,7 @@ class Bucket:
             headers["x-amz-request-payer"] = "requester"
         timeout = (CONNECT_TIMEOUT_SECONDS, S3_TIMEOUT_SECONDS)
         with self._lister.get(address, headers=headers, timeout=timeout, allow_redirects=False, stream=True) as reply:
+            self._reach.found()
             if reply.status_code != 200:
                 raise BadListing(f"status {reply.status_code}")
             # In one piece: what requests does in pieces of 10 KB takes as long as all the rest of a request.
@@ -2477,8 +2621,11 @@ class Bucket:
     def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)["Metadata"]
-        except (ClientError, BotoCoreError):
-            return None
+        except (ClientError, BotoCoreError) as error:
+            if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
+                return None
+            # Silence is no proof that nothing lies there, to be overwritten.
+            raise refused(error, f"reading from {bucket}") from None
 
     def is_our_output(self, key: str) -> bool:
         """Whether an object of the source bucket carries the metadata of an output of this program."""
@@ -3126,29 +3273,31 @@ class Shared:
     bucket: Bucket
     url_trust: UrlTrust
     tell: Callable[["Note"], None]  # the recorder, or the way to it
+    reach: Reach = field(default_factory=lambda: Reach("the API"))
 
 
 class RetryPolicy(Retry):
     """The one retry policy: which reply means what, how long to wait, when to give up.
 
     It never changes; `increment` returns the next one, or raises ObjectFailed or RunStopped. `total` is the number of
-    transient failures left. Waiting for 429 and 409 leaves it alone, but `deadline` (monotonic seconds) holds.
+    transient failures left. Waiting for 429, 409 and a connection leaves it alone, but `deadline` (monotonic seconds)
+    holds. `is_elsewhere`: it is about a download host, which speaks for nobody but itself.
     """
+
+    OWN = ("shared", "exchange", "deadline", "looks_up", "is_elsewhere", "is_unsent", "attempt", "wait_seconds")
 
     def __init__(self, total: Any, *, shared: Shared, exchange: Exchange, deadline: float, **more: Any) -> None:
         self.shared, self.exchange, self.deadline = shared, exchange, deadline
         self.looks_up: bool = more.pop("looks_up", False)
+        self.is_elsewhere: bool = more.pop("is_elsewhere", False)
+        self.is_unsent: bool = more.pop("is_unsent", False)  # the last attempt made no connection
         self.attempt: int = more.pop("attempt", 0)
         self.wait_seconds: float = more.pop("wait_seconds", 0.0)
         super().__init__(total, **{**more, "allowed_methods": None, "redirect": False})
 
     def new(self, **changes: Any) -> "RetryPolicy":
         """A copy with some fields replaced; urllib3 does not know this class's own."""
-        own = {
-            name: getattr(self, name)
-            for name in ("shared", "exchange", "deadline", "looks_up", "attempt", "wait_seconds")
-        }
-        return super().new(**{**own, **changes})
+        return super().new(**{**{name: getattr(self, name) for name in self.OWN}, **changes})
 
     def is_retry(self, method: str, status_code: int, *_: Any, **__: Any) -> bool:
         """Every reply that is no answer goes to `increment`, which reads its body; most end there."""
@@ -3160,6 +3309,8 @@ class RetryPolicy(Retry):
         """The policy for the next attempt, after an error reply or a broken exchange."""
         if response is None:
             return self._after_broken_exchange(error)
+        if not self.is_elsewhere:
+            self.shared.reach.found()
         asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
         # A refusal may say what the limit is as well; a download host speaks for nobody but itself.
         if "X-RateLimit-Limit" in response.headers and not self.looks_up:
@@ -3171,7 +3322,7 @@ class RetryPolicy(Retry):
         if response.status != 429 and not self.looks_up:
             self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
         if verdict is Verdict.STOP_RUN:
-            raise refusal_by_api(response.status, code, message)
+            raise refusal_by_api(response.status, code, message, self.shared.settings.api.url)
         status: int = response.status
         failure = ObjectFailed(
             code or f"http_{status}",
@@ -3191,17 +3342,37 @@ class RetryPolicy(Retry):
         if isinstance(error, BadAnswer):
             failure = ObjectFailed(error.code, error.message, permanent=error.permanent, status=200)
             return self._again(failure, costs_attempt=True, asked=None)
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        untrusted = certificate_problem(error)
+        if untrusted:
             raise RunStopped(
-                "the API's certificate is not trusted", "for a private CA, set REQUESTS_CA_BUNDLE to its file"
+                f"the API's certificate is not trusted: {untrusted}",
+                "for a private CA, set REQUESTS_CA_BUNDLE to its file; else check api.url and this machine's clock",
             )
-        # When no connection was made, the server cannot have seen the request; else it may have done the work.
-        if not isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.NewConnectionError):
+        is_unsent = never_sent(error)
+        # Else it may have done the work.
+        if not is_unsent:
             self.exchange.maybe_done = True
+        # Before the first answer, TLS that fails is a wrong address as well; after it, a connection that broke.
+        is_mute = isinstance(error, urllib3.exceptions.SSLError) and not self.shared.reach.has_answered
+        if (is_unsent or is_mute) and not self.is_elsewhere:
+            return self._without_connection(error)
         failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
         return self._again(failure, costs_attempt=True, asked=None)
 
-    def _again(self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None) -> "RetryPolicy":
+    def _without_connection(self, error: Exception) -> "RetryPolicy":
+        """Wait for a connection: what all objects need, none is to blame for."""
+        if self.shared.reach.may_come_back():
+            return self.new(attempt=self.attempt + 1, wait_seconds=outage_pause(self.attempt), is_unsent=True)
+        # A proxy that says no will not say yes to the next object.
+        is_refused = "Tunnel connection failed: 4" in str(error)
+        if is_refused or self.shared.reach.has_answered or not self.total:
+            raise api_unreachable(self.shared.settings.api.url, error)
+        failure = ObjectFailed("network", str(error), permanent=False)
+        return self._again(failure, costs_attempt=True, asked=None, is_unsent=True)
+
+    def _again(
+        self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None, is_unsent: bool = False
+    ) -> "RetryPolicy":
         left = cast(int, self.total) - costs_attempt
         seconds = seconds_to_wait(self.attempt, asked, random.random())
         is_late = time.monotonic() + seconds > self.deadline
@@ -3215,13 +3386,15 @@ class RetryPolicy(Retry):
                 )
         if left < 0 or is_late:
             raise failure
-        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds)
+        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds, is_unsent=is_unsent)
 
     def sleep(self, response: Any = None) -> None:
         """Wait before the next attempt. Raises Interrupted at once when the run is to end."""
         self.shared.stop.sleep(self.wait_seconds)
         self.shared.gate.wait(self.shared.stop)
-        self.shared.gate.spend()
+        # What was not sent has its place in the pace still.
+        if not self.is_unsent:
+            self.shared.gate.spend()
         self.shared.gate.count(self.exchange)
         # From here on an answer may be a replay of one that was made before.
         self.exchange.replayed = self.exchange.maybe_done
@@ -3237,9 +3410,11 @@ def error_body(response: urllib3.BaseHTTPResponse) -> bytes:
         response.close()
 
 
-def refusal_by_api(status: int, code: str, message: str) -> RunStopped:
+def refusal_by_api(status: int, code: str, message: str, address: str = "") -> RunStopped:
     """The end of the run for a reply that every object would get."""
     said = f"{status} {code} {message}".strip()
+    if status == 407:
+        return RunStopped(f"the proxy {proxy_for(address)} wants a password: {said}", PROXY_HINT)
     if code == "quota_exceeded" or status == 402:
         return RunStopped(f"the quota is used up: {said}", "run it again next month, or after an upgrade of the plan")
     if status == 401:
@@ -3272,8 +3447,8 @@ class FormBody(io.RawIOBase):
         self._call = call
         fields: list[Any] = list(call.fields)
         if call.open_file:
-            media_type = media_type_of(source_format(call.filename) or "bin")
-            fields.append(("file", (call.filename, b"", media_type)))
+            # The API goes by the file's name; the usual type is another on a machine with other tables.
+            fields.append(("file", (call.filename, b"", "application/octet-stream")))
         boundary = "s3bc-" + call.idempotency_key.replace(":", "-")
         form, self.content_type = encode_multipart_formdata(fields, boundary)
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
@@ -3501,6 +3676,7 @@ class ConvertClient:
         return response
 
     def _note_success(self, response: requests.Response, exchange: Exchange) -> None:
+        self.shared.reach.found()
         exchange.maybe_done = True
         self.shared.gate.learn(response.headers, time.time())
         remaining = response.headers.get("X-CTF-Remaining", "")
@@ -3581,12 +3757,12 @@ class ConvertClient:
         return job
 
     def _get(self, address: str, exchange: Exchange, deadline: float) -> requests.Response:
-        self._adapter.max_retries = RetryPolicy(
-            self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True
-        )
+        is_own = self._is_own(address)
+        policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True)
+        self._adapter.max_retries = policy.new(is_elsewhere=not is_own)
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
         self.shared.gate.count(exchange)
-        session = self._session if self._is_own(address) else self._elsewhere
+        session = self._session if is_own else self._elsewhere
         return session.get(address, stream=True, allow_redirects=False, timeout=timeout)
 
     def _download(
@@ -3634,9 +3810,12 @@ def asking(address: str, **request: Any) -> Iterator[requests.Response]:
         with requests.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
             yield answer
     except requests.RequestException as error:
-        host = urllib.parse.urlsplit(address).netloc
+        host, proxy = urllib.parse.urlsplit(address).netloc, proxy_for(address)
+        why = certificate_problem(error) or connection_problem(error)
+        if proxy:
+            raise UserError(f"{host} cannot be reached through the proxy {proxy}: {why}", PROXY_HINT) from None
         hint = "check its address and the network; for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
-        raise UserError(f"{host} cannot be reached: {type(error).__name__}", hint) from None
+        raise UserError(f"{host} cannot be reached: {why}", hint) from None
 
 
 def ask_usage(api: ApiOptions) -> Usage:
@@ -3651,7 +3830,7 @@ def ask_usage(api: ApiOptions) -> Usage:
     code, message = parse_error(json.dumps(body).encode())
     # An API that has no such page says nothing of the key.
     if status not in {404, 405} and judge_reply(status, code) is Verdict.STOP_RUN:
-        raise refusal_by_api(status, code, message)
+        raise refusal_by_api(status, code, message, api.url)
     # No retry: whoever asks wants to know how it is now.
     if status >= 500 or status == 429:
         raise UserError(f"the API answered {status} {code}".rstrip(), "try it again later")
@@ -4362,7 +4541,8 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
         with sending:
             connection.send(note)
 
-    shared = Shared(settings, StopFlag(tell), Gate(tell), Bucket(settings), UrlTrust(tell), tell)
+    stop = StopFlag(tell)
+    shared = Shared(settings, stop, Gate(tell), Bucket(settings, stop), UrlTrust(tell), tell)
     tasks: queue.Queue[Task | None] = queue.Queue()
     threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
     with ThreadPoolExecutor(workers) as pool:
@@ -5070,7 +5250,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
         pacer = Pacer(settings.api.requests_per_minute, settings.shard.count)
         gate = Gate(pacer.hear)
-        shared = Shared(settings, stop, gate, Bucket(settings), UrlTrust(), notes.put)
+        shared = Shared(settings, stop, gate, Bucket(settings, stop), UrlTrust(), notes.put)
         report, progress = Report(), Progress(settings)
         say_start(settings, journal)
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.

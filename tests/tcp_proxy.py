@@ -54,6 +54,7 @@ class Does(Enum):
     CLOSE = auto()  # an orderly end, to both sides
     VANISH = auto()  # half-open: everything is swallowed, nothing answered, nothing closed
     STALL = auto()  # nothing more is read or passed on, nothing closed
+    NOTHING = auto()  # it is only counted
 
 
 @dataclass(eq=False)
@@ -78,6 +79,11 @@ class Fault:
         """Whether it is this piece's turn; an empty one is the connection itself."""
         is_left = self.times is None or self.armed < self.times
         return is_left and (re.search(self.on, piece) is not None if self.on else not piece)
+
+    def strike(self) -> None:
+        """Count it."""
+        self.struck += 1
+        self.reached.set()
 
 
 @dataclass
@@ -164,10 +170,12 @@ class Connection:
                     await self._strike(self._fault)
 
     def _arm(self, piece: bytes) -> None:
-        fault = next((fault for fault in self._proxy.faults if fault.is_meant_by(piece)), None)
-        if fault:
+        for fault in [fault for fault in self._proxy.faults if fault.is_meant_by(piece)]:
             fault.armed += 1
-            self._fault, self._passed = fault, {"up": 0, "down": 0}
+            if fault.does is not Does.NOTHING:
+                self._fault, self._passed = fault, {"up": 0, "down": 0}
+                return
+            fault.strike()
 
     def _passing(self, way: Way, piece: bytes) -> int:
         """How many bytes of a piece arrive."""
@@ -179,8 +187,7 @@ class Connection:
 
     async def _strike(self, fault: Fault) -> None:
         self._fault = None
-        fault.struck += 1
-        fault.reached.set()
+        fault.strike()
         if fault.does is Does.RESET:
             self.reset()
         elif fault.does is Does.VANISH:
@@ -242,10 +249,6 @@ class TcpProxy:
             connection.has_vanished = True
 
         self._do(self._for_all(vanish))
-
-    def struck(self) -> int:
-        """How often a fault struck."""
-        return sum(fault.struck for fault in self.faults)
 
     def seconds_for(self, way: Way, piece: bytes) -> float:
         """How long a piece is on its way."""

@@ -460,6 +460,26 @@ def test_bytes_are_sent_for_what_was_in_flight_as_a_url_that_the_api_refuses(
     assert len(api.paid) <= 1 + run.summary["possible_double_charges"]
 
 
+# The program on a machine whose table of media types was changed, by a package or by another Python.
+WITH_OTHER_TYPES = f"""
+import mimetypes, sys
+mimetypes.add_type("application/x-other", ".png")
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import s3_bulk_convert as program
+program.leave(program.main())
+"""
+
+
+def test_an_upload_is_the_same_to_the_byte_where_other_media_types_are_known(
+    start: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = converted
+    bucket.put("a.png", PNG + b"a picture")
+    killed_when_paid(start, api, "--set", "api.transfer=upload")
+    run = start("--set", "api.transfer=upload", command=("-c", WITH_OTHER_TYPES)).wait()
+    assert (run.exit_code, run.summary["possible_double_charges"], len(api.paid)) == (0, 0, 1), run.err
+
+
 def test_a_checkpoint_lost_twice_within_a_day_keeps_no_object_from_being_converted(
     start: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
 ) -> None:
