@@ -3138,23 +3138,32 @@ class RetryPolicy(Retry):
             self.shared.gate.learn(response.headers, time.time())
         code, message = parse_error(error_body(response))
         verdict = judge_reply(response.status, code, looks_up=self.looks_up)
-        # A refusal is proof that nothing was made. A 5xx may come from a gateway that lost patience, a 409 says that
-        # an earlier attempt is at work, a 429 is said before the key is looked up.
-        if response.status != 429 and not self.looks_up:
-            self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
+        self._note_refusal(response.status, code, verdict)
         if verdict is Verdict.STOP_RUN:
             raise refusal_by_api(response.status, code, message)
         status: int = response.status
         failure = ObjectFailed(
             code or f"http_{status}",
             message,
-            permanent=verdict is Verdict.GIVE_UP,
+            permanent=verdict is Verdict.GIVE_UP and not self.exchange.maybe_done,
             status=status,
         )
         self.exchange.timeouts += status == 504
         if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status):
             raise failure
         return self._again(failure, costs_attempt=verdict is Verdict.RETRY, asked=asked)
+
+    def _note_refusal(self, status: int, code: str, verdict: Verdict) -> None:
+        # A 5xx may come from a gateway that lost patience, a 409 says that an earlier attempt is at work, a 429 is said
+        # before the key is looked up.
+        if self.looks_up or status == 429:
+            return
+        if verdict in {Verdict.RETRY, Verdict.WAIT}:
+            self.exchange.maybe_done = True
+        # The API's own word on the object is proof that nothing was made: else it would have repeated that. A gateway's,
+        # which has no code, is none, nor is one on the account, the address or the key: an earlier attempt may be paid.
+        elif verdict is Verdict.GIVE_UP and code:
+            self.exchange.maybe_done = False
 
     def _is_for_jobs(self, status: int) -> bool:
         return status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS and not self.looks_up
@@ -3348,12 +3357,14 @@ class ConvertClient:
         try:
             result = self._exchange(self._url_call(task), task, exchange)
         except ObjectFailed as refusal:
-            if not self._is_worth_an_upload(refusal):
+            # Another body would pay a second time for what may be done.
+            if exchange.maybe_done or not self._is_worth_an_upload(refusal):
                 # The URL of an earlier run may have died with its credentials: the next run signs another one.
                 refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
                 raise
+            # A refusal leaves open what became of the request that an earlier run sent, and whether it came to this one.
+            exchange.maybe_done = task.resumed
             result = self._exchange(self._upload_call(task), task, exchange)
-            # A refusal leaves open what became of the request that an earlier run sent.
             exchange.maybe_paid_twice |= task.resumed
             trust.refused()
             return result

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.conversion_api import ConversionApi, Fault
+from tests.conversion_api import ConversionApi, Fault, Request
 from tests.converters import Conversion, marking
+from tests.test_resume import until_next_second
 
 Cli = Callable[..., Any]
 SOURCE = b"\x89PNG\r\n\x1a\n" + b"a picture " * 50
@@ -239,3 +240,53 @@ def test_a_secret_that_the_api_repeats_gets_no_further(run_cli: Cli, bucket: Any
     bucket.put("a.png", SOURCE)
     run = run_cli("--set", "api.transfer=upload")
     assert run.failures[0]["code"] == "X-Amz-Signature=... ..."
+
+
+def is_conversion_number(wanted: int) -> Callable[[Request], bool]:
+    """Picks one request for a conversion, by its number."""
+    seen: list[Request] = []
+
+    def is_it(request: Request) -> bool:
+        if request.is_conversion and request not in seen:
+            seen.append(request)
+        return len(seen) == wanted and request is seen[-1]
+
+    return is_it
+
+
+NO_WORD_ON_THE_OBJECT = [
+    pytest.param(reply(401, "invalid_api_key"), 3, id="the key"),
+    pytest.param(reply(403), 3, id="the account"),
+    pytest.param(lambda: Fault.redirect("http://127.0.0.1:9/elsewhere", 302), 3, id="the address"),
+    pytest.param(reply(400), 1, id="a gateway's 400"),
+    pytest.param(lambda: Fault.html_page(413), 1, id="a gateway's 413"),
+]
+
+
+@pytest.mark.parametrize(("refusal", "exit_code"), NO_WORD_ON_THE_OBJECT)
+def test_what_is_no_word_on_the_object_does_not_forget_what_is_paid(
+    refusal: Callable[[], Fault], exit_code: int, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", SOURCE)
+    api.behaviour.convert = marking
+    api.faults.add(Fault.cut_after_work())
+    api.faults.add(refusal().at(is_conversion_number(2)))
+    first = run_cli()
+    assert (first.exit_code, len(api.paid), len(first.rows("in_flight"))) == (exit_code, 1, 1)
+    api.faults.add(refusal())
+    until_next_second()  # in which a presigned URL is another one
+    assert run_cli().exit_code == exit_code
+    until_next_second()
+    last = run_cli()
+    assert (last.exit_code, len(api.paid), last.summary["replays"]) == (0, 1, 1)
+
+
+def test_the_api_s_word_on_the_object_settles_what_a_broken_attempt_left_open(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", SOURCE)
+    api.faults.add(Fault.cut_before_work())
+    api.faults.add(Fault.status_reply(422, "password_protected"))
+    run = run_cli("--set", "api.transfer=upload")
+    assert [(line["code"], line["permanent"]) for line in run.failures] == [("password_protected", True)]
+    assert run.rows("in_flight") == []
