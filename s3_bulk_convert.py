@@ -3149,7 +3149,7 @@ class RetryPolicy(Retry):
             status=status,
         )
         self.exchange.timeouts += status == 504
-        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status):
+        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status, str(url)):
             raise failure
         return self._again(failure, costs_attempt=verdict is Verdict.RETRY, asked=asked)
 
@@ -3165,12 +3165,16 @@ class RetryPolicy(Retry):
         elif verdict is Verdict.GIVE_UP and code:
             self.exchange.maybe_done = False
 
-    def _is_for_jobs(self, status: int) -> bool:
-        return status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS and not self.looks_up
+    def _is_for_jobs(self, status: int, url: str) -> bool:
+        may_be_job = url.endswith(CONVERT_PATH) and self.shared.settings.api.jobs_above is not None
+        return may_be_job and status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS
 
     def _after_broken_exchange(self, error: Exception) -> "RetryPolicy":
         if isinstance(error, BadAnswer):
             failure = ObjectFailed(error.code, error.message, permanent=error.permanent, status=200)
+            if failure.permanent:
+                # The API repeats its answers, so that asking again brings the same.
+                raise failure
             return self._again(failure, costs_attempt=True, asked=None)
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise RunStopped(

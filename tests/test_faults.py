@@ -28,6 +28,7 @@ class Row:
     permanent: bool = False
     paid: int = 1  # after the first run
     double: int = 0  # possible double charges, both runs together
+    first_requests: int | None = None  # of the first run, for a conversion; None: as many as it takes
     second_requests: int | None = 0
 
     @property
@@ -96,6 +97,8 @@ ROWS = [
     survived("502 service_unavailable once", reply(502, "service_unavailable")),
     survived("503 with an HTML page", lambda: Fault.html_page(503)),
     survived("504 once", lambda: Fault.work_lost(504)),
+    Row("three 504s, and no jobs", (lambda: Fault.work_lost(504, times=3),), options=("api.jobs_above=never",)),
+    Row("three 504s from the queue of jobs", (lambda: Fault.work_lost(504, times=3),), options=("api.jobs_above=1",)),
     survived("408", reply(408)),
     survived("connection cut before the work", Fault.cut_before_work),
     survived("connection cut after the work", Fault.cut_after_work),
@@ -104,7 +107,6 @@ ROWS = [
     survived("an empty 200, once", Fault.empty_answer),
     survived("half of the answer", Fault.truncated_answer),
     survived("half of a chunked answer", lambda: Fault.truncated_answer(chunked=True)),
-    survived("another format, once", lambda: Fault.other_file(OTHER_KINDS, "image/png")),
     survived("stale rate headers", stale_rate_headers=True),
     survived("no rate headers", rate_headers=False),
     survived("a JSON envelope with file_url", Fault.json_envelope),
@@ -123,9 +125,9 @@ ROWS = [
     given_up("connection cut after the work, always", lambda: Fault.cut_after_work(times=None), "network", paid=1),
     given_up("half of the answer, always", lambda: Fault.truncated_answer(times=None), "cut_answer", paid=1),
     Row(
-        "another format, always",
+        "another format",
         (lambda: Fault.other_file(OTHER_KINDS, "image/png", kept=True, times=None),),
-        options=("api.retries=1",),
+        first_requests=1,
         exit_code=1,
         code="wrong_type",
         permanent=True,
@@ -188,9 +190,10 @@ def test_each_fault_has_its_consequence(row: Row, run_cli: Cli, bucket: Any, api
     assert_recorded(first, row)
     assert_stored(bucket, is_stored=row.is_stored)
     assert len(api.paid) == row.paid
+    sent = len([request for request in api.requests if request.is_conversion])
+    assert row.first_requests in {None, sent}
     api.faults.clear()
     api.behaviour.job_states = ("completed",)
-    sent = len([request for request in api.requests if request.is_conversion])
     second = run_cli(*options)
     assert len([request for request in api.requests if request.is_conversion]) - sent == row.second_requests
     assert second.summary["skipped"].get("failed_before", 0) == int(row.permanent)
