@@ -1353,13 +1353,8 @@ def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes)
     return said and kind not in ZIP_BASED and begins_like("zip", head)
 
 
-def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
-    """What an error reply means (docs/errors). The status comes first, then the code.
-
-    `looks_up`: the request asked for a job or its result, so that 403, 404 and 410 are about that one thing.
-    """
-    if looks_up and status in {403, 404, 410}:
-        return Verdict.GIVE_UP
+def judge_reply(status: int, code: str) -> Verdict:
+    """What an error reply means (docs/errors). The status comes first, then the code."""
     if status == 409 or (status == 429 and code != "quota_exceeded"):
         return Verdict.WAIT
     if status == 422 and code == "bad_request":
@@ -1370,6 +1365,22 @@ def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
     if status in {408, 425} or status >= 500 or status < 300:
         return Verdict.RETRY
     return Verdict.GIVE_UP
+
+
+def judge_poll(status: int, code: str) -> Verdict:
+    """What an error reply to the question for a job means. GIVE_UP: the job is lost; nothing else is about the job."""
+    if status in {404, 410}:
+        return Verdict.GIVE_UP
+    if status in {401, 403} or code == "quota_exceeded":
+        return Verdict.STOP_RUN
+    return Verdict.WAIT if status == 429 else Verdict.RETRY
+
+
+def judge_download(status: int, _code: str) -> Verdict:
+    """What an error reply to the request for a result means. GIVE_UP: the link is stale, whoever says so and why."""
+    if status == 429:
+        return Verdict.WAIT
+    return Verdict.GIVE_UP if 300 <= status < 500 and status not in {408, 425} else Verdict.RETRY
 
 
 def parse_error(body: bytes) -> tuple[str, str]:
@@ -3105,22 +3116,27 @@ class RetryPolicy(Retry):
 
     It never changes; `increment` returns the next one, or raises ObjectFailed or RunStopped. `total` is the number of
     transient failures left. Waiting for 429 and 409 leaves it alone, but `deadline` (monotonic seconds) holds.
+    `judge` says what a reply means; `is_elsewhere`: it is that of a download host, which speaks for nobody but itself.
     """
+
+    OWN = ("shared", "exchange", "deadline", "judge", "is_elsewhere", "attempt", "wait_seconds")
 
     def __init__(self, total: Any, *, shared: Shared, exchange: Exchange, deadline: float, **more: Any) -> None:
         self.shared, self.exchange, self.deadline = shared, exchange, deadline
-        self.looks_up: bool = more.pop("looks_up", False)
+        self.judge: Callable[[int, str], Verdict] = more.pop("judge", judge_reply)
+        self.is_elsewhere: bool = more.pop("is_elsewhere", False)
         self.attempt: int = more.pop("attempt", 0)
         self.wait_seconds: float = more.pop("wait_seconds", 0.0)
         super().__init__(total, **{**more, "allowed_methods": None, "redirect": False})
 
     def new(self, **changes: Any) -> "RetryPolicy":
         """A copy with some fields replaced; urllib3 does not know this class's own."""
-        own = {
-            name: getattr(self, name)
-            for name in ("shared", "exchange", "deadline", "looks_up", "attempt", "wait_seconds")
-        }
-        return super().new(**{**own, **changes})
+        return super().new(**{**{name: getattr(self, name) for name in self.OWN}, **changes})
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it is for a question after what was asked for before: a job, or its result."""
+        return self.judge is not judge_reply
 
     def is_retry(self, method: str, status_code: int, *_: Any, **__: Any) -> bool:
         """Every reply that is no answer goes to `increment`, which reads its body; most end there."""
@@ -3133,11 +3149,11 @@ class RetryPolicy(Retry):
         if response is None:
             return self._after_broken_exchange(error)
         asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
-        # A refusal may say what the limit is as well; a download host speaks for nobody but itself.
+        # A refusal may say what the limit is as well.
         if "X-RateLimit-Limit" in response.headers and not self.looks_up:
             self.shared.gate.learn(response.headers, time.time())
         code, message = parse_error(error_body(response))
-        verdict = judge_reply(response.status, code, looks_up=self.looks_up)
+        verdict = self.judge(response.status, code)
         self._note_refusal(response.status, code, verdict)
         if verdict is Verdict.STOP_RUN:
             raise refusal_by_api(response.status, code, message)
@@ -3151,7 +3167,7 @@ class RetryPolicy(Retry):
         self.exchange.timeouts += status == 504
         if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status, str(url)):
             raise failure
-        return self._again(failure, costs_attempt=verdict is Verdict.RETRY, asked=asked)
+        return self._again(failure, costs_attempt=verdict is Verdict.RETRY or self.is_elsewhere, asked=asked)
 
     def _note_refusal(self, status: int, code: str, verdict: Verdict) -> None:
         # A 5xx may come from a gateway that lost patience, a 409 says that an earlier attempt is at work, a 429 is said
@@ -3160,8 +3176,8 @@ class RetryPolicy(Retry):
             return
         if verdict in {Verdict.RETRY, Verdict.WAIT}:
             self.exchange.maybe_done = True
-        # The API's own word on the object is proof that nothing was made: else it would have repeated that. A gateway's,
-        # which has no code, is none, nor is one on the account, the address or the key: an earlier attempt may be paid.
+        # The API's own word on the object is proof that nothing was made: else it would have repeated that. A gateway's
+        # page is none, nor is a word on the account, the address or the key: an earlier attempt may be paid.
         elif verdict is Verdict.GIVE_UP and code:
             self.exchange.maybe_done = False
 
@@ -3176,24 +3192,27 @@ class RetryPolicy(Retry):
                 # The API repeats its answers, so that asking again brings the same.
                 raise failure
             return self._again(failure, costs_attempt=True, asked=None)
+        failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            if self.is_elsewhere:
+                raise failure
             raise RunStopped(
                 "the API's certificate is not trusted", "for a private CA, set REQUESTS_CA_BUNDLE to its file"
             )
         # When no connection was made, the server cannot have seen the request; else it may have done the work.
         if not isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.NewConnectionError):
             self.exchange.maybe_done = True
-        failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
         return self._again(failure, costs_attempt=True, asked=None)
 
     def _again(self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None) -> "RetryPolicy":
         left = cast(int, self.total) - costs_attempt
         seconds = seconds_to_wait(self.attempt, asked, random.random())
         is_late = time.monotonic() + seconds > self.deadline
-        if failure.status == 429:
+        if failure.status == 429 and not self.is_elsewhere:
             self.exchange.throttled += 1
             self.shared.gate.throttled(seconds)
-            if is_late:
+            # A job's deadline may be over soon after the first of them.
+            if is_late and not self.looks_up:
                 raise RunStopped(
                     f"the API has answered 429 for {WAIT_DEADLINE_SECONDS // 60} minutes",
                     "run it again later, or set a lower api.requests_per_minute",
@@ -3366,7 +3385,7 @@ class ConvertClient:
                 # The URL of an earlier run may have died with its credentials: the next run signs another one.
                 refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
                 raise
-            # A refusal leaves open what became of the request that an earlier run sent, and whether it came to this one.
+            # A refusal leaves open what became of what an earlier run sent, which may have come as far as this upload.
             exchange.maybe_done = task.resumed
             result = self._exchange(self._upload_call(task), task, exchange)
             exchange.maybe_paid_twice |= task.resumed
@@ -3457,10 +3476,7 @@ class ConvertClient:
         link, said_size = download_link(json_body(response))
         if not link:
             raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
-        result = self._download(link, said_size, task.target, exchange, deadline)
-        if result is None:
-            raise BadAnswer("stale_link", "the API answered with a link to the file, and the link does not work")
-        return result
+        return self._download(link, said_size, task.target, exchange, deadline)
 
     def _post(self, call: Call, policy: RetryPolicy) -> requests.Response:
         self.shared.gate.wait(self.shared.stop)
@@ -3529,30 +3545,41 @@ class ConvertClient:
     def _finish_job(self, job_id: str, task: Task, exchange: Exchange) -> Result:
         """Wait for a job and fetch its result. An unknown state counts as running (docs/conversions/async)."""
         deadline = time.monotonic() + JOB_DEADLINE_SECONDS
-        links_left = 3
+        results_left = 3
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
             self.shared.stop.sleep(pause)
-            job = self._poll(job_id, exchange, deadline)
-            link, said_size = download_link(job)
-            if job.get("status") == "completed" and link:
-                result = self._download(link, said_size, task.target, exchange, deadline)
+            try:
+                result = self._result_of_job(self._poll(job_id, exchange, deadline), task.target, exchange, deadline)
                 if result:
                     return result
-                links_left -= 1
-            if not links_left or time.monotonic() > deadline:
+            except BadAnswer as bad:
+                results_left -= 1
+                if bad.permanent or not results_left:
+                    raise ObjectFailed(bad.code, bad.message, permanent=bad.permanent, status=200) from None
+            if time.monotonic() > deadline:
                 break
         raise ObjectFailed("job_not_finished", f"the job {job_id} gave no result in time", permanent=False)
+
+    def _result_of_job(self, job: Mapping[str, Any], target: str, exchange: Exchange, deadline: float) -> Result | None:
+        """What a job has come to; None while it runs. Raises BadAnswer."""
+        if job.get("status") != "completed":
+            return None
+        link, said_size = download_link(job)
+        if not link:
+            raise BadAnswer("no_link", "the job is completed, and the API does not say where its result is")
+        return self._download(link, said_size, target, exchange, deadline)
 
     def _poll(self, job_id: str, exchange: Exchange, deadline: float) -> dict[str, Any]:
         self.shared.gate.spend()
         try:
-            response = self._get(
-                f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}", exchange, deadline
-            )
+            address = f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}"
+            response = self._get(address, judge_poll, exchange, deadline)
         except ObjectFailed as failure:
-            if failure.status != 404:
-                raise
-            raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
+            if failure.status in {404, 410}:
+                raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
+            # Its status is an answer to this question; nobody must take it for one to the request that made the job.
+            said = f"asked for the job {job_id}: {failure.code} {failure.message}".rstrip()
+            raise ObjectFailed("job_not_finished", said, permanent=False) from failure
         with contextlib.closing(response):
             job = json_body(response)
         if job.get("status") == "failed":
@@ -3560,37 +3587,34 @@ class ConvertClient:
             raise job_failure(job)
         return job
 
-    def _get(self, address: str, exchange: Exchange, deadline: float) -> requests.Response:
-        self._adapter.max_retries = RetryPolicy(
-            self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True
-        )
+    def _get(
+        self, address: str, judge: Callable[[int, str], Verdict], exchange: Exchange, deadline: float
+    ) -> requests.Response:
+        is_own = self._is_own(address)
+        policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, judge=judge)
+        self._adapter.max_retries = policy.new(is_elsewhere=not is_own)
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
         self.shared.gate.count(exchange)
-        session = self._session if self._is_own(address) else self._elsewhere
+        session = self._session if is_own else self._elsewhere
         return session.get(address, stream=True, allow_redirects=False, timeout=timeout)
 
-    def _download(
-        self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float
-    ) -> Result | None:
-        """The file behind a download link; None if it is stale or the file came cut."""
-        # The link may be relative, and may point to another host, which then gets no key.
-        response = None
+    def _download(self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float) -> Result:
+        """The file behind a download link. Raises BadAnswer if the link is stale, or the file cut or another one."""
         try:
-            response = self._get(urllib.parse.urljoin(self._api.url + "/", link), exchange, deadline)
-            result = self._receive(response, target, deadline)
-        except BadAnswer as answer:
-            if answer.permanent:
-                raise ObjectFailed(answer.code, answer.message, permanent=True, status=200) from None
-            return None
-        except (ObjectFailed, urllib3.exceptions.HTTPError, OSError):
-            return None
-        finally:
-            if response is not None:
-                response.close()
+            # The link may be relative, and may point to another host, which then gets no key.
+            response = self._get(urllib.parse.urljoin(self._api.url + "/", link), judge_download, exchange, deadline)
+        except (ObjectFailed, urllib3.exceptions.HTTPError, OSError) as problem:
+            said = f"{problem.code} {problem.message}" if isinstance(problem, ObjectFailed) else type(problem).__name__
+            raise BadAnswer("stale_link", f"the API's link to the file does not work: {said}".rstrip()) from None
+        with contextlib.closing(response):
+            try:
+                result = self._receive(response, target, deadline)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise as_bad_answer(error) from None
         # A whole body of the wrong size is a body of something else.
         if said_size is not None and said_size != result.size:
             result.body.close()
-            return None
+            raise BadAnswer("cut_answer", f"the file has {result.size} bytes, and the API says {said_size}")
         return result
 
 
@@ -5169,6 +5193,7 @@ REMEDIES = {
     "no_length": "a proxy on the way hides where answers end: go around it",
     "slow_answer": "the answer took too long: raise api.timeout",
     "stale_link": "the API's link to the result did not work: run it again, it is asked for anew",
+    "no_link": "the API has done the job and did not say where the result is: run it again, it is asked for anew",
     "no_job_id": "the API started a job and did not say which: run it again",
     "job_not_finished": "the job took too long: run it again, it goes on with the same job",
     "job_lost": "the API has forgotten the job: run it again",

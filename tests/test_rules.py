@@ -494,18 +494,24 @@ def test_an_error_reply_is_judged_as_the_contract_says(status: int, code: str, e
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"),
+    ("status", "of_a_job", "of_a_result"),
     [
-        (403, Verdict.GIVE_UP),
-        (404, Verdict.GIVE_UP),
-        (410, Verdict.GIVE_UP),
-        (401, Verdict.STOP_RUN),
-        (429, Verdict.WAIT),
-        (502, Verdict.RETRY),
+        (302, Verdict.RETRY, Verdict.GIVE_UP),
+        (400, Verdict.RETRY, Verdict.GIVE_UP),
+        (401, Verdict.STOP_RUN, Verdict.GIVE_UP),
+        (403, Verdict.STOP_RUN, Verdict.GIVE_UP),
+        (404, Verdict.GIVE_UP, Verdict.GIVE_UP),
+        (408, Verdict.RETRY, Verdict.RETRY),
+        (409, Verdict.RETRY, Verdict.GIVE_UP),
+        (410, Verdict.GIVE_UP, Verdict.GIVE_UP),
+        (422, Verdict.RETRY, Verdict.GIVE_UP),
+        (429, Verdict.WAIT, Verdict.WAIT),
+        (502, Verdict.RETRY, Verdict.RETRY),
     ],
 )
-def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(status: int, expected: Verdict) -> None:
-    assert program.judge_reply(status, "", looks_up=True) is expected
+def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(status: int, of_a_job: Verdict, of_a_result: Verdict) -> None:
+    assert program.judge_poll(status, "bad_request") is of_a_job
+    assert program.judge_download(status, "bad_request") is of_a_result
 
 
 @pytest.mark.parametrize(
