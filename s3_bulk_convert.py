@@ -1383,10 +1383,15 @@ def judge_download(status: int, _code: str) -> Verdict:
     return Verdict.GIVE_UP if 300 <= status < 500 and status not in {408, 425} else Verdict.RETRY
 
 
+def read_json(body: bytes) -> Any:
+    """What JSON says; `?` for half of a surrogate pair, which no file takes. Raises ValueError, RecursionError."""
+    return json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def parse_error(body: bytes) -> tuple[str, str]:
     """Code and message of an error body; empty where it is HTML, cut, or in another form."""
     try:
-        error = json.loads(body).get("error")
+        error = read_json(body).get("error")
     except (ValueError, AttributeError, RecursionError):
         return "", ""
     if isinstance(error, str):
@@ -3740,7 +3745,7 @@ def as_bad_answer(error: Exception) -> BadAnswer:
 def json_body(response: requests.Response) -> dict[str, Any]:
     """The JSON object in an answer; empty if there is none."""
     try:
-        found = json.loads(response.raw.read(ERROR_BODY_BYTES))
+        found = read_json(response.raw.read(ERROR_BODY_BYTES))
     except (ValueError, RecursionError, urllib3.exceptions.HTTPError, OSError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -523,6 +523,9 @@ def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(status: int, of_a_job: V
         pytest.param(b'{"error": {"code": null, "message": null}}', ("", ""), id="nulls"),
         pytest.param(b'{"error": {"code": 7, "message": ["a"]}}', ("7", "['a']"), id="not texts"),
         pytest.param(b'{"error": "broken"}', ("", "broken"), id="error is a text"),
+        pytest.param(
+            b'{"error": {"code": "\\ud83d", "message": "a\\ud83d\\ude00"}}', ("?", "a\U0001f600"), id="half a pair"
+        ),
         pytest.param(b'{"error": null}', ("", ""), id="error is null"),
         pytest.param(b'{"error": []}', ("", ""), id="error is a list"),
         pytest.param(b'{"detail": "x"}', ("", ""), id="another form"),
