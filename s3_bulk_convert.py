@@ -381,6 +381,11 @@ class Task:
     among_sources: bool = False  # outputs lie between sources, and must not overwrite one
     job_id: str = ""  # the API's, where it has accepted this as a job already
 
+    @property
+    def may_be_done(self) -> bool:
+        """Whether the API may have its result. It knows a job for longer than the key of the request that made it."""
+        return self.resumed or bool(self.job_id)
+
 
 class Sent(NamedTuple):
     """An unsettled request of an earlier run, as the journal has it. `sent_at` in Unix seconds."""
@@ -3376,9 +3381,9 @@ class ConvertClient:
         With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
         a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
-        if task.job_id:
-            with suppressing_lost_job():
-                return self._finish_job(task.job_id, task, exchange)
+        known = self._result_of_known_job(task, exchange)
+        if known:
+            return known
         trust = self.shared.url_trust
         if not task.url or (trust.is_lost and not task.resumed):
             return self._exchange(self._upload_call(task), task, exchange)
@@ -3398,6 +3403,18 @@ class ConvertClient:
             return result
         trust.accepted()
         return result
+
+    def _result_of_known_job(self, task: Task, exchange: Exchange) -> Result | None:
+        """What has come of the job that an earlier run has started; None if there is none any more."""
+        if task.job_id:
+            try:
+                return self._finish_job(task.job_id, task, exchange)
+            except ObjectFailed as failure:
+                if failure.code != JOB_LOST:
+                    raise
+        exchange.maybe_paid_twice = task.overdue
+        exchange.maybe_done = exchange.replayed = task.resumed
+        return None
 
     def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
         return self._api.transfer != "url" and self._may_be_about_url(failure)
@@ -3711,16 +3728,6 @@ def first_number(told: Mapping[str, Any], pattern: str) -> int | None:
 
 
 @contextlib.contextmanager
-def suppressing_lost_job() -> Iterator[None]:
-    """Let a job that the API has forgotten be sent anew."""
-    try:
-        yield
-    except ObjectFailed as failure:
-        if failure.code != JOB_LOST:
-            raise
-
-
-@contextlib.contextmanager
 def no_space_stops_the_run() -> Iterator[None]:
     """Raise RunStopped where a temporary file cannot be written: every object would meet that."""
     try:
@@ -4016,13 +4023,13 @@ class Planner:
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
+            job_id=earlier.job_id if earlier else "",
             traced=candidate.is_known or source.key in sent,
             look_first=earlier is not None,
             among_sources=self.settings.puts_among_sources(job),
         )
         if earlier and not is_overdue:
-            _, key, url, _, job_id = earlier
-            return replace(task, idempotency_key=key, url=url, job_id=job_id, resumed=True)
+            return replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, resumed=True)
         return task
 
     def _sendable(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -4227,7 +4234,7 @@ class Feeder:
 
     def _leave(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
-            self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
 
     def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
@@ -4279,7 +4286,7 @@ class TotalCount(threading.Thread):
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     # An earlier run may have sent it: until the API says otherwise, the work may be done.
-    exchange = Exchange(maybe_done=task.resumed, replayed=task.resumed)
+    exchange = Exchange(maybe_done=task.may_be_done, replayed=task.may_be_done)
     # Whatever the API has repeated, no secret gets further than this function: all that it hands on goes through here.
     hide = shared.settings.hide
     started = time.monotonic()
@@ -4328,7 +4335,6 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Something lies there, or may: a lost checkpoint may have known that it is another source's output.
     if task.look_first or task.among_sources:
         shared.bucket.refuse_to_overwrite(task)
-    exchange.maybe_paid_twice = task.overdue
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
         key = shared.bucket.store(task, result)
@@ -4505,7 +4511,7 @@ class WorkerProcess:
         """Leave to the next run what no process is there for."""
         queued = () if self._is_fed else iter(self.tasks.get, None)
         for task in itertools.chain(self._again, queued):
-            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
 
 
 @contextlib.contextmanager
@@ -5307,7 +5313,7 @@ class Forecast:
     def plan(self, tasks: Sequence[Task], planner: Planner) -> None:
         """Count a page: what is for workers to do, and what needs none, a failure or an output that is there."""
         for task in tasks:
-            kind = TO_COPY if task.copy else TO_RESUME if task.resumed else TO_CONVERT
+            kind = TO_COPY if task.copy else TO_RESUME if task.may_be_done else TO_CONVERT
             self.counts[task.job, kind] += 1
             self.counts[task.job, "bytes"] += task.size if kind == TO_CONVERT else 0
         for outcome in planner.settled:
@@ -5646,7 +5652,7 @@ def step_for(task: Task, bucket: Bucket) -> str:
             bucket.refuse_to_overwrite(task)
         except ObjectFailed as failure:
             return f"fail: {failure.code}, {shown(failure.message)}"
-    if task.resumed:
+    if task.may_be_done:
         return "send the request in flight again, which the API answers free of charge if it has done the work"
     return f"convert it to {task.target}, which is paid for"
 

@@ -1,6 +1,8 @@
 """Jobs: whatever their questions, links and failures come to, each object is paid once, and none is blamed wrongly."""
 
+import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -116,6 +118,31 @@ def test_a_job_that_is_completed_without_a_link_is_left_after_a_few_questions(
     assert [(line["code"], line["permanent"]) for line in run.failures] == [("no_link", False)]
     api.faults.clear()
     assert (run_cli(*JOBS).exit_code, len(api.paid), bodies(bucket)) == (0, 1, expected)
+
+
+def make_a_day_older(run: Any) -> None:
+    """Let what is in flight have been sent longer ago than the API remembers keys."""
+    with contextlib.closing(sqlite3.connect(run.workdir / "s3_bulk_convert.sqlite3")) as db, db:
+        db.execute("UPDATE in_flight SET sent_at = sent_at - ?", (program.IDEMPOTENCY_WINDOW_SECONDS + 60,))
+
+
+@pytest.mark.parametrize(("is_lost", "doubles"), [(False, 0), (True, 1)], ids=["known", "lost"])
+def test_a_job_of_yesterday_is_asked_for_before_anything_is_sent(
+    *, is_lost: bool, doubles: int, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket)
+    api.behaviour.keep_memory = 0
+    api.faults.add(Fault(status=200, body=b'{"status": "queued"}', times=None, where=is_poll))
+    for _ in range(2):
+        run = run_cli(*JOBS, "--set", "run.max_runtime=2s")
+        assert (run.exit_code, len(run.rows("in_flight")), len(api.paid)) == (3, 1, 1)
+        make_a_day_older(run)
+    api.faults.clear()
+    if is_lost:
+        api.faults.add(Fault.status_reply(404, "not_found", where=is_poll))
+    last = run_cli(*JOBS)
+    assert (last.exit_code, last.summary["possible_double_charges"], len(api.paid)) == (0, doubles, 1 + doubles)
+    assert (bodies(bucket), last.rows("in_flight")) == (expected, [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
