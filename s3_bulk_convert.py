@@ -136,11 +136,12 @@ IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer 
 URL_LIFE_SECONDS = IDEMPOTENCY_WINDOW_SECONDS  # a resumed request carries the same URL, so it lives as long
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 JOB_DEADLINE_SECONDS = 6 * 3600
+ROUNDING_SECONDS = 2  # of two times that the API tells in whole seconds
 TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
 PIPE_POLL_SECONDS = 0.01  # how soon an idle worker process gets a task
 DEATHS_ENDURED = 3  # of worker processes, over one object or without any result
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
-MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint within a day takes one
+MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint and each failed job within a day takes one
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
@@ -306,6 +307,14 @@ class ObjectFailed(Exception):
     def __init__(self, code: str, message: str, *, permanent: bool, status: int = 0) -> None:
         super().__init__(code, message)
         self.code, self.message, self.permanent, self.status = code, message, permanent, status
+
+
+class JobFailed(ObjectFailed):
+    """A job of the API's came to nothing. `is_old`: it is older than the request that was answered with it."""
+
+    def __init__(self, code: str, message: str, *, permanent: bool, is_old: bool = False) -> None:
+        super().__init__(code, message, permanent=permanent)
+        self.is_old = is_old
 
 
 class BadAnswer(Exception):
@@ -491,6 +500,8 @@ class Exchange:
     maybe_done: bool = False  # the API may have converted it, and this program does not have the answer
     replayed: bool = False
     maybe_paid_twice: bool = False
+    asked_at: float = -math.inf  # monotonic seconds; when the call in hand was first sent
+    failed_jobs: int = 0  # that may not fail again
     timeouts: int = 0  # 504s: the conversion takes longer than the API's synchronous call may
     remaining: int | None = None
 
@@ -1404,6 +1415,17 @@ def parse_error(body: bytes) -> tuple[str, str]:
     if not isinstance(error, dict):
         return "", ""
     return str(error.get("code") or ""), str(error.get("message") or "")
+
+
+def age_of_job(job: Mapping[str, Any], now: str) -> float:
+    """For how many seconds there has been a job, by the API's own clock (an HTTP date); 0 where it does not say."""
+    try:
+        made = datetime.fromisoformat(str(job.get("created_at")).replace("Z", "+00:00"))
+        # A time without a zone must not be taken for this machine's.
+        age = email.utils.parsedate_to_datetime(now) - made.replace(tzinfo=made.tzinfo or timezone.utc)
+    except (TypeError, ValueError):
+        return 0.0
+    return age.total_seconds()
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:
@@ -3381,36 +3403,37 @@ class ConvertClient:
         With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
         a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
-        known = self._result_of_known_job(task, exchange)
-        if known:
-            return known
         trust = self.shared.url_trust
-        if not task.url or (trust.is_lost and not task.resumed):
-            return self._exchange(self._upload_call(task), task, exchange)
+        by_url = bool(task.url) and (task.resumed or not trust.is_lost)
         try:
-            result = self._exchange(self._url_call(task), task, exchange)
+            return self._result_of_known_job(task, exchange) or self._send(task, exchange, by_url=by_url)
         except ObjectFailed as refusal:
             # Another body would pay a second time for what may be done.
-            if exchange.maybe_done or not self._is_worth_an_upload(refusal):
+            if not by_url or exchange.maybe_done or not self._is_worth_an_upload(refusal):
                 # The URL of an earlier run may have died with its credentials: the next run signs another one.
-                refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+                refusal.permanent &= not (by_url and task.resumed and self._may_be_about_url(refusal))
                 raise
             # A refusal leaves open what became of what an earlier run sent, which may have come as far as this upload.
             exchange.maybe_done = task.resumed
-            result = self._exchange(self._upload_call(task), task, exchange)
+            result = self._send(task, exchange, by_url=False)
             exchange.maybe_paid_twice |= task.resumed
             trust.refused()
             return result
-        trust.accepted()
+
+    def _send(self, task: Task, exchange: Exchange, *, by_url: bool) -> Result:
+        result = self._exchange(self._url_call(task) if by_url else self._upload_call(task), task, exchange)
+        if by_url:
+            self.shared.url_trust.accepted()
         return result
 
     def _result_of_known_job(self, task: Task, exchange: Exchange) -> Result | None:
-        """What has come of the job that an earlier run has started; None if there is none any more."""
+        """What has come of the job that an earlier run has started; None if there is none, or none any more."""
         if task.job_id:
             try:
                 return self._finish_job(task.job_id, task, exchange)
             except ObjectFailed as failure:
-                if failure.code != JOB_LOST:
+                may_not_fail_again = isinstance(failure, JobFailed) and not failure.permanent
+                if failure.code != JOB_LOST and not may_not_fail_again:
                     raise
         exchange.maybe_paid_twice = task.overdue
         exchange.maybe_done = exchange.replayed = task.resumed
@@ -3422,6 +3445,8 @@ class ConvertClient:
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:
             return False
+        if isinstance(failure, JobFailed):
+            return failure.permanent
         # A 5xx may come after the work: another body would pay for it a second time.
         return 400 <= failure.status < 500
 
@@ -3452,28 +3477,45 @@ class ConvertClient:
         for number in itertools.count(2):
             try:
                 result = self._answer(call, task, exchange)
-                # Both kinds of successor leave open whether the first key's work was done.
                 exchange.maybe_paid_twice |= has_predecessor
                 return result
             except ObjectFailed as failure:
-                successor = self._successor(call, failure, number)
+                successor = self._successor(call, failure, number, exchange)
                 if successor is None:
                     raise
-            call, has_predecessor = successor, True
+                # All but a job that failed leave open whether the first key's work was done.
+                has_predecessor |= not isinstance(failure, JobFailed)
+            call = successor
         raise AssertionError("unreachable: the numbers do not end")
 
-    def _successor(self, call: Call, failure: ObjectFailed, number: int) -> Call | None:
+    def _successor(self, call: Call, failure: ObjectFailed, number: int, exchange: Exchange) -> Call | None:
         # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
         is_taken = judge_reply(failure.status, failure.code) is Verdict.NEW_KEY
-        # Under its own key the API would only tell of the same lost job again (docs/errors: resubmit).
-        if (is_taken or failure.code == JOB_LOST) and number <= MOST_SUCCESSORS:
+        # Under its own key the API would only tell of the same job again (docs/errors: resubmit).
+        is_spent = failure.code == JOB_LOST or self._is_worth_another_job(failure, exchange)
+        if (is_taken or is_spent) and number <= MOST_SUCCESSORS:
             return replace(call, idempotency_key=f"{call.idempotency_key}:{number}")
         if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
             return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
         return None
 
+    def _is_worth_another_job(self, failure: ObjectFailed, exchange: Exchange) -> bool:
+        """Whether a job failed that another one may not fail as; waits before that one, and uses up an attempt."""
+        if not isinstance(failure, JobFailed):
+            return False
+        if failure.is_old or failure.permanent:
+            # The answer to an earlier run's request; what is permanent is tried once more if the user wants that.
+            return failure.is_old and (self.shared.settings.retry_failed or not failure.permanent)
+        exchange.failed_jobs += 1
+        if exchange.failed_jobs > self._api.retries:
+            return False
+        self.shared.stop.sleep(seconds_to_wait(exchange.failed_jobs - 1, None, random.random()))
+        self.shared.gate.spend()
+        return True
+
     def _answer(self, call: Call, task: Task, exchange: Exchange) -> Result:
-        deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
+        exchange.asked_at = time.monotonic()
+        deadline = exchange.asked_at + WAIT_DEADLINE_SECONDS
         policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline)
         while True:
             response = self._post(call, policy)
@@ -3606,7 +3648,8 @@ class ConvertClient:
             job = json_body(response)
         if job.get("status") == "failed":
             exchange.maybe_done = False
-            raise job_failure(job)
+            age = age_of_job(job, response.headers.get("Date", ""))
+            raise job_failure(job, is_old=age > time.monotonic() - exchange.asked_at + ROUNDING_SECONDS)
         return job
 
     def _get(
@@ -3776,13 +3819,14 @@ def download_link(job: Mapping[str, Any]) -> tuple[str, int | None]:
     return str(link), said if isinstance(said, int) else None
 
 
-def job_failure(job: Mapping[str, Any]) -> ObjectFailed | RunStopped:
+def job_failure(job: Mapping[str, Any], *, is_old: bool) -> JobFailed | RunStopped:
     """What a failed job means. Its `error` may be an object, a text, or absent."""
     code, message = parse_error(json.dumps(dict(job)).encode())
     if code == "quota_exceeded":
         return refusal_by_api(429, code, message)
     is_passing = code in {"service_unavailable", "rate_limited"}
-    return ObjectFailed(code or "job_failed", message or "the API says that the job failed", permanent=not is_passing)
+    said = message or "the API says that the job failed"
+    return JobFailed(code or "job_failed", said, permanent=not is_passing, is_old=is_old)
 
 
 ########################################################################################################################

@@ -139,6 +139,7 @@ ROWS = [
             f"a job that failed, {shape}",
             (Fault.accepted_as_job,),
             {"job_states": ("failed",), "job_error": shape},
+            ("api.transfer=upload",),
             exit_code=1,
             code=code,
             permanent=True,

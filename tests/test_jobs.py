@@ -1,6 +1,7 @@
 """Jobs: whatever their questions, links and failures come to, each object is paid once, and none is blamed wrongly."""
 
 import contextlib
+import email.utils
 import json
 import sqlite3
 import time
@@ -197,3 +198,111 @@ def test_only_the_api_s_own_certificate_stops_the_run(*, is_elsewhere: bool, exp
     untrusted = urllib3.exceptions.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
     with pytest.raises(expected):
         policy.new().increment("GET", "/file", error=untrusted)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Jobs that fail
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def tell_of_failed_jobs(code: str, *, times: int | None = None, made: str = "") -> Fault:
+    """Answer polls with the failure of a job, made at some time."""
+    told = {"status": "failed", "created_at": made, "error": {"code": code, "message": "the engine gave up"}}
+    now = {"Date": email.utils.formatdate(usegmt=True)}
+    return Fault(status=200, body=json.dumps(told).encode(), headers=now, times=times, where=is_poll)
+
+
+def let_jobs_fail(api: ConversionApi, count: int, code: str) -> None:
+    """Let the first jobs fail, unpaid, and tell that after one poll each."""
+    api.behaviour.job_states = ("failed",)
+    fault = api.faults.add(tell_of_failed_jobs(code, times=count))
+
+    def change(_: Request) -> None:
+        if fault.struck == count:
+            api.behaviour.job_states = ("completed",)
+
+    api.on("answered", change)
+
+
+def conversions(api: ConversionApi) -> list[bool]:
+    """Of each request for a conversion, whether it had the bytes with it."""
+    return [request.filename is not None for request in api.requests if request.is_conversion]
+
+
+def test_a_job_that_failed_is_tried_again_on_demand(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    expected = fill(bucket)
+    api.behaviour.job_states = ("queued", "failed")
+    first = run_cli(*JOBS, *UPLOAD)
+    assert [(line["code"], line["permanent"]) for line in first.failures] == [("conversion_failed", True)]
+    assert len(run_cli(*JOBS, *UPLOAD, "--retry-failed").failures) == 2
+    api.behaviour.job_states = ("completed",)
+    last = run_cli(*JOBS, *UPLOAD, "--retry-failed")
+    assert (last.exit_code, len(api.paid), last.summary["possible_double_charges"]) == (0, 1, 0)
+    assert bodies(bucket) == expected
+    # Each of them has walked over the jobs that failed before, and made one of its own.
+    assert len(conversions(api)) == 1 + 2 + 3
+
+
+@pytest.mark.parametrize("options", [JOBS, (*JOBS, *UPLOAD)], ids=["url", "upload"])
+def test_a_job_that_failed_for_now_gets_another_attempt(
+    options: tuple[str, ...], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket)
+    let_jobs_fail(api, 2, "service_unavailable")
+    run = run_cli(*options)
+    assert (run.exit_code, len(api.paid), run.summary["possible_double_charges"]) == (0, 1, 0)
+    assert (bodies(bucket), len(conversions(api))) == (expected, 3)
+
+
+def test_jobs_that_go_on_failing_are_for_the_next_run(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    expected = fill(bucket)
+    let_jobs_fail(api, 2, "service_unavailable")
+    first = run_cli(*JOBS, *UPLOAD, "--set", "api.retries=1")
+    assert [(line["code"], line["permanent"]) for line in first.failures] == [("service_unavailable", False)]
+    api.faults.add(tell_of_failed_jobs("service_unavailable", times=2, made="2026-04-25T10:00:00Z"))
+    last = run_cli(*JOBS, *UPLOAD, "--set", "api.retries=1")
+    assert (last.exit_code, len(api.paid), bodies(bucket)) == (0, 1, expected)
+
+
+def test_a_job_by_url_that_failed_gets_one_with_the_bytes(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    expected = fill(bucket)
+    let_jobs_fail(api, 1, "fetch_failed")
+    run = run_cli(*JOBS)
+    assert (run.exit_code, len(api.paid), run.summary["possible_double_charges"]) == (0, 1, 0)
+    assert (bodies(bucket), conversions(api)) == (expected, [False, True])
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "sent"),
+    [
+        ("fetch_failed", (), [False, True]),
+        ("fetch_failed", ("--set", "api.transfer=url"), [False]),
+        ("unsupported_route", (), [False]),
+        ("file_too_large", (), [False]),
+    ],
+)
+def test_a_job_that_fails_with_the_bytes_too_or_for_another_reason_has_failed(
+    *, code: str, options: tuple[str, ...], sent: list[bool], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket)
+    api.behaviour.job_states = ("failed",)
+    api.faults.add(tell_of_failed_jobs(code))
+    run = run_cli(*JOBS, *options)
+    assert [(line["code"], line["permanent"]) for line in run.failures] == [(code, True)]
+    assert (conversions(api), api.paid, run.rows("in_flight")) == (sent, [], [])
+
+
+@pytest.mark.parametrize(("code", "sent"), [("fetch_failed", [False, True]), ("service_unavailable", [False] * 3)])
+def test_a_job_of_an_earlier_run_that_failed_is_treated_no_worse(
+    *, code: str, sent: list[bool], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket)
+    api.behaviour.job_states = ("failed",)
+    api.faults.add(Fault(status=200, body=b'{"status": "queued"}', times=None, where=is_poll))
+    assert run_cli(*JOBS, "--set", "run.max_runtime=2s").exit_code == 3
+    api.faults.clear()
+    # The known job, and what the API says of it when its request is sent again.
+    let_jobs_fail(api, 1 if code == "fetch_failed" else 2, code)
+    run = run_cli(*JOBS)
+    assert (run.exit_code, len(api.paid), bodies(bucket)) == (0, 1, expected)
+    assert conversions(api) == sent

@@ -549,6 +549,23 @@ def test_no_error_body_breaks_the_reader(body: bytes) -> None:
     assert all(isinstance(part, str) for part in program.parse_error(body))
 
 
+@pytest.mark.parametrize(
+    ("made", "seconds"),
+    [
+        ("2026-11-24T08:17:00Z", 60.0),
+        ("2026-11-24T08:17:00.500+00:00", 59.5),
+        pytest.param("2026-11-24T08:17:00", 60.0, id="without a zone"),
+        ("2026-11-24T08:18:01Z", -1.0),
+        ("yesterday", 0.0),
+        (None, 0.0),
+        (1_790_000_000, 0.0),
+    ],
+)
+def test_a_job_is_as_old_as_the_api_s_clock_says(made: object, seconds: float) -> None:
+    assert program.age_of_job({"created_at": made}, "Tue, 24 Nov 2026 08:18:00 GMT") == seconds
+    assert program.age_of_job({"created_at": made}, "") == program.age_of_job({}, "soon") == 0.0
+
+
 ########################################################################
 # Waiting
 ########################################################################
