@@ -140,11 +140,12 @@ IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer 
 URL_LIFE_SECONDS = IDEMPOTENCY_WINDOW_SECONDS  # a resumed request carries the same URL, so it lives as long
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 JOB_DEADLINE_SECONDS = 6 * 3600
+ROUNDING_SECONDS = 2  # of two times that the API tells in whole seconds
 TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
 PIPE_POLL_SECONDS = 0.01  # how soon an idle worker process gets a task
 DEATHS_ENDURED = 3  # of worker processes, over one object or without any result
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
-MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint within a day takes one
+MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint and each failed job within a day takes one
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
@@ -313,6 +314,14 @@ class ObjectFailed(Exception):
         self.code, self.message, self.permanent, self.status = code, message, permanent, status
 
 
+class JobFailed(ObjectFailed):
+    """A job of the API's came to nothing. `is_old`: it is older than the request that was answered with it."""
+
+    def __init__(self, code: str, message: str, *, permanent: bool, is_old: bool = False) -> None:
+        super().__init__(code, message, permanent=permanent)
+        self.is_old = is_old
+
+
 class BadAnswer(Exception):
     """A 200 whose body is not the result: cut, empty, an error page. Asking again with the same key costs nothing."""
 
@@ -385,6 +394,11 @@ class Task:
     look_first: bool = False  # its output may be there already: see whether it is this version's
     among_sources: bool = False  # outputs lie between sources, and must not overwrite one
     job_id: str = ""  # the API's, where it has accepted this as a job already
+
+    @property
+    def may_be_done(self) -> bool:
+        """Whether the API may have its result. It knows a job for longer than the key of the request that made it."""
+        return self.resumed or bool(self.job_id)
 
 
 class Sent(NamedTuple):
@@ -491,6 +505,8 @@ class Exchange:
     maybe_done: bool = False  # the API may have converted it, and this program does not have the answer
     replayed: bool = False
     maybe_paid_twice: bool = False
+    asked_at: float = -math.inf  # monotonic seconds; when the call in hand was first sent
+    failed_jobs: int = 0  # that may not fail again
     timeouts: int = 0  # 504s: the conversion takes longer than the API's synchronous call may
     remaining: int | None = None
 
@@ -1361,13 +1377,8 @@ def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes)
     return said and kind not in ZIP_BASED and begins_like("zip", head)
 
 
-def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
-    """What an error reply means (docs/errors). The status comes first, then the code.
-
-    `looks_up`: the request asked for a job or its result, so that 403, 404 and 410 are about that one thing.
-    """
-    if looks_up and status in {403, 404, 410}:
-        return Verdict.GIVE_UP
+def judge_reply(status: int, code: str) -> Verdict:
+    """What an error reply means (docs/errors). The status comes first, then the code."""
     if status == 409 or (status == 429 and code != "quota_exceeded"):
         return Verdict.WAIT
     if status == 422 and code == "bad_request":
@@ -1380,10 +1391,31 @@ def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
     return Verdict.GIVE_UP
 
 
+def judge_poll(status: int, code: str) -> Verdict:
+    """What an error reply to the question for a job means. GIVE_UP: the job is lost; nothing else is about the job."""
+    if status in {404, 410}:
+        return Verdict.GIVE_UP
+    if status in {401, 403} or code == "quota_exceeded":
+        return Verdict.STOP_RUN
+    return Verdict.WAIT if status == 429 else Verdict.RETRY
+
+
+def judge_download(status: int, _code: str) -> Verdict:
+    """What an error reply to the request for a result means. GIVE_UP: the link is stale, whoever says so and why."""
+    if status == 429:
+        return Verdict.WAIT
+    return Verdict.GIVE_UP if 300 <= status < 500 and status not in {408, 425} else Verdict.RETRY
+
+
+def read_json(body: bytes) -> Any:
+    """What JSON says; `?` for half of a surrogate pair, which no file takes. Raises ValueError, RecursionError."""
+    return json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def parse_error(body: bytes) -> tuple[str, str]:
     """Code and message of an error body; empty where it is HTML, cut, or in another form."""
     try:
-        error = json.loads(body).get("error")
+        error = read_json(body).get("error")
     except (ValueError, AttributeError, RecursionError):
         return "", ""
     if isinstance(error, str):
@@ -1391,6 +1423,17 @@ def parse_error(body: bytes) -> tuple[str, str]:
     if not isinstance(error, dict):
         return "", ""
     return str(error.get("code") or ""), str(error.get("message") or "")
+
+
+def age_of_job(job: Mapping[str, Any], now: str) -> float:
+    """For how many seconds there has been a job, by the API's own clock (an HTTP date); 0 where it does not say."""
+    try:
+        made = datetime.fromisoformat(str(job.get("created_at")).replace("Z", "+00:00"))
+        # A time without a zone must not be taken for this machine's.
+        age = email.utils.parsedate_to_datetime(now) - made.replace(tzinfo=made.tzinfo or timezone.utc)
+    except (TypeError, ValueError):
+        return 0.0
+    return age.total_seconds()
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:
@@ -3282,14 +3325,15 @@ class RetryPolicy(Retry):
 
     It never changes; `increment` returns the next one, or raises ObjectFailed or RunStopped. `total` is the number of
     transient failures left. Waiting for 429, 409 and a connection leaves it alone, but `deadline` (monotonic seconds)
-    holds. `is_elsewhere`: it is about a download host, which speaks for nobody but itself.
+    holds. `judge` says what a reply means; `is_elsewhere`: it is that of a download host, which speaks for nobody but
+    itself.
     """
 
-    OWN = ("shared", "exchange", "deadline", "looks_up", "is_elsewhere", "is_unsent", "attempt", "wait_seconds")
+    OWN = ("shared", "exchange", "deadline", "judge", "is_elsewhere", "is_unsent", "attempt", "wait_seconds")
 
     def __init__(self, total: Any, *, shared: Shared, exchange: Exchange, deadline: float, **more: Any) -> None:
         self.shared, self.exchange, self.deadline = shared, exchange, deadline
-        self.looks_up: bool = more.pop("looks_up", False)
+        self.judge: Callable[[int, str], Verdict] = more.pop("judge", judge_reply)
         self.is_elsewhere: bool = more.pop("is_elsewhere", False)
         self.is_unsent: bool = more.pop("is_unsent", False)  # the last attempt made no connection
         self.attempt: int = more.pop("attempt", 0)
@@ -3299,6 +3343,11 @@ class RetryPolicy(Retry):
     def new(self, **changes: Any) -> "RetryPolicy":
         """A copy with some fields replaced; urllib3 does not know this class's own."""
         return super().new(**{**{name: getattr(self, name) for name in self.OWN}, **changes})
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it is for a question after what was asked for before: a job, or its result."""
+        return self.judge is not judge_reply
 
     def is_retry(self, method: str, status_code: int, *_: Any, **__: Any) -> bool:
         """Every reply that is no answer goes to `increment`, which reads its body; most end there."""
@@ -3313,37 +3362,53 @@ class RetryPolicy(Retry):
         if not self.is_elsewhere:
             self.shared.reach.found()
         asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
-        # A refusal may say what the limit is as well; a download host speaks for nobody but itself.
+        # A refusal may say what the limit is as well.
         if "X-RateLimit-Limit" in response.headers and not self.looks_up:
             self.shared.gate.learn(response.headers, time.time())
         code, message = parse_error(error_body(response))
-        verdict = judge_reply(response.status, code, looks_up=self.looks_up)
-        # A refusal is proof that nothing was made. A 5xx may come from a gateway that lost patience, a 409 says that
-        # an earlier attempt is at work, a 429 is said before the key is looked up.
-        if response.status != 429 and not self.looks_up:
-            self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
+        verdict = self.judge(response.status, code)
+        self._note_refusal(response.status, code, verdict)
         if verdict is Verdict.STOP_RUN:
             raise refusal_by_api(response.status, code, message, self.shared.settings.api.url)
         status: int = response.status
         failure = ObjectFailed(
             code or f"http_{status}",
             message,
-            permanent=verdict is Verdict.GIVE_UP,
+            permanent=verdict is Verdict.GIVE_UP and not self.exchange.maybe_done,
             status=status,
         )
         self.exchange.timeouts += status == 504
-        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status):
+        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status, str(url)):
             raise failure
-        return self._again(failure, costs_attempt=verdict is Verdict.RETRY, asked=asked)
+        return self._again(failure, costs_attempt=verdict is Verdict.RETRY or self.is_elsewhere, asked=asked)
 
-    def _is_for_jobs(self, status: int) -> bool:
-        return status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS and not self.looks_up
+    def _note_refusal(self, status: int, code: str, verdict: Verdict) -> None:
+        # A 5xx may come from a gateway that lost patience, a 409 says that an earlier attempt is at work, a 429 is said
+        # before the key is looked up.
+        if self.looks_up or status == 429:
+            return
+        if verdict in {Verdict.RETRY, Verdict.WAIT}:
+            self.exchange.maybe_done = True
+        # The API's own word on the object is proof that nothing was made: else it would have repeated that. A gateway's
+        # page is none, nor is a word on the account, the address or the key: an earlier attempt may be paid.
+        elif verdict is Verdict.GIVE_UP and code:
+            self.exchange.maybe_done = False
+
+    def _is_for_jobs(self, status: int, url: str) -> bool:
+        may_be_job = url.endswith(CONVERT_PATH) and self.shared.settings.api.jobs_above is not None
+        return may_be_job and status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS
 
     def _after_broken_exchange(self, error: Exception) -> "RetryPolicy":
         if isinstance(error, BadAnswer):
             failure = ObjectFailed(error.code, error.message, permanent=error.permanent, status=200)
+            if failure.permanent:
+                # The API repeats its answers, so that asking again brings the same.
+                raise failure
             return self._again(failure, costs_attempt=True, asked=None)
+        failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
         untrusted = certificate_problem(error)
+        if untrusted and self.is_elsewhere:
+            raise failure
         if untrusted:
             raise RunStopped(
                 f"the API's certificate is not trusted: {untrusted}",
@@ -3357,7 +3422,6 @@ class RetryPolicy(Retry):
         is_mute = isinstance(error, urllib3.exceptions.SSLError) and not self.shared.reach.has_answered
         if (is_unsent or is_mute) and not self.is_elsewhere:
             return self._without_connection(error)
-        failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
         return self._again(failure, costs_attempt=True, asked=None)
 
     def _without_connection(self, error: Exception) -> "RetryPolicy":
@@ -3377,10 +3441,11 @@ class RetryPolicy(Retry):
         left = cast(int, self.total) - costs_attempt
         seconds = seconds_to_wait(self.attempt, asked, random.random())
         is_late = time.monotonic() + seconds > self.deadline
-        if failure.status == 429:
+        if failure.status == 429 and not self.is_elsewhere:
             self.exchange.throttled += 1
             self.shared.gate.throttled(seconds)
-            if is_late:
+            # A job's deadline may be over soon after the first of them.
+            if is_late and not self.looks_up:
                 raise RunStopped(
                     f"the API has answered 429 for {WAIT_DEADLINE_SECONDS // 60} minutes",
                     "run it again later, or set a lower api.requests_per_minute",
@@ -3543,40 +3608,60 @@ class ConvertClient:
         With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
         a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
-        if task.job_id:
-            with suppressing_lost_job():
-                return self._finish_job(task.job_id, task, exchange)
         trust = self.shared.url_trust
-        if not task.url or (trust.is_lost and not task.resumed):
-            return self._exchange(self._upload_call(task), task, exchange)
+        by_url = bool(task.url) and (task.resumed or not trust.is_lost)
         try:
-            result = self._exchange(self._url_call(task), task, exchange)
+            return self._result_of_known_job(task, exchange) or self._send(task, exchange, by_url=by_url)
         except ObjectFailed as refusal:
-            if not self._may_be_about_url(refusal):
-                raise
-            if self._api.transfer == "url":
+            is_about_url = by_url and self._may_be_about_url(refusal)
+            if is_about_url and self._api.transfer == "url" and not isinstance(refusal, JobFailed):
                 return self._exchange_again(task, exchange)
-            result = self._exchange(self._upload_call(task), task, exchange)
-            # A refusal leaves open what became of the request that an earlier run sent.
+            # Another body would pay a second time for what may be done.
+            if not is_about_url or exchange.maybe_done or self._api.transfer == "url":
+                # The URL of an earlier run may have died with its credentials: the next run signs another one.
+                refusal.permanent &= not (is_about_url and task.resumed)
+                raise
+            # A refusal leaves open what became of what an earlier run sent, which may have come as far as this upload.
+            exchange.maybe_done = task.resumed
+            result = self._send(task, exchange, by_url=False)
             exchange.maybe_paid_twice |= task.resumed
             trust.refused()
             return result
-        trust.accepted()
+
+    def _send(self, task: Task, exchange: Exchange, *, by_url: bool) -> Result:
+        result = self._exchange(self._url_call(task) if by_url else self._upload_call(task), task, exchange)
+        if by_url:
+            self.shared.url_trust.accepted()
         return result
 
     def _exchange_again(self, task: Task, exchange: Exchange) -> Result:
         """Send a refused URL once more, now that S3 is seen to serve the object: it may have been away in between."""
         self.shared.bucket.open_source(task).close()
         try:
-            return self._exchange(self._url_call(task), task, exchange)
+            return self._send(task, exchange, by_url=True)
         except ObjectFailed as refusal:
             # The URL of an earlier run may have died with its credentials: the next run signs another one.
             refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
             raise
 
+    def _result_of_known_job(self, task: Task, exchange: Exchange) -> Result | None:
+        """What has come of the job that an earlier run has started; None if there is none, or none any more."""
+        if task.job_id:
+            try:
+                return self._finish_job(task.job_id, task, exchange)
+            except ObjectFailed as failure:
+                may_not_fail_again = isinstance(failure, JobFailed) and not failure.permanent
+                if failure.code != JOB_LOST and not may_not_fail_again:
+                    raise
+        exchange.maybe_paid_twice = task.overdue
+        exchange.maybe_done = exchange.replayed = task.resumed
+        return None
+
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:
             return False
+        if isinstance(failure, JobFailed):
+            return failure.permanent
         # A 5xx may come after the work: another body would pay for it a second time.
         return 400 <= failure.status < 500
 
@@ -3607,28 +3692,45 @@ class ConvertClient:
         for number in itertools.count(2):
             try:
                 result = self._answer(call, task, exchange)
-                # Both kinds of successor leave open whether the first key's work was done.
                 exchange.maybe_paid_twice |= has_predecessor
                 return result
             except ObjectFailed as failure:
-                successor = self._successor(call, failure, number)
+                successor = self._successor(call, failure, number, exchange)
                 if successor is None:
                     raise
-            call, has_predecessor = successor, True
+                # All but a job that failed leave open whether the first key's work was done.
+                has_predecessor |= not isinstance(failure, JobFailed)
+            call = successor
         raise AssertionError("unreachable: the numbers do not end")
 
-    def _successor(self, call: Call, failure: ObjectFailed, number: int) -> Call | None:
+    def _successor(self, call: Call, failure: ObjectFailed, number: int, exchange: Exchange) -> Call | None:
         # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
         is_taken = judge_reply(failure.status, failure.code) is Verdict.NEW_KEY
-        # Under its own key the API would only tell of the same lost job again (docs/errors: resubmit).
-        if (is_taken or failure.code == JOB_LOST) and number <= MOST_SUCCESSORS:
+        # Under its own key the API would only tell of the same job again (docs/errors: resubmit).
+        is_spent = failure.code == JOB_LOST or self._is_worth_another_job(failure, exchange)
+        if (is_taken or is_spent) and number <= MOST_SUCCESSORS:
             return replace(call, idempotency_key=f"{call.idempotency_key}:{number}")
         if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
             return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
         return None
 
+    def _is_worth_another_job(self, failure: ObjectFailed, exchange: Exchange) -> bool:
+        """Whether a job failed that another one may not fail as; waits before that one, and uses up an attempt."""
+        if not isinstance(failure, JobFailed):
+            return False
+        if failure.is_old or failure.permanent:
+            # The answer to an earlier run's request; what is permanent is tried once more if the user wants that.
+            return failure.is_old and (self.shared.settings.retry_failed or not failure.permanent)
+        exchange.failed_jobs += 1
+        if exchange.failed_jobs > self._api.retries:
+            return False
+        self.shared.stop.sleep(seconds_to_wait(exchange.failed_jobs - 1, None, random.random()))
+        self.shared.gate.spend()
+        return True
+
     def _answer(self, call: Call, task: Task, exchange: Exchange) -> Result:
-        deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
+        exchange.asked_at = time.monotonic()
+        deadline = exchange.asked_at + WAIT_DEADLINE_SECONDS
         policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline)
         while True:
             response = self._post(call, policy)
@@ -3653,10 +3755,7 @@ class ConvertClient:
         link, said_size = download_link(json_body(response))
         if not link:
             raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
-        result = self._download(link, said_size, task.target, exchange, deadline)
-        if result is None:
-            raise BadAnswer("stale_link", "the API answered with a link to the file, and the link does not work")
-        return result
+        return self._download(link, said_size, task.target, exchange, deadline)
 
     def _post(self, call: Call, policy: RetryPolicy) -> requests.Response:
         self.shared.gate.wait(self.shared.stop)
@@ -3726,40 +3825,54 @@ class ConvertClient:
     def _finish_job(self, job_id: str, task: Task, exchange: Exchange) -> Result:
         """Wait for a job and fetch its result. An unknown state counts as running (docs/conversions/async)."""
         deadline = time.monotonic() + JOB_DEADLINE_SECONDS
-        links_left = 3
+        results_left = 3
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
             self.shared.stop.sleep(pause)
-            job = self._poll(job_id, exchange, deadline)
-            link, said_size = download_link(job)
-            if job.get("status") == "completed" and link:
-                result = self._download(link, said_size, task.target, exchange, deadline)
+            try:
+                result = self._result_of_job(self._poll(job_id, exchange, deadline), task.target, exchange, deadline)
                 if result:
                     return result
-                links_left -= 1
-            if not links_left or time.monotonic() > deadline:
+            except BadAnswer as bad:
+                results_left -= 1
+                if bad.permanent or not results_left:
+                    raise ObjectFailed(bad.code, bad.message, permanent=bad.permanent, status=200) from None
+            if time.monotonic() > deadline:
                 break
         raise ObjectFailed("job_not_finished", f"the job {job_id} gave no result in time", permanent=False)
+
+    def _result_of_job(self, job: Mapping[str, Any], target: str, exchange: Exchange, deadline: float) -> Result | None:
+        """What a job has come to; None while it runs. Raises BadAnswer."""
+        if job.get("status") != "completed":
+            return None
+        link, said_size = download_link(job)
+        if not link:
+            raise BadAnswer("no_link", "the job is completed, and the API does not say where its result is")
+        return self._download(link, said_size, target, exchange, deadline)
 
     def _poll(self, job_id: str, exchange: Exchange, deadline: float) -> dict[str, Any]:
         self.shared.gate.spend()
         try:
-            response = self._get(
-                f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}", exchange, deadline
-            )
+            address = f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}"
+            response = self._get(address, judge_poll, exchange, deadline)
         except ObjectFailed as failure:
-            if failure.status != 404:
-                raise
-            raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
+            if failure.status in {404, 410}:
+                raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
+            # Its status is an answer to this question; nobody must take it for one to the request that made the job.
+            said = f"asked for the job {job_id}: {failure.code} {failure.message}".rstrip()
+            raise ObjectFailed("job_not_finished", said, permanent=False) from failure
         with contextlib.closing(response):
             job = json_body(response)
         if job.get("status") == "failed":
             exchange.maybe_done = False
-            raise job_failure(job)
+            age = age_of_job(job, response.headers.get("Date", ""))
+            raise job_failure(job, is_old=age > time.monotonic() - exchange.asked_at + ROUNDING_SECONDS)
         return job
 
-    def _get(self, address: str, exchange: Exchange, deadline: float) -> requests.Response:
+    def _get(
+        self, address: str, judge: Callable[[int, str], Verdict], exchange: Exchange, deadline: float
+    ) -> requests.Response:
         is_own = self._is_own(address)
-        policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True)
+        policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, judge=judge)
         self._adapter.max_retries = policy.new(is_elsewhere=not is_own)
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
         self.shared.gate.count(exchange)
@@ -3769,28 +3882,23 @@ class ConvertClient:
             self.shared.reach.found()
         return response
 
-    def _download(
-        self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float
-    ) -> Result | None:
-        """The file behind a download link; None if it is stale or the file came cut."""
-        # The link may be relative, and may point to another host, which then gets no key.
-        response = None
+    def _download(self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float) -> Result:
+        """The file behind a download link. Raises BadAnswer if the link is stale, or the file cut or another one."""
         try:
-            response = self._get(urllib.parse.urljoin(self._api.url + "/", link), exchange, deadline)
-            result = self._receive(response, target, deadline)
-        except BadAnswer as answer:
-            if answer.permanent:
-                raise ObjectFailed(answer.code, answer.message, permanent=True, status=200) from None
-            return None
-        except (ObjectFailed, urllib3.exceptions.HTTPError, OSError):
-            return None
-        finally:
-            if response is not None:
-                response.close()
+            # The link may be relative, and may point to another host, which then gets no key.
+            response = self._get(urllib.parse.urljoin(self._api.url + "/", link), judge_download, exchange, deadline)
+        except (ObjectFailed, urllib3.exceptions.HTTPError, OSError) as problem:
+            said = f"{problem.code} {problem.message}" if isinstance(problem, ObjectFailed) else type(problem).__name__
+            raise BadAnswer("stale_link", f"the API's link to the file does not work: {said}".rstrip()) from None
+        with contextlib.closing(response):
+            try:
+                result = self._receive(response, target, deadline)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise as_bad_answer(error) from None
         # A whole body of the wrong size is a body of something else.
         if said_size is not None and said_size != result.size:
             result.body.close()
-            return None
+            raise BadAnswer("cut_answer", f"the file has {result.size} bytes, and the API says {said_size}")
         return result
 
 
@@ -3885,16 +3993,6 @@ def first_number(told: Mapping[str, Any], pattern: str) -> int | None:
 
 
 @contextlib.contextmanager
-def suppressing_lost_job() -> Iterator[None]:
-    """Let a job that the API has forgotten be sent anew."""
-    try:
-        yield
-    except ObjectFailed as failure:
-        if failure.code != JOB_LOST:
-            raise
-
-
-@contextlib.contextmanager
 def no_space_stops_the_run() -> Iterator[None]:
     """Raise RunStopped where a temporary file cannot be written: every object would meet that."""
     try:
@@ -3919,7 +4017,7 @@ def as_bad_answer(error: Exception) -> BadAnswer:
 def json_body(response: requests.Response) -> dict[str, Any]:
     """The JSON object in an answer; empty if there is none."""
     try:
-        found = json.loads(response.raw.read(ERROR_BODY_BYTES))
+        found = read_json(response.raw.read(ERROR_BODY_BYTES))
     except (ValueError, RecursionError, urllib3.exceptions.HTTPError, OSError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -3943,13 +4041,14 @@ def download_link(job: Mapping[str, Any]) -> tuple[str, int | None]:
     return str(link), said if isinstance(said, int) else None
 
 
-def job_failure(job: Mapping[str, Any]) -> ObjectFailed | RunStopped:
+def job_failure(job: Mapping[str, Any], *, is_old: bool) -> JobFailed | RunStopped:
     """What a failed job means. Its `error` may be an object, a text, or absent."""
     code, message = parse_error(json.dumps(dict(job)).encode())
     if code == "quota_exceeded":
         return refusal_by_api(429, code, message)
     is_passing = code in {"service_unavailable", "rate_limited"}
-    return ObjectFailed(code or "job_failed", message or "the API says that the job failed", permanent=not is_passing)
+    said = message or "the API says that the job failed"
+    return JobFailed(code or "job_failed", said, permanent=not is_passing, is_old=is_old)
 
 
 ########################################################################################################################
@@ -4190,13 +4289,13 @@ class Planner:
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
+            job_id=earlier.job_id if earlier else "",
             traced=candidate.is_known or source.key in sent,
             look_first=earlier is not None,
             among_sources=self.settings.puts_among_sources(job),
         )
         if earlier and not is_overdue:
-            _, key, url, _, job_id = earlier
-            return replace(task, idempotency_key=key, url=url, job_id=job_id, resumed=True)
+            return replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, resumed=True)
         return task
 
     def _sendable(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -4401,7 +4500,7 @@ class Feeder:
 
     def _leave(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
-            self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
 
     def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
@@ -4453,7 +4552,7 @@ class TotalCount(threading.Thread):
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     # An earlier run may have sent it: until the API says otherwise, the work may be done.
-    exchange = Exchange(maybe_done=task.resumed, replayed=task.resumed)
+    exchange = Exchange(maybe_done=task.may_be_done, replayed=task.may_be_done)
     # Whatever the API has repeated, no secret gets further than this function: all that it hands on goes through here.
     hide = shared.settings.hide
     started = time.monotonic()
@@ -4502,7 +4601,6 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Something lies there, or may: a lost checkpoint may have known that it is another source's output.
     if task.look_first or task.among_sources:
         shared.bucket.refuse_to_overwrite(task)
-    exchange.maybe_paid_twice = task.overdue
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
         key = shared.bucket.store(task, result)
@@ -4680,7 +4778,7 @@ class WorkerProcess:
         """Leave to the next run what no process is there for."""
         queued = () if self._is_fed else iter(self.tasks.get, None)
         for task in itertools.chain(self._again, queued):
-            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
 
 
 @contextlib.contextmanager
@@ -5373,6 +5471,7 @@ REMEDIES = {
     "no_length": "a proxy on the way hides where answers end: go around it",
     "slow_answer": "the answer took too long: raise api.timeout",
     "stale_link": "the API's link to the result did not work: run it again, it is asked for anew",
+    "no_link": "the API has done the job and did not say where the result is: run it again, it is asked for anew",
     "no_job_id": "the API started a job and did not say which: run it again",
     "job_not_finished": "the job took too long: run it again, it goes on with the same job",
     "job_lost": "the API has forgotten the job: run it again",
@@ -5481,7 +5580,7 @@ class Forecast:
     def plan(self, tasks: Sequence[Task], planner: Planner) -> None:
         """Count a page: what is for workers to do, and what needs none, a failure or an output that is there."""
         for task in tasks:
-            kind = TO_COPY if task.copy else TO_RESUME if task.resumed else TO_CONVERT
+            kind = TO_COPY if task.copy else TO_RESUME if task.may_be_done else TO_CONVERT
             self.counts[task.job, kind] += 1
             self.counts[task.job, "bytes"] += task.size if kind == TO_CONVERT else 0
         for outcome in planner.settled:
@@ -5820,7 +5919,7 @@ def step_for(task: Task, bucket: Bucket) -> str:
             bucket.refuse_to_overwrite(task)
         except ObjectFailed as failure:
             return f"fail: {failure.code}, {shown(failure.message)}"
-    if task.resumed:
+    if task.may_be_done:
         return "send the request in flight again, which the API answers free of charge if it has done the work"
     return f"convert it to {task.target}, which is paid for"
 
