@@ -4274,9 +4274,6 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Queued when the run was asked to end: it was never sent.
     if shared.stop.requested:
         raise Interrupted
-    if task.copy:
-        shared.bucket.copy(task)
-        return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
     if task.look_first:
         done = shared.bucket.output_of(task)
         if done:
@@ -4284,6 +4281,9 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Something lies there, or may: a lost checkpoint may have known that it is another source's output.
     if task.look_first or task.among_sources:
         shared.bucket.refuse_to_overwrite(task)
+    if task.copy:
+        shared.bucket.copy(task)
+        return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
     exchange.maybe_paid_twice = task.overdue
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
@@ -5591,8 +5591,6 @@ def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str
 
 def step_for(task: Task, bucket: Bucket) -> str:
     """What a worker would do with a task."""
-    if task.copy:
-        return "copy it, at no charge"
     # After a request that an earlier run made, the worker looks before it sends anything.
     if task.look_first and bucket.output_of(task):
         return "find its output, which is there, and pay nothing"
@@ -5601,6 +5599,8 @@ def step_for(task: Task, bucket: Bucket) -> str:
             bucket.refuse_to_overwrite(task)
         except ObjectFailed as failure:
             return f"fail: {failure.code}, {shown(failure.message)}"
+    if task.copy:
+        return "copy it, at no charge"
     if task.resumed:
         return "send the request in flight again, which the API answers free of charge if it has done the work"
     return f"convert it to {task.target}, which is paid for"
