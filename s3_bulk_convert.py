@@ -1616,6 +1616,8 @@ def chunks(values: Sequence[T], length: int) -> Iterator[Sequence[T]]:
         yield values[start : start + length]
 
 
+ELSEWHERE = "s3://"  # begins the name of a source in another bucket
+SOURCE = f"CASE bucket WHEN ? THEN key ELSE '{ELSEWHERE}' || bucket || '/' || key END"  # its key, if it lies here
 LOGGED = frozenset({Event.CONVERTED, Event.FAILED, Event.FOUND})
 
 
@@ -1754,24 +1756,23 @@ class Journal:
         return {key: Sent(*row) for key, *row in rows}
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
-        """The source keys that have an output under those of the claims that are taken."""
-        return self._outputs_under(claims, "key")
+        """The sources that have an output under those of the claims that are taken; see SOURCE."""
+        return self._outputs_under(claims, SOURCE, self.bucket)
 
     def makers(self, claims: Sequence[str]) -> dict[str, str]:
         """The fingerprints of the jobs that made what lies under those of the claims that are taken."""
         return self._outputs_under(claims, "fingerprint")
 
-    def _outputs_under(self, claims: Sequence[str], column: str) -> dict[str, str]:
+    def _outputs_under(self, claims: Sequence[str], column: str, *values: str) -> dict[str, str]:
         # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
         where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
         table = "log INDEXED BY log_claim"
-        return dict(self._rows_about(f"claim, {column}", table, where, (self.output_bucket,), claims))
+        return dict(self._rows_about(f"claim, {column}", table, where, (*values, self.output_bucket), claims))
 
     def claimants(self, claims: Sequence[str]) -> dict[str, str]:
-        """The source keys whose unsettled requests would bring an output under those of the claims."""
-        return dict(
-            self._rows_about("claim, key", "in_flight", "output_bucket = ? AND claim", (self.output_bucket,), claims)
-        )
+        """The sources whose unsettled requests would bring an output under those of the claims; see SOURCE."""
+        scope = (self.bucket, self.output_bucket)
+        return dict(self._rows_about(f"claim, {SOURCE}", "in_flight", "output_bucket = ? AND claim", scope, claims))
 
     def begin(self, tasks: Sequence[Task], now: float) -> None:
         """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
@@ -2460,13 +2461,24 @@ class Bucket:
         return ObjectFailed("source_unreadable", f"S3: {error}", permanent=unreadable)
 
     def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
+        """What an object carries: None if there is none, UNSEEN if this run may not look. Raises ObjectFailed."""
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)["Metadata"]
-        except (ClientError, BotoCoreError):
-            return None
+        except (ClientError, BotoCoreError) as error:
+            if error_code(error) in {"404", "NoSuchKey"}:
+                return None
+            if error_code(error) in {"403", "AccessDenied"}:
+                return UNSEEN
+            if is_refusal(error):
+                raise refused(error, f"looking at objects of {bucket}") from None
+            # What was not seen must not count as absent: it might be overwritten.
+            raise ObjectFailed("look_failed", f"S3: {error}", permanent=False) from None
 
     def is_our_output(self, key: str) -> bool:
-        """Whether an object of the source bucket carries the metadata of an output of this program."""
+        """Whether an object of the source bucket carries the metadata of an output of this program.
+
+        Raises ObjectFailed or RunStopped if S3 does not say.
+        """
         found = self._metadata(self.name, key) or {}
         return "source-etag" in found and "job" in found
 
@@ -2483,26 +2495,37 @@ class Bucket:
         return True
 
     def refuse_to_overwrite(self, task: Task) -> None:
-        """Raise ObjectFailed if an object that is not this source's output has the output key."""
-        found = self._metadata(self.output_name, task.output_key)
-        if found is not None and not source_key_metadata(task.key).items() <= found.items():
-            said = f"{task.output_key} exists and is no output of this object"
-            raise ObjectFailed("output_collision", f"{said}; put outputs under a prefix of their own", permanent=True)
+        """Raise ObjectFailed if an object that is not this source's output has a key that the output may get."""
+        for key in made_keys(task.output_key):
+            found = self._metadata(self.output_name, key)
+            # Where this run may only write, a listing is all that there is to go by. What has a trace in the journal
+            # is looked at because of that, and not because a listing has shown it.
+            if found is UNSEEN and task.look_first and not task.traced:
+                said = f"{key} may be another's, and this run may not look at it; allow s3:GetObject on the outputs"
+                raise ObjectFailed("output_collision", said, permanent=False)
+            if found is not None and found is not UNSEEN and not is_made_of(found, self.name, task.key):
+                said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
+                raise ObjectFailed("output_collision", said, permanent=True)
 
     def output_is_of(self, task: Task) -> bool:
         """Whether what lies under a task's output key was made of its source, in whatever version."""
-        return bool(self._made_with(task, source_key_metadata(task.key)))
+        return bool(self._made_with(task, {}))
 
     def output_of(self, task: Task) -> str:
         """The key under which this very version's output lies already; empty if it does not."""
         # The fingerprint too: with other options the same version comes to other bytes.
-        made_of = {"source-etag": task.etag, "job-fingerprint": task.fingerprint}
-        return self._made_with(task, {**source_key_metadata(task.key), **made_of})
+        return self._made_with(task, {"source-etag": task.etag, "job-fingerprint": task.fingerprint})
+
+    def has_output_of_another_bucket(self, task: Task) -> bool:
+        """Whether something under a task's output key says that its source lies in another bucket."""
+        own = urllib.parse.quote(self.name)
+        found = (self._metadata(self.output_name, key) or {} for key in made_keys(task.output_key))
+        return any(made.get("source-bucket", own) != own for made in found)
 
     def _made_with(self, task: Task, wanted: dict[str, str]) -> str:
         for key in made_keys(task.output_key):
             found = self._metadata(self.output_name, key)
-            if found and wanted.items() <= found.items():
+            if found and is_made_of(found, self.name, task.key) and wanted.items() <= found.items():
                 return key
         return ""
 
@@ -2561,7 +2584,7 @@ class Bucket:
         }
         # S3 takes ASCII only in metadata.
         metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
-        metadata["job-fingerprint"] = task.fingerprint
+        metadata |= {"job-fingerprint": task.fingerprint, "source-bucket": urllib.parse.quote(self.name)}
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
 
     def look_up(self, key: str) -> S3Object | None:
@@ -2577,7 +2600,7 @@ class Bucket:
     def made_of(self, planned_key: str) -> dict[str, dict[str, str]]:
         """Key -> metadata of what lies under a planned key."""
         found = {key: self._metadata(self.output_name, key) for key in made_keys(planned_key)}
-        return {key: metadata for key, metadata in found.items() if metadata is not None}
+        return {key: metadata for key, metadata in found.items() if metadata is not None and metadata is not UNSEEN}
 
     def read_first_byte(self, key: str) -> None:
         """Read from one source. Raises RunStopped."""
@@ -2613,6 +2636,9 @@ class Bucket:
             if isinstance(cause, Exception) and is_refusal(cause):
                 raise refused(cause, f"writing to {self.output_name}") from None
             raise ObjectFailed("store_failed", f"S3: {error}", permanent=False) from None
+
+
+UNSEEN = {"unseen": "403"}  # in place of the metadata of an object that this run may not look at
 
 
 class BadListing(Exception):
@@ -2692,6 +2718,12 @@ def headed_object(key: str, head: Any) -> S3Object:
     restored = 'ongoing-request="false"' in head.get("Restore", "")
     archived = head.get("StorageClass") in ARCHIVE_CLASSES and not restored
     return S3Object(key, head["ETag"].strip('"'), head["ContentLength"], head["LastModified"].isoformat(), archived)
+
+
+def is_made_of(metadata: Mapping[str, str], bucket: str, key: str) -> bool:
+    """Whether an object is an output of this source. Those of older versions of the program name no bucket."""
+    theirs = metadata.get("source-bucket", urllib.parse.quote(bucket))
+    return source_key_metadata(key).items() <= metadata.items() and theirs == urllib.parse.quote(bucket)
 
 
 def source_key_metadata(key: str) -> dict[str, str]:
@@ -3885,6 +3917,7 @@ class Planner:
         self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
+        self._shares_outputs = False  # with another source bucket: their outputs lie between ours
 
     def pages(self, hunger: Callable[[], int]) -> Generator[tuple[list[S3Object], Sequence[Route]], None, None]:
         """What there is, by pages, and the routes that may want it. Jobs with the same prefix share one listing.
@@ -3947,11 +3980,14 @@ class Planner:
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
         for candidate in candidates:
-            is_mixed = self.settings.puts_among_sources(candidate.job)
-            if is_mixed and self.bucket.is_our_output(candidate.source.key):
-                self.counts[candidate.job.name, OWN_OUTPUT] += 1
-            else:
-                yield candidate
+            try:
+                is_mixed = self.settings.puts_among_sources(candidate.job)
+                if is_mixed and self.bucket.is_our_output(candidate.source.key):
+                    self.counts[candidate.job.name, OWN_OUTPUT] += 1
+                else:
+                    yield candidate
+            except ObjectFailed as failure:
+                self.settled.append(Outcome(self._task(candidate, {}), Event.FAILED, failure.code, failure.message))
 
     def _task(self, candidate: Candidate, sent: Mapping[str, Sent]) -> Task:
         job, source = candidate.job, candidate.source
@@ -4012,6 +4048,8 @@ class Planner:
             else:
                 said = "its output would replace it" if is_itself else f"belongs to {owner}"
                 hint = "put {ext} or {job} into s3.output_key to keep both"
+                if owner.startswith(ELSEWHERE):
+                    hint = "give each bucket's outputs a prefix of their own in s3.output_key"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
 
     def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
@@ -4020,8 +4058,10 @@ class Planner:
         for task in tasks:
             claim = claim_of(task.output_key)
             claimant = found.get(claim, task.key)
-            # An object that was deleted while it was in flight, and has left no output, holds nobody up.
-            if claimant != task.key and self.bucket.has_nothing_of(claimant, task.output_key):
+            # An object that was deleted while it was in flight, and has left no output, holds nobody up. What is in
+            # another bucket cannot be told.
+            is_another = claimant != task.key and not claimant.startswith(ELSEWHERE)
+            if is_another and self.bucket.has_nothing_of(claimant, task.output_key):
                 del found[claim]
         return found
 
@@ -4032,8 +4072,15 @@ class Planner:
         """
         wanted = Counter(claim_of(task.output_key) for task in tasks)
         for task in tasks:
-            if wanted[claim_of(task.output_key)] > 1 and self.bucket.output_is_of(task):
+            if wanted[claim_of(task.output_key)] > 1 and self._output_is_of(task):
                 yield claim_of(task.output_key), task.key
+
+    def _output_is_of(self, task: Task) -> bool:
+        try:
+            return self.bucket.output_is_of(task)
+        except ObjectFailed as failure:
+            # Whoever comes first would keep the key for good: better nobody does now.
+            raise RunStopped(failure.message, "run it again") from None
 
     def _without_outputs(self, tasks: list[Task], sources: Mapping[str, S3Object]) -> list[Task]:
         """The tasks whose output is not there yet, as run.skip_existing wants it (make's rule); the others are found.
@@ -4045,16 +4092,32 @@ class Planner:
         if not (self.settings.run.skip_existing and untraced):
             return tasks
         written = self._written(untraced)
+        self._doubt([task for task in untraced if any(key in written for key in made_keys(task.output_key))])
         todo = [task for task in tasks if task.traced]
         for task in untraced:
             made = next((key for key in made_keys(task.output_key) if key in written), "")
-            if made and not task.among_sources and written[made] > sources[task.key].modified:
+            is_trusted = not (task.among_sources or self._shares_outputs)
+            if made and is_trusted and written[made] > sources[task.key].modified:
                 self._found[claim_of(made)] = task.key
                 self.settled.append(Outcome(task, Event.FOUND, output_key=made))
             else:
                 # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
                 todo.append(replace(task, look_first=bool(made)))
         return todo
+
+    def _doubt(self, tasks: Sequence[Task]) -> None:
+        """Find out whether another bucket's outputs lie there, of which a listing says nothing: look at some of them.
+
+        One is enough: from then on, workers look at each before it counts as done. RunStopped if S3 does not answer.
+        """
+        if self.settings.s3.is_one_bucket or self._shares_outputs or not tasks:
+            return
+        samples = tasks[:: max(1, len(tasks) // HEADS_AT_A_TIME)]
+        try:
+            with ThreadPoolExecutor(HEADS_AT_A_TIME) as pool:
+                self._shares_outputs = any(pool.map(self.bucket.has_output_of_another_bucket, samples))
+        except ObjectFailed as failure:
+            raise RunStopped(failure.message, "run it again") from None
 
     def _written(self, tasks: Sequence[Task]) -> dict[str, float]:
         """When the planned outputs were written, of those that exist."""
@@ -5161,6 +5224,7 @@ REMEDIES = {
     "source_gone": "deleted after it was listed: nothing to do",
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
+    "look_failed": "S3 did not say whether something lies under the output key: run it again",
     "store_failed": "S3 did not take the output: allow s3:PutObject on s3.output_key, and run it again",
     "output_collision": "another source has this output: put {ext} into s3.output_key",
     "output_key_too_long": "shorten s3.output_key",
@@ -5554,9 +5618,14 @@ def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
 
 def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> Iterator[str]:
     """What lies under the output key of an object."""
-    for made, metadata in bucket.made_of(output_key(job, key)).items():
+    try:
+        found = bucket.made_of(output_key(job, key))
+    except ObjectFailed as failure:
+        yield f"output         it cannot be told: {shown(failure.message)}"
+        return
+    for made, metadata in found.items():
         etag = metadata.get("source-etag")
-        if not source_key_metadata(key).items() <= metadata.items():
+        if not is_made_of(metadata, bucket.name, key):
             version = "no output of this object"
         else:
             version = "made of this version" if source and etag == source.etag else f"made of another version, {etag}"
@@ -5592,13 +5661,13 @@ def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str
 def step_for(task: Task, bucket: Bucket) -> str:
     """What a worker would do with a task."""
     # After a request that an earlier run made, the worker looks before it sends anything.
-    if task.look_first and bucket.output_of(task):
-        return "find its output, which is there, and pay nothing"
-    if task.look_first or task.among_sources:
-        try:
+    try:
+        if task.look_first and bucket.output_of(task):
+            return "find its output, which is there, and pay nothing"
+        if task.look_first or task.among_sources:
             bucket.refuse_to_overwrite(task)
-        except ObjectFailed as failure:
-            return f"fail: {failure.code}, {shown(failure.message)}"
+    except ObjectFailed as failure:
+        return f"fail: {failure.code}, {shown(failure.message)}"
     if task.copy:
         return "copy it, at no charge"
     if task.resumed:
