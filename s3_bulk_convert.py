@@ -94,9 +94,13 @@ try:
         BotoCoreError,
         ClientError,
         ConnectTimeoutError,
+        CredentialRetrievalError,
         EndpointConnectionError,
+        MetadataRetrievalError,
         NoCredentialsError,
         PartialCredentialsError,
+        TokenRetrievalError,
+        UnauthorizedSSOTokenError,
     )
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
@@ -2159,7 +2163,10 @@ REFUSED_BY_S3 = frozenset(
 )
 
 
-FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, EndpointConnectionError, ConnectTimeoutError)
+FOR_ALL_OBJECTS = (
+    *(NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, MetadataRetrievalError),
+    *(TokenRetrievalError, UnauthorizedSSOTokenError, EndpointConnectionError, ConnectTimeoutError),
+)
 
 
 def refused(error: Exception, doing: str) -> RunStopped:
@@ -2263,10 +2270,13 @@ class UrlSigner:
         self._more = dict(more)
 
     def sign(self, key: str) -> str:
-        """A URL that reads one object for as long as URL_LIFE_SECONDS."""
-        if not self._is_like_boto3:
-            return self._sign(key)
-        return self._signed(key, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
+        """A URL that reads one object for as long as URL_LIFE_SECONDS. Raises RunStopped without credentials."""
+        try:
+            if not self._is_like_boto3:
+                return self._sign(key)
+            return self._signed(key, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
+        except BotoCoreError as error:
+            raise refused(error, "signing a URL") from None
 
     def _signed(self, key: str, stamp: str) -> str:
         keys = self._credentials.get_frozen_credentials()
@@ -2309,7 +2319,10 @@ class Bucket:
         self.client, credentials = make_s3_client(self.options, region, self._connections)
         # As Amazon says for URLs of requester-pays buckets.
         payer = {"x-amz-request-payer": "requester"} if self._payer else {}
-        self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
+        try:
+            self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
+        except BotoCoreError as error:
+            raise refused(error, "signing a URL") from None
 
     def check(self) -> None:
         """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
@@ -4193,16 +4206,19 @@ class Feeder:
 
     def _hand_out(self, tasks: Sequence[Task]) -> Stop | None:
         allowed = list(self._within_budget(tasks))
-        for batch in chunks(allowed, 2 * self.shared.settings.run.workers):
-            if self.shared.stop.requested:
-                self._leave(batch)
-                continue
-            signed = [self._signed(task) for task in batch]
-            self.journal.begin(signed, time.time())
-            self._enqueue(signed)
+        if len(allowed) < len(tasks):
+            self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
+        waiting = deque(allowed)
+        try:
+            while waiting and not self.shared.stop.requested:
+                self._begin(waiting)
+        except Interrupted:
+            pass
+        finally:
+            # Whatever has ended it: what is not with a worker is left to do.
+            self._leave(waiting)
         if len(allowed) == len(tasks):
             return None
-        self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
         settings = self.shared.settings
         return Stop(
             f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
@@ -4225,15 +4241,15 @@ class Feeder:
             return task
         return replace(task, url=self.shared.bucket.presign(task.key))
 
-    def _enqueue(self, tasks: Sequence[Task]) -> None:
-        for position, task in enumerate(tasks):
-            try:
-                if not task.copy:
-                    self.pacer.take(self.shared.stop)
-                self._put(task)
-            except Interrupted:
-                self._leave(tasks[position:])
-                return
+    def _begin(self, waiting: deque[Task]) -> None:
+        """Hand out the first of the tasks, which then no longer wait."""
+        signed = [self._signed(task) for task in itertools.islice(waiting, 2 * self.shared.settings.run.workers)]
+        self.journal.begin(signed, time.time())
+        for task in signed:
+            if not task.copy:
+                self.pacer.take(self.shared.stop)
+            self._put(task)
+            waiting.popleft()
 
     def _put(self, task: Task) -> None:
         while True:
@@ -4246,7 +4262,8 @@ class Feeder:
 
     def _leave(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
-            self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+            # The row of one that is overdue is all that tells the next run that it may be paid twice.
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed or task.overdue))
 
     def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
@@ -5161,7 +5178,8 @@ def refuse_unwritable(path: Path, name: str) -> None:
 def close_accounts(report: Report, *, is_complete: bool) -> None:
     """Every listed object must have its count. What was abandoned is left to do."""
     missing = report.unaccounted()
-    if not is_complete:
+    # What a run was stopped for is never replaced by what came of it.
+    if not is_complete or (missing and report.stop):
         report.counts["left"] += missing
     elif missing:
         report.stop = Stop(
