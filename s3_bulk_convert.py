@@ -47,7 +47,6 @@ import gc
 import gzip
 import hashlib
 import hmac
-import html
 import io
 import itertools
 import json
@@ -2060,6 +2059,14 @@ class Span:
         return Span(last, self.until, page.token, (end - now) / (now - start) if is_known else math.inf)
 
 
+def refuse_disorder(page: Page, after: str) -> None:
+    """Raise RunStopped unless the keys of a page ascend and come after a key: spans would miss some, or never end."""
+    keys = [after, *map(operator.itemgetter(0), page.objects)]
+    if not all(map(operator.lt, keys, keys[1:])):
+        because = "this server does not list keys in the order that S3 promises, so that some would be missed"
+        raise RunStopped(because, "name the keys with --keys-from, and set run.skip_existing = no")
+
+
 FetchedPage = Callable[[], Page]  # a page that has come in; calling it parses it
 
 
@@ -2096,6 +2103,7 @@ class Listing:
                     self._width = min(2 * self._width, LIST_THREADS)
                 for done in ready:
                     span, page = self._reading.pop(done), done.result()()
+                    refuse_disorder(page, span.after)
                     objects, rest = span.share_of(page), span.rest(page)
                     self._waiting += [rest] if rest else []
                     # Before the reader gets this one, so that the next is there when it comes back.
@@ -2549,14 +2557,18 @@ class Bucket:
         """
         wanted = sorted(set(keys), reverse=True)
         found: dict[str, float] = {}
-        after = ""
+        after = token = ""
         while wanted:
-            # StartAfter leaves out the key itself: a key without its last character sorts just before it.
+            # StartAfter leaves out the key itself: a key without its last character sorts before it.
             after = max(after, wanted[-1][:-1])
-            page = self.read_page(self.output_name, prefix, StartAfter=after)
+            where = {"ContinuationToken": token} if token else {"StartAfter": after}
+            page = self.read_page(self.output_name, prefix, **where)
+            refuse_disorder(page, after)
+            # A page may be empty and not the last: then only its token leads on.
+            token = "" if page.objects else page.token
             listed = {output.key: output for output in page.objects}
             after = page.objects[-1].key if page.objects else after
-            while wanted and (page.is_last or not page.objects or wanted[-1] <= after):
+            while wanted and (page.is_last or wanted[-1] <= after):
                 key = wanted.pop()
                 if key in listed:
                     found[key] = listed[key].modified
@@ -2659,10 +2671,11 @@ class BadListing(Exception):
 
 
 # An entry of a page of XML: these elements come in this order everywhere, on some servers with others in between.
-BETWEEN = r"\s*(?:<[^>]*>[^<]*)*?"
+# Nothing goes beyond the entry: one that lacks something would be sought in all the others.
+BETWEEN = r"\s*(?:<(?!/Contents>)[^>]*>[^<]*)*?"
 ENTRY = re.compile(
     rf"<Contents>\s*<Key>([^<]*)</Key>{BETWEEN}<LastModified>([^<]*)</LastModified>{BETWEEN}"
-    rf'<ETag>"?([^<"]*)"?</ETag>{BETWEEN}<Size>(\d+)</Size>({BETWEEN})</Contents>'
+    rf'<ETag>(?:W/)?"?([^<"]*)"?</ETag>{BETWEEN}<Size>(\d+)</Size>({BETWEEN})</Contents>'
 )
 
 
@@ -2684,7 +2697,8 @@ def parse_page(xml: bytes) -> Page:
     folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
     truncated, token = root.findtext("IsTruncated"), root.findtext("NextContinuationToken", "")
     # What does not add up is no page: a listing that ends early would leave objects out, unnoticed.
-    is_whole = count in {-1, len(entries) + len(folders)} and text.count("<Contents>") == len(entries)
+    is_whole = count in {-1, len(entries) + len(folders)} and root.find("Contents") is None
+    is_whole &= text.count("<Contents>") == text.count("</Contents") == len(entries)
     is_whole &= root.tag == "ListBucketResult" and text.count("<CommonPrefixes>") == len(folders)
     if not is_whole or truncated not in {"true", "false"} or (truncated == "true" and not token):
         raise BadListing(root.tag)
@@ -2699,8 +2713,18 @@ def parsed_objects(entries: Sequence[tuple[str, ...]], decode: Callable[[str], s
         return []
     keys, dates, etags, sizes, others = zip(*entries, strict=True)
     if re.search("[&%+]", "\n".join(keys)):
-        keys = tuple(decode(html.unescape(key)) for key in keys)
+        keys = tuple(decode(unescaped(key)) for key in keys)
     return list(map(S3Object, keys, etags, map(int, sizes), dates, [is_archived(other) for other in others]))
+
+
+def unescaped(key: str) -> str:
+    """A key without XML's escapes, which are others than HTML's. Raises BadListing."""
+    if "&" not in key:
+        return key
+    try:
+        return ElementTree.fromstring(f"<Key>{key}</Key>").text or ""
+    except ElementTree.ParseError as error:
+        raise BadListing(str(error)) from None
 
 
 def is_archived(entry: str) -> bool:
@@ -2723,14 +2747,19 @@ def listed_object(line: Any) -> S3Object:
     restore = line.get("RestoreStatus", {})
     restored = bool(restore.get("RestoreExpiryDate")) and not restore.get("IsRestoreInProgress")
     archived = line.get("StorageClass") in ARCHIVE_CLASSES and not restored
-    return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], line["LastModified"].isoformat(), archived)
+    return S3Object(line["Key"], plain_etag(line), line["Size"], line["LastModified"].isoformat(), archived)
+
+
+def plain_etag(reply: Any) -> str:
+    """The ETag that boto3 has found, without quotes and without the mark of a weak one; empty if there is none."""
+    return str(reply.get("ETag", "")).removeprefix("W/").strip('"')
 
 
 def headed_object(key: str, head: Any) -> S3Object:
     """What the answer to a HEAD says of an object."""
     restored = 'ongoing-request="false"' in head.get("Restore", "")
     archived = head.get("StorageClass") in ARCHIVE_CLASSES and not restored
-    return S3Object(key, head["ETag"].strip('"'), head["ContentLength"], head["LastModified"].isoformat(), archived)
+    return S3Object(key, plain_etag(head), head["ContentLength"], head["LastModified"].isoformat(), archived)
 
 
 def is_made_of(metadata: Mapping[str, str], bucket: str, key: str) -> bool:
