@@ -2304,18 +2304,9 @@ class Listing:
 
 REFUSED_BY_S3 = frozenset(
     {
-        *(
-            "401",
-            "403",
-            "407",
-            "AccessDenied",
-            "AccountProblem",
-            "AllAccessDisabled",
-            "ExpiredToken",
-            "ExpiredTokenException",
-        ),
+        *("401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException"),
         *("InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidTokenId", "NoSuchBucket", "NotSignedUp"),
-        *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
+        *("407", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
     }
 )
 
@@ -5587,7 +5578,7 @@ REMEDIES = {
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
     "look_failed": "S3 did not say whether something lies under the output key: run it again",
-    "store_failed": "S3 did not take the output: allow s3:PutObject on s3.output_key, and run it again",
+    "store_failed": "S3 did not take it: allow s3:PutObject on s3.output_key, check the network, and run it again",
     "output_collision": "another source has this output: put {ext} into s3.output_key",
     "output_key_too_long": "shorten s3.output_key",
     "worker_died": "its size may need more memory than there is: give each process fewer workers, and run it again",
