@@ -47,7 +47,6 @@ import gc
 import gzip
 import hashlib
 import hmac
-import html
 import io
 import itertools
 import json
@@ -94,11 +93,15 @@ try:
         BotoCoreError,
         ClientError,
         ConnectTimeoutError,
+        CredentialRetrievalError,
         EndpointConnectionError,
+        MetadataRetrievalError,
         NoCredentialsError,
         PartialCredentialsError,
         ProxyConnectionError,
         SSLError,
+        TokenRetrievalError,
+        UnauthorizedSSOTokenError,
     )
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
@@ -1756,6 +1759,8 @@ def chunks(values: Sequence[T], length: int) -> Iterator[Sequence[T]]:
         yield values[start : start + length]
 
 
+ELSEWHERE = "s3://"  # begins the name of a source in another bucket
+SOURCE = f"CASE bucket WHEN ? THEN key ELSE '{ELSEWHERE}' || bucket || '/' || key END"  # its key, if it lies here
 LOGGED = frozenset({Event.CONVERTED, Event.FAILED, Event.FOUND})
 
 
@@ -1894,24 +1899,23 @@ class Journal:
         return {key: Sent(*row) for key, *row in rows}
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
-        """The source keys that have an output under those of the claims that are taken."""
-        return self._outputs_under(claims, "key")
+        """The sources that have an output under those of the claims that are taken; see SOURCE."""
+        return self._outputs_under(claims, SOURCE, self.bucket)
 
     def makers(self, claims: Sequence[str]) -> dict[str, str]:
         """The fingerprints of the jobs that made what lies under those of the claims that are taken."""
         return self._outputs_under(claims, "fingerprint")
 
-    def _outputs_under(self, claims: Sequence[str], column: str) -> dict[str, str]:
+    def _outputs_under(self, claims: Sequence[str], column: str, *values: str) -> dict[str, str]:
         # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
         where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
         table = "log INDEXED BY log_claim"
-        return dict(self._rows_about(f"claim, {column}", table, where, (self.output_bucket,), claims))
+        return dict(self._rows_about(f"claim, {column}", table, where, (*values, self.output_bucket), claims))
 
     def claimants(self, claims: Sequence[str]) -> dict[str, str]:
-        """The source keys whose unsettled requests would bring an output under those of the claims."""
-        return dict(
-            self._rows_about("claim, key", "in_flight", "output_bucket = ? AND claim", (self.output_bucket,), claims)
-        )
+        """The sources whose unsettled requests would bring an output under those of the claims; see SOURCE."""
+        scope = (self.bucket, self.output_bucket)
+        return dict(self._rows_about(f"claim, {SOURCE}", "in_flight", "output_bucket = ? AND claim", scope, claims))
 
     def begin(self, tasks: Sequence[Task], now: float) -> None:
         """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
@@ -2195,6 +2199,14 @@ class Span:
         return Span(last, self.until, page.token, (end - now) / (now - start) if is_known else math.inf)
 
 
+def refuse_disorder(page: Page, after: str) -> None:
+    """Raise RunStopped unless the keys of a page ascend and come after a key: spans would miss some, or never end."""
+    keys = [after, *map(operator.itemgetter(0), page.objects)]
+    if not all(map(operator.lt, keys, keys[1:])):
+        because = "this server does not list keys in the order that S3 promises, so that some would be missed"
+        raise RunStopped(because, "name the keys with --keys-from, and set run.skip_existing = no")
+
+
 FetchedPage = Callable[[], Page]  # a page that has come in; calling it parses it
 
 
@@ -2231,6 +2243,7 @@ class Listing:
                     self._width = min(2 * self._width, LIST_THREADS)
                 for done in ready:
                     span, page = self._reading.pop(done), done.result()()
+                    refuse_disorder(page, span.after)
                     objects, rest = span.share_of(page), span.rest(page)
                     self._waiting += [rest] if rest else []
                     # Before the reader gets this one, so that the next is there when it comes back.
@@ -2315,7 +2328,10 @@ REFUSED_OPTIONS = frozenset(
     }
 )
 NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
-FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, *NO_CONNECTION, SSLError)
+FOR_ALL_OBJECTS = (
+    *(NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, MetadataRetrievalError),
+    *(TokenRetrievalError, UnauthorizedSSOTokenError, *NO_CONNECTION, SSLError),
+)
 
 
 def refused(error: Exception, doing: str) -> RunStopped:
@@ -2447,10 +2463,13 @@ class UrlSigner:
         self._more = dict(more)
 
     def sign(self, key: str) -> str:
-        """A URL that reads one object for as long as URL_LIFE_SECONDS."""
-        if not self._is_like_boto3:
-            return self._sign(key)
-        return self._signed(key, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
+        """A URL that reads one object for as long as URL_LIFE_SECONDS. Raises RunStopped without credentials."""
+        try:
+            if not self._is_like_boto3:
+                return self._sign(key)
+            return self._signed(key, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
+        except BotoCoreError as error:
+            raise refused(error, "signing a URL") from None
 
     def _signed(self, key: str, stamp: str) -> str:
         keys = self._credentials.get_frozen_credentials()
@@ -2505,7 +2524,10 @@ class Bucket:
         payer = {"x-amz-request-payer": "requester"} if self._payer else {}
         if self._stop:
             self.client.meta.events.register_first("needs-retry.s3", self._ride_out)
-        self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
+        try:
+            self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
+        except BotoCoreError as error:
+            raise refused(error, "signing a URL") from None
 
     def check(self) -> None:
         """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
@@ -2663,16 +2685,24 @@ class Bucket:
         return ObjectFailed("source_unreadable", f"S3: {error}", permanent=unreadable)
 
     def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
+        """What an object carries: None if there is none, UNSEEN if this run may not look. Raises ObjectFailed."""
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)["Metadata"]
         except (ClientError, BotoCoreError) as error:
-            if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
+            if error_code(error) in {"404", "NoSuchKey"}:
                 return None
-            # Silence is no proof that nothing lies there, to be overwritten.
-            raise refused(error, f"reading from {bucket}") from None
+            if error_code(error) in {"403", "AccessDenied"}:
+                return UNSEEN
+            if is_refusal(error) or isinstance(error, BotoCoreError):
+                raise refused(error, f"looking at objects of {bucket}") from None
+            # What was not seen must not count as absent: it might be overwritten.
+            raise ObjectFailed("look_failed", f"S3: {error}", permanent=False) from None
 
     def is_our_output(self, key: str) -> bool:
-        """Whether an object of the source bucket carries the metadata of an output of this program."""
+        """Whether an object of the source bucket carries the metadata of an output of this program.
+
+        Raises ObjectFailed or RunStopped if S3 does not say.
+        """
         found = self._metadata(self.name, key) or {}
         return "source-etag" in found and "job" in found
 
@@ -2689,26 +2719,37 @@ class Bucket:
         return True
 
     def refuse_to_overwrite(self, task: Task) -> None:
-        """Raise ObjectFailed if an object that is not this source's output has the output key."""
-        found = self._metadata(self.output_name, task.output_key)
-        if found is not None and not source_key_metadata(task.key).items() <= found.items():
-            said = f"{task.output_key} exists and is no output of this object"
-            raise ObjectFailed("output_collision", f"{said}; put outputs under a prefix of their own", permanent=True)
+        """Raise ObjectFailed if an object that is not this source's output has a key that the output may get."""
+        for key in made_keys(task.output_key):
+            found = self._metadata(self.output_name, key)
+            # Where this run may only write, a listing is all that there is to go by. What has a trace in the journal
+            # is looked at because of that, and not because a listing has shown it.
+            if found is UNSEEN and task.look_first and not task.traced:
+                said = f"{key} may be another's, and this run may not look at it; allow s3:GetObject on the outputs"
+                raise ObjectFailed("output_collision", said, permanent=False)
+            if found is not None and found is not UNSEEN and not is_made_of(found, self.name, task.key):
+                said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
+                raise ObjectFailed("output_collision", said, permanent=True)
 
     def output_is_of(self, task: Task) -> bool:
         """Whether what lies under a task's output key was made of its source, in whatever version."""
-        return bool(self._made_with(task, source_key_metadata(task.key)))
+        return bool(self._made_with(task, {}))
 
     def output_of(self, task: Task) -> str:
         """The key under which this very version's output lies already; empty if it does not."""
         # The fingerprint too: with other options the same version comes to other bytes.
-        made_of = {"source-etag": task.etag, "job-fingerprint": task.fingerprint}
-        return self._made_with(task, {**source_key_metadata(task.key), **made_of})
+        return self._made_with(task, {"source-etag": task.etag, "job-fingerprint": task.fingerprint})
+
+    def has_output_of_another_bucket(self, task: Task) -> bool:
+        """Whether something under a task's output key says that its source lies in another bucket."""
+        own = urllib.parse.quote(self.name)
+        found = (self._metadata(self.output_name, key) or {} for key in made_keys(task.output_key))
+        return any(made.get("source-bucket", own) != own for made in found)
 
     def _made_with(self, task: Task, wanted: dict[str, str]) -> str:
         for key in made_keys(task.output_key):
             found = self._metadata(self.output_name, key)
-            if found and wanted.items() <= found.items():
+            if found and is_made_of(found, self.name, task.key) and wanted.items() <= found.items():
                 return key
         return ""
 
@@ -2719,14 +2760,18 @@ class Bucket:
         """
         wanted = sorted(set(keys), reverse=True)
         found: dict[str, float] = {}
-        after = ""
+        after = token = ""
         while wanted:
-            # StartAfter leaves out the key itself: a key without its last character sorts just before it.
+            # StartAfter leaves out the key itself: a key without its last character sorts before it.
             after = max(after, wanted[-1][:-1])
-            page = self.read_page(self.output_name, prefix, StartAfter=after)
+            where = {"ContinuationToken": token} if token else {"StartAfter": after}
+            page = self.read_page(self.output_name, prefix, **where)
+            refuse_disorder(page, after)
+            # A page may be empty and not the last: then only its token leads on.
+            token = "" if page.objects else page.token
             listed = {output.key: output for output in page.objects}
             after = page.objects[-1].key if page.objects else after
-            while wanted and (page.is_last or not page.objects or wanted[-1] <= after):
+            while wanted and (page.is_last or wanted[-1] <= after):
                 key = wanted.pop()
                 if key in listed:
                     found[key] = listed[key].modified
@@ -2767,7 +2812,7 @@ class Bucket:
         }
         # S3 takes ASCII only in metadata.
         metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
-        metadata["job-fingerprint"] = task.fingerprint
+        metadata |= {"job-fingerprint": task.fingerprint, "source-bucket": urllib.parse.quote(self.name)}
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
 
     def look_up(self, key: str) -> S3Object | None:
@@ -2783,7 +2828,7 @@ class Bucket:
     def made_of(self, planned_key: str) -> dict[str, dict[str, str]]:
         """Key -> metadata of what lies under a planned key."""
         found = {key: self._metadata(self.output_name, key) for key in made_keys(planned_key)}
-        return {key: metadata for key, metadata in found.items() if metadata is not None}
+        return {key: metadata for key, metadata in found.items() if metadata is not None and metadata is not UNSEEN}
 
     def read_first_byte(self, key: str) -> None:
         """Read from one source. Raises RunStopped."""
@@ -2834,15 +2879,19 @@ class Bucket:
             )
 
 
+UNSEEN = {"unseen": "403"}  # in place of the metadata of an object that this run may not look at
+
+
 class BadListing(Exception):
     """An answer that is not a page of a listing. boto3 is asked instead."""
 
 
 # An entry of a page of XML: these elements come in this order everywhere, on some servers with others in between.
-BETWEEN = r"\s*(?:<[^>]*>[^<]*)*?"
+# Nothing goes beyond the entry: one that lacks something would be sought in all the others.
+BETWEEN = r"\s*(?:<(?!/Contents>)[^>]*>[^<]*)*?"
 ENTRY = re.compile(
     rf"<Contents>\s*<Key>([^<]*)</Key>{BETWEEN}<LastModified>([^<]*)</LastModified>{BETWEEN}"
-    rf'<ETag>"?([^<"]*)"?</ETag>{BETWEEN}<Size>(\d+)</Size>({BETWEEN})</Contents>'
+    rf'<ETag>(?:W/)?"?([^<"]*)"?</ETag>{BETWEEN}<Size>(\d+)</Size>({BETWEEN})</Contents>'
 )
 
 
@@ -2864,7 +2913,8 @@ def parse_page(xml: bytes) -> Page:
     folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
     truncated, token = root.findtext("IsTruncated"), root.findtext("NextContinuationToken", "")
     # What does not add up is no page: a listing that ends early would leave objects out, unnoticed.
-    is_whole = count in {-1, len(entries) + len(folders)} and text.count("<Contents>") == len(entries)
+    is_whole = count in {-1, len(entries) + len(folders)} and root.find("Contents") is None
+    is_whole &= text.count("<Contents>") == text.count("</Contents") == len(entries)
     is_whole &= root.tag == "ListBucketResult" and text.count("<CommonPrefixes>") == len(folders)
     if not is_whole or truncated not in {"true", "false"} or (truncated == "true" and not token):
         raise BadListing(root.tag)
@@ -2879,8 +2929,18 @@ def parsed_objects(entries: Sequence[tuple[str, ...]], decode: Callable[[str], s
         return []
     keys, dates, etags, sizes, others = zip(*entries, strict=True)
     if re.search("[&%+]", "\n".join(keys)):
-        keys = tuple(decode(html.unescape(key)) for key in keys)
+        keys = tuple(decode(unescaped(key)) for key in keys)
     return list(map(S3Object, keys, etags, map(int, sizes), dates, [is_archived(other) for other in others]))
+
+
+def unescaped(key: str) -> str:
+    """A key without XML's escapes, which are others than HTML's. Raises BadListing."""
+    if "&" not in key:
+        return key
+    try:
+        return ElementTree.fromstring(f"<Key>{key}</Key>").text or ""
+    except ElementTree.ParseError as error:
+        raise BadListing(str(error)) from None
 
 
 def is_archived(entry: str) -> bool:
@@ -2903,14 +2963,25 @@ def listed_object(line: Any) -> S3Object:
     restore = line.get("RestoreStatus", {})
     restored = bool(restore.get("RestoreExpiryDate")) and not restore.get("IsRestoreInProgress")
     archived = line.get("StorageClass") in ARCHIVE_CLASSES and not restored
-    return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], line["LastModified"].isoformat(), archived)
+    return S3Object(line["Key"], plain_etag(line), line["Size"], line["LastModified"].isoformat(), archived)
+
+
+def plain_etag(reply: Any) -> str:
+    """The ETag that boto3 has found, without quotes and without the mark of a weak one; empty if there is none."""
+    return str(reply.get("ETag", "")).removeprefix("W/").strip('"')
 
 
 def headed_object(key: str, head: Any) -> S3Object:
     """What the answer to a HEAD says of an object."""
     restored = 'ongoing-request="false"' in head.get("Restore", "")
     archived = head.get("StorageClass") in ARCHIVE_CLASSES and not restored
-    return S3Object(key, head["ETag"].strip('"'), head["ContentLength"], head["LastModified"].isoformat(), archived)
+    return S3Object(key, plain_etag(head), head["ContentLength"], head["LastModified"].isoformat(), archived)
+
+
+def is_made_of(metadata: Mapping[str, str], bucket: str, key: str) -> bool:
+    """Whether an object is an output of this source. Those of older versions of the program name no bucket."""
+    theirs = metadata.get("source-bucket", urllib.parse.quote(bucket))
+    return source_key_metadata(key).items() <= metadata.items() and theirs == urllib.parse.quote(bucket)
 
 
 def source_key_metadata(key: str) -> dict[str, str]:
@@ -4202,6 +4273,7 @@ class Planner:
         self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
+        self._shares_outputs = False  # with another source bucket: their outputs lie between ours
 
     def pages(self, hunger: Callable[[], int]) -> Generator[tuple[list[S3Object], Sequence[Route]], None, None]:
         """What there is, by pages, and the routes that may want it. Jobs with the same prefix share one listing.
@@ -4264,11 +4336,14 @@ class Planner:
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
         for candidate in candidates:
-            is_mixed = self.settings.puts_among_sources(candidate.job)
-            if is_mixed and self.bucket.is_our_output(candidate.source.key):
-                self.counts[candidate.job.name, OWN_OUTPUT] += 1
-            else:
-                yield candidate
+            try:
+                is_mixed = self.settings.puts_among_sources(candidate.job)
+                if is_mixed and self.bucket.is_our_output(candidate.source.key):
+                    self.counts[candidate.job.name, OWN_OUTPUT] += 1
+                else:
+                    yield candidate
+            except ObjectFailed as failure:
+                self.settled.append(Outcome(self._task(candidate, {}), Event.FAILED, failure.code, failure.message))
 
     def _task(self, candidate: Candidate, sent: Mapping[str, Sent]) -> Task:
         job, source = candidate.job, candidate.source
@@ -4329,6 +4404,8 @@ class Planner:
             else:
                 said = "its output would replace it" if is_itself else f"belongs to {owner}"
                 hint = "put {ext} or {job} into s3.output_key to keep both"
+                if owner.startswith(ELSEWHERE):
+                    hint = "give each bucket's outputs a prefix of their own in s3.output_key"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
 
     def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
@@ -4337,8 +4414,10 @@ class Planner:
         for task in tasks:
             claim = claim_of(task.output_key)
             claimant = found.get(claim, task.key)
-            # An object that was deleted while it was in flight, and has left no output, holds nobody up.
-            if claimant != task.key and self.bucket.has_nothing_of(claimant, task.output_key):
+            # An object that was deleted while it was in flight, and has left no output, holds nobody up. What is in
+            # another bucket cannot be told.
+            is_another = claimant != task.key and not claimant.startswith(ELSEWHERE)
+            if is_another and self.bucket.has_nothing_of(claimant, task.output_key):
                 del found[claim]
         return found
 
@@ -4349,8 +4428,15 @@ class Planner:
         """
         wanted = Counter(claim_of(task.output_key) for task in tasks)
         for task in tasks:
-            if wanted[claim_of(task.output_key)] > 1 and self.bucket.output_is_of(task):
+            if wanted[claim_of(task.output_key)] > 1 and self._output_is_of(task):
                 yield claim_of(task.output_key), task.key
+
+    def _output_is_of(self, task: Task) -> bool:
+        try:
+            return self.bucket.output_is_of(task)
+        except ObjectFailed as failure:
+            # Whoever comes first would keep the key for good: better nobody does now.
+            raise RunStopped(failure.message, "run it again") from None
 
     def _without_outputs(self, tasks: list[Task], sources: Mapping[str, S3Object]) -> list[Task]:
         """The tasks whose output is not there yet, as run.skip_existing wants it (make's rule); the others are found.
@@ -4362,16 +4448,32 @@ class Planner:
         if not (self.settings.run.skip_existing and untraced):
             return tasks
         written = self._written(untraced)
+        self._doubt([task for task in untraced if any(key in written for key in made_keys(task.output_key))])
         todo = [task for task in tasks if task.traced]
         for task in untraced:
             made = next((key for key in made_keys(task.output_key) if key in written), "")
-            if made and not task.among_sources and written[made] > sources[task.key].modified:
+            is_trusted = not (task.among_sources or self._shares_outputs)
+            if made and is_trusted and written[made] > sources[task.key].modified:
                 self._found[claim_of(made)] = task.key
                 self.settled.append(Outcome(task, Event.FOUND, output_key=made))
             else:
                 # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
                 todo.append(replace(task, look_first=bool(made)))
         return todo
+
+    def _doubt(self, tasks: Sequence[Task]) -> None:
+        """Find out whether another bucket's outputs lie there, of which a listing says nothing: look at some of them.
+
+        One is enough: from then on, workers look at each before it counts as done. RunStopped if S3 does not answer.
+        """
+        if self.settings.s3.is_one_bucket or self._shares_outputs or not tasks:
+            return
+        samples = tasks[:: max(1, len(tasks) // HEADS_AT_A_TIME)]
+        try:
+            with ThreadPoolExecutor(HEADS_AT_A_TIME) as pool:
+                self._shares_outputs = any(pool.map(self.bucket.has_output_of_another_bucket, samples))
+        except ObjectFailed as failure:
+            raise RunStopped(failure.message, "run it again") from None
 
     def _written(self, tasks: Sequence[Task]) -> dict[str, float]:
         """When the planned outputs were written, of those that exist."""
@@ -4447,16 +4549,19 @@ class Feeder:
 
     def _hand_out(self, tasks: Sequence[Task]) -> Stop | None:
         allowed = list(self._within_budget(tasks))
-        for batch in chunks(allowed, 2 * self.shared.settings.run.workers):
-            if self.shared.stop.requested:
-                self._leave(batch)
-                continue
-            signed = [self._signed(task) for task in batch]
-            self.journal.begin(signed, time.time())
-            self._enqueue(signed)
+        if len(allowed) < len(tasks):
+            self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
+        waiting = deque(allowed)
+        try:
+            while waiting and not self.shared.stop.requested:
+                self._begin(waiting)
+        except Interrupted:
+            pass
+        finally:
+            # Whatever has ended it: what is not with a worker is left to do.
+            self._leave(waiting)
         if len(allowed) == len(tasks):
             return None
-        self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
         settings = self.shared.settings
         return Stop(
             f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
@@ -4479,15 +4584,15 @@ class Feeder:
             return task
         return replace(task, url=self.shared.bucket.presign(task.key))
 
-    def _enqueue(self, tasks: Sequence[Task]) -> None:
-        for position, task in enumerate(tasks):
-            try:
-                if not task.copy:
-                    self.pacer.take(self.shared.stop)
-                self._put(task)
-            except Interrupted:
-                self._leave(tasks[position:])
-                return
+    def _begin(self, waiting: deque[Task]) -> None:
+        """Hand out the first of the tasks, which then no longer wait."""
+        signed = [self._signed(task) for task in itertools.islice(waiting, 2 * self.shared.settings.run.workers)]
+        self.journal.begin(signed, time.time())
+        for task in signed:
+            if not task.copy:
+                self.pacer.take(self.shared.stop)
+            self._put(task)
+            waiting.popleft()
 
     def _put(self, task: Task) -> None:
         while True:
@@ -4500,7 +4605,8 @@ class Feeder:
 
     def _leave(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
-            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
+            # The row of one that is overdue is all that tells the next run that it may be paid twice.
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done or task.overdue))
 
     def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
@@ -4591,9 +4697,6 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Queued when the run was asked to end: it was never sent.
     if shared.stop.requested:
         raise Interrupted
-    if task.copy:
-        shared.bucket.copy(task)
-        return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
     if task.look_first:
         done = shared.bucket.output_of(task)
         if done:
@@ -4601,6 +4704,9 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Something lies there, or may: a lost checkpoint may have known that it is another source's output.
     if task.look_first or task.among_sources:
         shared.bucket.refuse_to_overwrite(task)
+    if task.copy:
+        shared.bucket.copy(task)
+        return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
         key = shared.bucket.store(task, result)
@@ -5415,7 +5521,8 @@ def refuse_unwritable(path: Path, name: str) -> None:
 def close_accounts(report: Report, *, is_complete: bool) -> None:
     """Every listed object must have its count. What was abandoned is left to do."""
     missing = report.unaccounted()
-    if not is_complete:
+    # What a run was stopped for is never replaced by what came of it.
+    if not is_complete or (missing and report.stop):
         report.counts["left"] += missing
     elif missing:
         report.stop = Stop(
@@ -5479,6 +5586,7 @@ REMEDIES = {
     "source_gone": "deleted after it was listed: nothing to do",
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
+    "look_failed": "S3 did not say whether something lies under the output key: run it again",
     "store_failed": "S3 did not take the output: allow s3:PutObject on s3.output_key, and run it again",
     "output_collision": "another source has this output: put {ext} into s3.output_key",
     "output_key_too_long": "shorten s3.output_key",
@@ -5872,9 +5980,14 @@ def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
 
 def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> Iterator[str]:
     """What lies under the output key of an object."""
-    for made, metadata in bucket.made_of(output_key(job, key)).items():
+    try:
+        found = bucket.made_of(output_key(job, key))
+    except ObjectFailed as failure:
+        yield f"output         it cannot be told: {shown(failure.message)}"
+        return
+    for made, metadata in found.items():
         etag = metadata.get("source-etag")
-        if not source_key_metadata(key).items() <= metadata.items():
+        if not is_made_of(metadata, bucket.name, key):
             version = "no output of this object"
         else:
             version = "made of this version" if source and etag == source.etag else f"made of another version, {etag}"
@@ -5909,16 +6022,16 @@ def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str
 
 def step_for(task: Task, bucket: Bucket) -> str:
     """What a worker would do with a task."""
+    # After a request that an earlier run made, the worker looks before it sends anything.
+    try:
+        if task.look_first and bucket.output_of(task):
+            return "find its output, which is there, and pay nothing"
+        if task.look_first or task.among_sources:
+            bucket.refuse_to_overwrite(task)
+    except ObjectFailed as failure:
+        return f"fail: {failure.code}, {shown(failure.message)}"
     if task.copy:
         return "copy it, at no charge"
-    # After a request that an earlier run made, the worker looks before it sends anything.
-    if task.look_first and bucket.output_of(task):
-        return "find its output, which is there, and pay nothing"
-    if task.look_first or task.among_sources:
-        try:
-            bucket.refuse_to_overwrite(task)
-        except ObjectFailed as failure:
-            return f"fail: {failure.code}, {shown(failure.message)}"
     if task.may_be_done:
         return "send the request in flight again, which the API answers free of charge if it has done the work"
     return f"convert it to {task.target}, which is paid for"

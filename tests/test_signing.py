@@ -8,6 +8,13 @@ import pytest
 from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
+from botocore.exceptions import (
+    BotoCoreError,
+    CredentialRetrievalError,
+    MetadataRetrievalError,
+    TokenRetrievalError,
+    UnauthorizedSSOTokenError,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,3 +111,37 @@ def test_keys_that_are_renewed_sign_the_next_url(monkeypatch: pytest.MonkeyPatch
     credentials.access_key, credentials.token = "renewed", "new"
     asked = query_of(here.presign("a.png"))
     assert (asked["X-Amz-Credential"].split("/")[0], asked["X-Amz-Security-Token"]) == ("renewed", "new")
+
+
+def test_credentials_that_are_lost_stop_the_run_and_are_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = bucket(monkeypatch)
+
+    def lost() -> None:
+        raise CredentialRetrievalError(provider="iam-role", error_msg="timed out")
+
+    monkeypatch.setattr(signer_of(here)._credentials, "get_frozen_credentials", lost)
+    with pytest.raises(program.RunStopped, match=r"S3 could not be reached for signing a URL: .*timed out"):
+        here.presign("a.png")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CredentialRetrievalError(provider="p", error_msg="m"),
+        MetadataRetrievalError(error_msg="m"),
+        TokenRetrievalError(provider="p", error_msg="m"),
+        UnauthorizedSSOTokenError(),
+    ],
+)
+def test_credentials_that_cannot_be_had_would_meet_every_object(error: BotoCoreError) -> None:
+    assert program.is_refusal(error)
+
+
+@pytest.mark.parametrize("stop", [None, program.Stop("the disk is full", "free some space")])
+def test_what_is_missing_at_the_end_never_hides_why_a_run_was_stopped(stop: program.Stop | None) -> None:
+    report = program.Report()
+    report.counts[program.LISTED], report.stop = 3, stop
+    program.close_accounts(report, is_complete=True)
+    assert report.stop
+    assert (report.stop == stop) is (stop is not None)
+    assert report.counts["left"] == (3 if stop else 0)
