@@ -1494,12 +1494,13 @@ class StopFlag:
         """Whether the run is to end."""
         return self._event.is_set()
 
-    def request(self, stop: Stop) -> None:
-        """Ask the run to end."""
+    def request(self, stop: Stop, *, is_told: bool = False) -> None:
+        """Ask the run to end. `is_told`: whoever would be told has said it."""
         if not self._event.is_set():
             self.stop, self.since = stop, time.monotonic()
             self._event.set()
-            self._tell(stop)
+            if not is_told:
+                self._tell(stop)
 
     def sleep(self, seconds: float) -> None:
         """Wait. Raises Interrupted as soon as the run is to end."""
@@ -4457,7 +4458,8 @@ def listen_to_parent(
         if isinstance(told, GateClosed):
             shared.gate.close(told.until)
         elif isinstance(told, Stop):
-            shared.stop.request(told)
+            # Told back, it could meet a parent that is sending as well: neither would read what fills the other's pipe.
+            shared.stop.request(told, is_told=True)
         else:
             for _ in range(1 if told else workers):
                 tasks.put(told)
