@@ -47,7 +47,6 @@ import gc
 import gzip
 import hashlib
 import hmac
-import html
 import io
 import itertools
 import json
@@ -94,9 +93,15 @@ try:
         BotoCoreError,
         ClientError,
         ConnectTimeoutError,
+        CredentialRetrievalError,
         EndpointConnectionError,
+        MetadataRetrievalError,
         NoCredentialsError,
         PartialCredentialsError,
+        ProxyConnectionError,
+        SSLError,
+        TokenRetrievalError,
+        UnauthorizedSSOTokenError,
     )
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
@@ -124,6 +129,8 @@ log = logging.getLogger("s3_bulk_convert")
 ########################################################################################################################
 
 CONNECT_TIMEOUT_SECONDS = 10
+OUTAGE_SECONDS = 300  # as long as a router takes to start anew; after that, it is for the next run
+OUTAGE_PAUSE_SECONDS = 15  # between two attempts in it, at most: a network that is back is soon noticed
 BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
 SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
 SLOTS_REMEMBERED = 10_000  # of the last minute, while the API's limit is unknown
@@ -150,6 +157,7 @@ MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
 MULTIPART_BYTES = 100 * 10**6  # a larger output is put in parts, each of which is in memory twice; one PUT is streamed
 PART_BYTES = 5 << 20  # the least that S3 takes
 S3_TIMEOUT_SECONDS = 60
+S3_ATTEMPTS = 5  # about 8 s, in all
 PAGE_KEYS = 1000  # what S3 lists at once
 LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes 160 ms
 PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
@@ -1306,9 +1314,10 @@ def media_kind(media_type: str) -> str:
     return canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
 
 
-def media_type_of(target: str) -> str:
-    """The usual media type of a format."""
-    return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
+def media_type_of(target: str, told: str = "") -> str:
+    """The usual media type of a format; what somebody told if this machine has no /etc/mime.types to know it from."""
+    usual = EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0]
+    return usual or told or "application/octet-stream"
 
 
 def begins_like(kind: str, head: bytes) -> bool:
@@ -1359,10 +1368,12 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
     # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
+    if contradicts:
+        return Identity(media_type_of(kind))
     plain = media_type.partition(";")[0].strip()
-    return Identity(
-        media_type_of(kind) if contradicts or not declared else media_type if kind in TEXT_FORMATS else plain
-    )
+    if not declared:
+        return Identity(media_type_of(kind, told=plain))
+    return Identity(media_type if kind in TEXT_FORMATS else plain)
 
 
 def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
@@ -1378,7 +1389,7 @@ def judge_reply(status: int, code: str) -> Verdict:
     if status == 422 and code == "bad_request":
         return Verdict.NEW_KEY
     # A redirect, a 404 or a 405 for the endpoint itself is about the address, not about the object.
-    if status in {401, 402, 403, 404, 405, 429} or 300 <= status < 400:
+    if status in {401, 402, 403, 404, 405, 407, 429} or 300 <= status < 400:
         return Verdict.STOP_RUN
     if status in {408, 425} or status >= 500 or status < 300:
         return Verdict.RETRY
@@ -1523,6 +1534,95 @@ class StopFlag:
 
 
 ########################################################################################################################
+# Outages. What cannot be reached at all meets every object, and none is to blame.
+#   - What has not answered in this run yet is a wrong address, or a machine without a network: some attempts, no more.
+#   - What has answered before is waited for, and waiting costs no object an attempt.
+#   - A proxy that the environment names is on the way to everything, so the words for it name it.
+########################################################################################################################
+
+PROXY_HINT = "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again"
+
+
+class Reach:
+    """Whether the API, or S3, can be reached, as all threads of a process find out together."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._lock = name, threading.Lock()
+        self._missed_since: float | None = None  # monotonic seconds; None while it can be reached
+        self.has_answered = False
+
+    def found(self) -> None:
+        """It has answered, whatever it said."""
+        self.has_answered = True
+        # Looked at without the lock, because this is called for every answer.
+        if self._missed_since is not None:
+            with self._lock:
+                was_missed, self._missed_since = self._missed_since is not None, None
+            if was_missed:
+                fields = told("outage", name=self._name, is_over=True)
+                log.warning("%s can be reached again", self._name, extra=fields)
+
+    def may_come_back(self) -> bool:
+        """Note that no connection could be made; whether to wait for one."""
+        now = time.monotonic()
+        with self._lock:
+            is_new = self._missed_since is None
+            self._missed_since = since = now if self._missed_since is None else self._missed_since
+        if is_new and self.has_answered:
+            fields = told("outage", name=self._name, is_over=False)
+            log.warning("%s cannot be reached; waiting up to %d s for it", self._name, OUTAGE_SECONDS, extra=fields)
+        return self.has_answered and now - since < OUTAGE_SECONDS
+
+
+def outage_pause(attempt: int) -> float:
+    """How long to wait before the next attempt to connect, in seconds."""
+    return min(seconds_to_wait(attempt, None, random.random()), OUTAGE_PAUSE_SECONDS)
+
+
+def proxy_for(address: str) -> str:
+    """Host and port of the proxy that the environment names for an address; empty if it names none."""
+    named = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)) or ""
+    # It may hold a password, which is nobody's to read.
+    return urllib.parse.urlsplit(named if "//" in named else f"//{named}").netloc.rpartition("@")[2]
+
+
+def connection_problem(error: Any) -> str:
+    """What a failed connection's error says, without the names of Python's objects."""
+    # requests and urllib3 wrap the error that says what happened, each in its own way.
+    if isinstance(error, requests.RequestException):
+        wrapped = error.args[0] if error.args else None
+        return connection_problem(getattr(wrapped, "reason", None) or wrapped or type(error).__name__)
+    if isinstance(error, urllib3.exceptions.ProxyError):
+        error = error.original_error
+    said = str(error.args[-1]) if isinstance(error, Exception) and error.args else str(error)
+    return re.sub(r"^.*?: (?=Failed )", "", said)
+
+
+def certificate_problem(error: Exception) -> str:
+    """Why a certificate is not trusted; empty if that is not the problem."""
+    # The second is urllib3's own, which boto3 has it look for.
+    found = re.search(r"certificate verify failed: ([^(]*[^(. ])|(hostname '.*' doesn't match [^)]*)", str(error))
+    return found.group(found.lastindex or 0) if found else ""
+
+
+def never_sent(error: Any) -> bool:
+    """Whether no connection was made, so that the server cannot have seen the request."""
+    # urllib3 takes whatever breaks on the way through a proxy for a ProxyError, after the request was sent as well.
+    cause = error.original_error if isinstance(error, urllib3.exceptions.ProxyError) else error
+    failed = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
+    return isinstance(cause, failed) or "Tunnel connection failed" in str(cause)
+
+
+def api_unreachable(address: str, error: Exception) -> RunStopped:
+    """The end of the run where no connection to the API can be made."""
+    why, proxy = redacted(connection_problem(error)), proxy_for(address)
+    if proxy:
+        return RunStopped(f"the API cannot be reached through the proxy {proxy}: {why}", PROXY_HINT)
+    host = urllib.parse.urlsplit(address).netloc
+    return RunStopped(f"the API cannot be reached at {host}: {why}", "check api.url and the network, and run it again")
+
+
+########################################################################################################################
 # Journal. The checkpoint, and the only SQL. Invariants:
 #   - `log` is only ever appended to; the newest row of a (bucket, key, fingerprint) is that object's state.
 #   - A request is sent only after its `in_flight` row is on the disk, and that row leaves in the transaction that
@@ -1662,6 +1762,8 @@ def chunks(values: Sequence[T], length: int) -> Iterator[Sequence[T]]:
         yield values[start : start + length]
 
 
+ELSEWHERE = "s3://"  # begins the name of a source in another bucket
+SOURCE = f"CASE bucket WHEN ? THEN key ELSE '{ELSEWHERE}' || bucket || '/' || key END"  # its key, if it lies here
 LOGGED = frozenset({Event.CONVERTED, Event.FAILED, Event.FOUND})
 
 
@@ -1800,24 +1902,23 @@ class Journal:
         return {key: Sent(*row) for key, *row in rows}
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
-        """The source keys that have an output under those of the claims that are taken."""
-        return self._outputs_under(claims, "key")
+        """The sources that have an output under those of the claims that are taken; see SOURCE."""
+        return self._outputs_under(claims, SOURCE, self.bucket)
 
     def makers(self, claims: Sequence[str]) -> dict[str, str]:
         """The fingerprints of the jobs that made what lies under those of the claims that are taken."""
         return self._outputs_under(claims, "fingerprint")
 
-    def _outputs_under(self, claims: Sequence[str], column: str) -> dict[str, str]:
+    def _outputs_under(self, claims: Sequence[str], column: str, *values: str) -> dict[str, str]:
         # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
         where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
         table = "log INDEXED BY log_claim"
-        return dict(self._rows_about(f"claim, {column}", table, where, (self.output_bucket,), claims))
+        return dict(self._rows_about(f"claim, {column}", table, where, (*values, self.output_bucket), claims))
 
     def claimants(self, claims: Sequence[str]) -> dict[str, str]:
-        """The source keys whose unsettled requests would bring an output under those of the claims."""
-        return dict(
-            self._rows_about("claim, key", "in_flight", "output_bucket = ? AND claim", (self.output_bucket,), claims)
-        )
+        """The sources whose unsettled requests would bring an output under those of the claims; see SOURCE."""
+        scope = (self.bucket, self.output_bucket)
+        return dict(self._rows_about(f"claim, {SOURCE}", "in_flight", "output_bucket = ? AND claim", scope, claims))
 
     def begin(self, tasks: Sequence[Task], now: float) -> None:
         """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
@@ -2101,6 +2202,14 @@ class Span:
         return Span(last, self.until, page.token, (end - now) / (now - start) if is_known else math.inf)
 
 
+def refuse_disorder(page: Page, after: str) -> None:
+    """Raise RunStopped unless the keys of a page ascend and come after a key: spans would miss some, or never end."""
+    keys = [after, *map(operator.itemgetter(0), page.objects)]
+    if not all(map(operator.lt, keys, keys[1:])):
+        because = "this server does not list keys in the order that S3 promises, so that some would be missed"
+        raise RunStopped(because, "name the keys with --keys-from, and set run.skip_existing = no")
+
+
 FetchedPage = Callable[[], Page]  # a page that has come in; calling it parses it
 
 
@@ -2137,6 +2246,7 @@ class Listing:
                     self._width = min(2 * self._width, LIST_THREADS)
                 for done in ready:
                     span, page = self._reading.pop(done), done.result()()
+                    refuse_disorder(page, span.after)
                     objects, rest = span.share_of(page), span.rest(page)
                     self._waiting += [rest] if rest else []
                     # Before the reader gets this one, so that the next is there when it comes back.
@@ -2197,26 +2307,66 @@ class Listing:
 
 REFUSED_BY_S3 = frozenset(
     {
-        *("401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException"),
+        *(
+            "401",
+            "403",
+            "407",
+            "AccessDenied",
+            "AccountProblem",
+            "AllAccessDisabled",
+            "ExpiredToken",
+            "ExpiredTokenException",
+        ),
         *("InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidTokenId", "NoSuchBucket", "NotSignedUp"),
         *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
     }
 )
 
 
-FOR_ALL_OBJECTS = (NoCredentialsError, PartialCredentialsError, EndpointConnectionError, ConnectTimeoutError)
+# About how outputs are to be written (s3.storage_class, s3.sse, s3.acl), which is the same for all of them.
+REFUSED_OPTIONS = frozenset(
+    {
+        *("AccessControlListNotSupported", "InvalidArgument", "InvalidEncryptionAlgorithmError"),
+        *("InvalidStorageClass", "NotImplemented"),
+    }
+)
+NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
+FOR_ALL_OBJECTS = (
+    *(NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, MetadataRetrievalError),
+    *(TokenRetrievalError, UnauthorizedSSOTokenError, *NO_CONNECTION, SSLError),
+)
 
 
 def refused(error: Exception, doing: str) -> RunStopped:
     """The end of the run for an S3 error that would meet every object."""
     if not isinstance(error, ClientError):
-        because = redacted(f"S3 could not be reached for {doing}: {error}")
-        return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
+        return s3_unreachable(error, doing)
     said = error.response.get("Error", {})
+    if said.get("Code") == "407":
+        # Only to an http address a proxy answers itself.
+        because = f"the proxy {proxy_for('http://s3')} wants a password: 407 {said.get('Message', '')}".rstrip()
+        return RunStopped(because, PROXY_HINT)
     return RunStopped(
         redacted(f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()),
         "check the bucket's name, the AWS credentials and their permissions, and run it again",
     )
+
+
+def s3_unreachable(error: Exception, doing: str) -> RunStopped:
+    """The end of the run where S3 gives no answer."""
+    untrusted = certificate_problem(error)
+    if untrusted:
+        return RunStopped(
+            f"S3's certificate is not trusted: {untrusted}",
+            "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock",
+        )
+    # Of a failed connection, boto3 says where to, and keeps why to itself.
+    cause = error.kwargs.get("error") if isinstance(error, NO_CONNECTION) else None
+    why = f": {connection_problem(cause)}" if cause else ""
+    because = redacted(f"S3 could not be reached for {doing}: {error}{why}")
+    if isinstance(error, ProxyConnectionError):
+        return RunStopped(because, PROXY_HINT)
+    return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
 
 
 def error_code(error: Exception) -> str:
@@ -2246,6 +2396,18 @@ def open_session(address: str, connections: int, ca_bundle: str | None = None) -
     return session
 
 
+def is_amazon(address: str) -> bool:
+    """Whether an S3 is Amazon's own."""
+    return f".{urllib.parse.urlsplit(address).hostname}".endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def without_trailers() -> botocore.config.Config:
+    """What other S3 servers want: several refuse the checksums that boto3 sends behind a body, unless told not to."""
+    names = ("request_checksum_calculation", "response_checksum_validation")
+    told: Any = {name: "when_required" for name in names if f"AWS_{name.upper()}" not in os.environ}
+    return botocore.config.Config(**told)
+
+
 def make_s3_client(
     options: S3Options, region: str | None, connections: int
 ) -> tuple["S3Client", botocore.credentials.Credentials]:
@@ -2253,21 +2415,13 @@ def make_s3_client(
 
     Raises UserError if the profile does not exist or there are no credentials at all.
     """
-    # Other S3 servers refuse boto3's default integrity trailers; on Amazon they stay.
-    lenient = bool(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-    checksums: Any = {
-        name: "when_required"
-        for name in ("request_checksum_calculation", "response_checksum_validation")
-        if lenient and f"AWS_{name.upper()}" not in os.environ
-    }
     config = botocore.config.Config(
         signature_version="s3v4",
-        retries={"mode": "standard", "total_max_attempts": 5},
+        retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
         max_pool_connections=connections,
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         read_timeout=S3_TIMEOUT_SECONDS,
         user_agent_extra=f"s3_bulk_convert/{__version__}",
-        **checksums,
     )
     try:
         session = boto3.session.Session(profile_name=options.profile, region_name=region or options.region)
@@ -2276,7 +2430,11 @@ def make_s3_client(
             raise UserError(
                 "there are no AWS credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
             )
-        return session.client("s3", endpoint_url=options.endpoint_url, config=config), credentials
+        client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
+        # The address may come from the AWS configuration as well: only a client knows it.
+        if not is_amazon(client.meta.endpoint_url):
+            client = session.client("s3", endpoint_url=options.endpoint_url, config=config.merge(without_trailers()))
+        return client, credentials
     except (BotoCoreError, ValueError) as problem:
         raise UserError(
             f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
@@ -2308,10 +2466,13 @@ class UrlSigner:
         self._more = dict(more)
 
     def sign(self, key: str) -> str:
-        """A URL that reads one object for as long as URL_LIFE_SECONDS."""
-        if not self._is_like_boto3:
-            return self._sign(key)
-        return self._signed(key, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
+        """A URL that reads one object for as long as URL_LIFE_SECONDS. Raises RunStopped without credentials."""
+        try:
+            if not self._is_like_boto3:
+                return self._sign(key)
+            return self._signed(key, f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}")
+        except BotoCoreError as error:
+            raise refused(error, "signing a URL") from None
 
     def _signed(self, key: str, stamp: str) -> str:
         keys = self._credentials.get_frozen_credentials()
@@ -2337,24 +2498,39 @@ class UrlSigner:
 
 
 class Bucket:
-    """The source bucket and the output bucket."""
+    """The source bucket and the output bucket. With a `stop`, an outage of S3 is waited for until the run is to end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stop: StopFlag | None = None) -> None:
+        self._stop, self._reach = stop, Reach("S3")
         self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.written_bucket
         # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
         self._connections = settings.run.workers + HEADS_AT_A_TIME
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._connect(None)
-        self._has_read = False
+        self._has_read = self._has_written = False
         self.pages_asked = 0  # of listings
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
+
+    def _ride_out(self, caught_exception: Exception | None, attempts: int, **_: Any) -> Any:
+        """Have boto3 try again, beyond its own few attempts, while an S3 that has answered before is away."""
+        if caught_exception is None:
+            self._reach.found()
+        elif self._stop and isinstance(caught_exception, NO_CONNECTION) and self._reach.may_come_back():
+            self._stop.sleep(outage_pause(attempts - 1))
+            return 0
+        return None
 
     def _connect(self, region: str | None) -> None:
         self.client, credentials = make_s3_client(self.options, region, self._connections)
         # As Amazon says for URLs of requester-pays buckets.
         payer = {"x-amz-request-payer": "requester"} if self._payer else {}
-        self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
+        if self._stop:
+            self.client.meta.events.register_first("needs-retry.s3", self._ride_out)
+        try:
+            self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
+        except BotoCoreError as error:
+            raise refused(error, "signing a URL") from None
 
     def check(self) -> None:
         """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
@@ -2369,6 +2545,8 @@ class Bucket:
                     raise RunStopped(
                         f"the bucket {name} does not exist", "correct s3.bucket or s3.output_bucket"
                     ) from None
+                if error_code(error) == "407":
+                    raise refused(error, f"access to the bucket {name}") from None
             except BotoCoreError as error:
                 raise refused(error, f"access to the bucket {name}") from None
             self._use_region(headers.get("x-amz-bucket-region"), name)
@@ -2394,6 +2572,9 @@ class Bucket:
         if self._fast_failures < FAST_FAILURES_ENDURED:
             try:
                 return functools.partial(self._parse, self._fetch_xml(request), request)
+            except requests.ConnectionError as error:
+                # A network that fails fails boto3 as well; what boto3 alone trusts, or goes around, does not.
+                self._fast_failures += isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError)
             except (BadListing, BotoCoreError, requests.RequestException, urllib3.exceptions.HTTPError):
                 self._fast_failures += 1
         page = self._ask_boto3(request)
@@ -2425,6 +2606,7 @@ class Bucket:
             headers["x-amz-request-payer"] = "requester"
         timeout = (CONNECT_TIMEOUT_SECONDS, S3_TIMEOUT_SECONDS)
         with self._lister.get(address, headers=headers, timeout=timeout, allow_redirects=False, stream=True) as reply:
+            self._reach.found()
             if reply.status_code != 200:
                 raise BadListing(f"status {reply.status_code}")
             # In one piece: what requests does in pieces of 10 KB takes as long as all the rest of a request.
@@ -2506,13 +2688,24 @@ class Bucket:
         return ObjectFailed("source_unreadable", f"S3: {error}", permanent=unreadable)
 
     def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
+        """What an object carries: None if there is none, UNSEEN if this run may not look. Raises ObjectFailed."""
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)["Metadata"]
-        except (ClientError, BotoCoreError):
-            return None
+        except (ClientError, BotoCoreError) as error:
+            if error_code(error) in {"404", "NoSuchKey"}:
+                return None
+            if error_code(error) in {"403", "AccessDenied"}:
+                return UNSEEN
+            if is_refusal(error) or isinstance(error, BotoCoreError):
+                raise refused(error, f"looking at objects of {bucket}") from None
+            # What was not seen must not count as absent: it might be overwritten.
+            raise ObjectFailed("look_failed", f"S3: {error}", permanent=False) from None
 
     def is_our_output(self, key: str) -> bool:
-        """Whether an object of the source bucket carries the metadata of an output of this program."""
+        """Whether an object of the source bucket carries the metadata of an output of this program.
+
+        Raises ObjectFailed or RunStopped if S3 does not say.
+        """
         found = self._metadata(self.name, key) or {}
         return "source-etag" in found and "job" in found
 
@@ -2529,26 +2722,37 @@ class Bucket:
         return True
 
     def refuse_to_overwrite(self, task: Task) -> None:
-        """Raise ObjectFailed if an object that is not this source's output has the output key."""
-        found = self._metadata(self.output_name, task.output_key)
-        if found is not None and not source_key_metadata(task.key).items() <= found.items():
-            said = f"{task.output_key} exists and is no output of this object"
-            raise ObjectFailed("output_collision", f"{said}; put outputs under a prefix of their own", permanent=True)
+        """Raise ObjectFailed if an object that is not this source's output has a key that the output may get."""
+        for key in made_keys(task.output_key):
+            found = self._metadata(self.output_name, key)
+            # Where this run may only write, a listing is all that there is to go by. What has a trace in the journal
+            # is looked at because of that, and not because a listing has shown it.
+            if found is UNSEEN and task.look_first and not task.traced:
+                said = f"{key} may be another's, and this run may not look at it; allow s3:GetObject on the outputs"
+                raise ObjectFailed("output_collision", said, permanent=False)
+            if found is not None and found is not UNSEEN and not is_made_of(found, self.name, task.key):
+                said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
+                raise ObjectFailed("output_collision", said, permanent=True)
 
     def output_is_of(self, task: Task) -> bool:
         """Whether what lies under a task's output key was made of its source, in whatever version."""
-        return bool(self._made_with(task, source_key_metadata(task.key)))
+        return bool(self._made_with(task, {}))
 
     def output_of(self, task: Task) -> str:
         """The key under which this very version's output lies already; empty if it does not."""
         # The fingerprint too: with other options the same version comes to other bytes.
-        made_of = {"source-etag": task.etag, "job-fingerprint": task.fingerprint}
-        return self._made_with(task, {**source_key_metadata(task.key), **made_of})
+        return self._made_with(task, {"source-etag": task.etag, "job-fingerprint": task.fingerprint})
+
+    def has_output_of_another_bucket(self, task: Task) -> bool:
+        """Whether something under a task's output key says that its source lies in another bucket."""
+        own = urllib.parse.quote(self.name)
+        found = (self._metadata(self.output_name, key) or {} for key in made_keys(task.output_key))
+        return any(made.get("source-bucket", own) != own for made in found)
 
     def _made_with(self, task: Task, wanted: dict[str, str]) -> str:
         for key in made_keys(task.output_key):
             found = self._metadata(self.output_name, key)
-            if found and wanted.items() <= found.items():
+            if found and is_made_of(found, self.name, task.key) and wanted.items() <= found.items():
                 return key
         return ""
 
@@ -2559,14 +2763,18 @@ class Bucket:
         """
         wanted = sorted(set(keys), reverse=True)
         found: dict[str, float] = {}
-        after = ""
+        after = token = ""
         while wanted:
-            # StartAfter leaves out the key itself: a key without its last character sorts just before it.
+            # StartAfter leaves out the key itself: a key without its last character sorts before it.
             after = max(after, wanted[-1][:-1])
-            page = self.read_page(self.output_name, prefix, StartAfter=after)
+            where = {"ContinuationToken": token} if token else {"StartAfter": after}
+            page = self.read_page(self.output_name, prefix, **where)
+            refuse_disorder(page, after)
+            # A page may be empty and not the last: then only its token leads on.
+            token = "" if page.objects else page.token
             listed = {output.key: output for output in page.objects}
             after = page.objects[-1].key if page.objects else after
-            while wanted and (page.is_last or not page.objects or wanted[-1] <= after):
+            while wanted and (page.is_last or wanted[-1] <= after):
                 key = wanted.pop()
                 if key in listed:
                     found[key] = listed[key].modified
@@ -2607,7 +2815,7 @@ class Bucket:
         }
         # S3 takes ASCII only in metadata.
         metadata = {**source_key_metadata(task.key), "source-etag": task.etag, "job": urllib.parse.quote(task.job)}
-        metadata["job-fingerprint"] = task.fingerprint
+        metadata |= {"job-fingerprint": task.fingerprint, "source-bucket": urllib.parse.quote(self.name)}
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
 
     def look_up(self, key: str) -> S3Object | None:
@@ -2623,7 +2831,7 @@ class Bucket:
     def made_of(self, planned_key: str) -> dict[str, dict[str, str]]:
         """Key -> metadata of what lies under a planned key."""
         found = {key: self._metadata(self.output_name, key) for key in made_keys(planned_key)}
-        return {key: metadata for key, metadata in found.items() if metadata is not None}
+        return {key: metadata for key, metadata in found.items() if metadata is not None and metadata is not UNSEEN}
 
     def read_first_byte(self, key: str) -> None:
         """Read from one source. Raises RunStopped."""
@@ -2653,12 +2861,28 @@ class Bucket:
     def _explaining_writes(self, key: str) -> Iterator[None]:
         try:
             yield
+            self._has_written = True
         except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
             # upload_fileobj wraps the error that says what happened.
             cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
-            if isinstance(cause, Exception) and is_refusal(cause):
-                raise refused(cause, f"writing to {self.output_name}") from None
+            if isinstance(cause, Exception):
+                self._refuse_to_write_on(cause)
             raise ObjectFailed("store_failed", f"S3: {error}", permanent=False) from None
+
+    def _refuse_to_write_on(self, error: Exception) -> None:
+        """Raise RunStopped for an error that would meet every output, before the next one is paid for."""
+        if is_refusal(error):
+            raise refused(error, f"writing to {self.output_name}")
+        code = error_code(error)
+        # Where others can be written, it is about this one.
+        if not self._has_written and (code in REFUSED_OPTIONS or code.startswith("KMS.")):
+            raise RunStopped(
+                redacted(f"S3 does not take outputs as they are to be written: {error}"),
+                "correct s3.storage_class, s3.sse, s3.sse_kms_key_id or s3.acl, and run it again",
+            )
+
+
+UNSEEN = {"unseen": "403"}  # in place of the metadata of an object that this run may not look at
 
 
 class BadListing(Exception):
@@ -2666,10 +2890,11 @@ class BadListing(Exception):
 
 
 # An entry of a page of XML: these elements come in this order everywhere, on some servers with others in between.
-BETWEEN = r"\s*(?:<[^>]*>[^<]*)*?"
+# Nothing goes beyond the entry: one that lacks something would be sought in all the others.
+BETWEEN = r"\s*(?:<(?!/Contents>)[^>]*>[^<]*)*?"
 ENTRY = re.compile(
     rf"<Contents>\s*<Key>([^<]*)</Key>{BETWEEN}<LastModified>([^<]*)</LastModified>{BETWEEN}"
-    rf'<ETag>"?([^<"]*)"?</ETag>{BETWEEN}<Size>(\d+)</Size>({BETWEEN})</Contents>'
+    rf'<ETag>(?:W/)?"?([^<"]*)"?</ETag>{BETWEEN}<Size>(\d+)</Size>({BETWEEN})</Contents>'
 )
 
 
@@ -2691,7 +2916,8 @@ def parse_page(xml: bytes) -> Page:
     folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
     truncated, token = root.findtext("IsTruncated"), root.findtext("NextContinuationToken", "")
     # What does not add up is no page: a listing that ends early would leave objects out, unnoticed.
-    is_whole = count in {-1, len(entries) + len(folders)} and text.count("<Contents>") == len(entries)
+    is_whole = count in {-1, len(entries) + len(folders)} and root.find("Contents") is None
+    is_whole &= text.count("<Contents>") == text.count("</Contents") == len(entries)
     is_whole &= root.tag == "ListBucketResult" and text.count("<CommonPrefixes>") == len(folders)
     if not is_whole or truncated not in {"true", "false"} or (truncated == "true" and not token):
         raise BadListing(root.tag)
@@ -2706,8 +2932,18 @@ def parsed_objects(entries: Sequence[tuple[str, ...]], decode: Callable[[str], s
         return []
     keys, dates, etags, sizes, others = zip(*entries, strict=True)
     if re.search("[&%+]", "\n".join(keys)):
-        keys = tuple(decode(html.unescape(key)) for key in keys)
+        keys = tuple(decode(unescaped(key)) for key in keys)
     return list(map(S3Object, keys, etags, map(int, sizes), dates, [is_archived(other) for other in others]))
+
+
+def unescaped(key: str) -> str:
+    """A key without XML's escapes, which are others than HTML's. Raises BadListing."""
+    if "&" not in key:
+        return key
+    try:
+        return ElementTree.fromstring(f"<Key>{key}</Key>").text or ""
+    except ElementTree.ParseError as error:
+        raise BadListing(str(error)) from None
 
 
 def is_archived(entry: str) -> bool:
@@ -2730,14 +2966,25 @@ def listed_object(line: Any) -> S3Object:
     restore = line.get("RestoreStatus", {})
     restored = bool(restore.get("RestoreExpiryDate")) and not restore.get("IsRestoreInProgress")
     archived = line.get("StorageClass") in ARCHIVE_CLASSES and not restored
-    return S3Object(line["Key"], line["ETag"].strip('"'), line["Size"], line["LastModified"].isoformat(), archived)
+    return S3Object(line["Key"], plain_etag(line), line["Size"], line["LastModified"].isoformat(), archived)
+
+
+def plain_etag(reply: Any) -> str:
+    """The ETag that boto3 has found, without quotes and without the mark of a weak one; empty if there is none."""
+    return str(reply.get("ETag", "")).removeprefix("W/").strip('"')
 
 
 def headed_object(key: str, head: Any) -> S3Object:
     """What the answer to a HEAD says of an object."""
     restored = 'ongoing-request="false"' in head.get("Restore", "")
     archived = head.get("StorageClass") in ARCHIVE_CLASSES and not restored
-    return S3Object(key, head["ETag"].strip('"'), head["ContentLength"], head["LastModified"].isoformat(), archived)
+    return S3Object(key, plain_etag(head), head["ContentLength"], head["LastModified"].isoformat(), archived)
+
+
+def is_made_of(metadata: Mapping[str, str], bucket: str, key: str) -> bool:
+    """Whether an object is an output of this source. Those of older versions of the program name no bucket."""
+    theirs = metadata.get("source-bucket", urllib.parse.quote(bucket))
+    return source_key_metadata(key).items() <= metadata.items() and theirs == urllib.parse.quote(bucket)
 
 
 def source_key_metadata(key: str) -> dict[str, str]:
@@ -3156,22 +3403,25 @@ class Shared:
     bucket: Bucket
     url_trust: UrlTrust
     tell: Callable[["Note"], None]  # the recorder, or the way to it
+    reach: Reach = field(default_factory=lambda: Reach("the API"))
 
 
 class RetryPolicy(Retry):
     """The one retry policy: which reply means what, how long to wait, when to give up.
 
     It never changes; `increment` returns the next one, or raises ObjectFailed or RunStopped. `total` is the number of
-    transient failures left. Waiting for 429 and 409 leaves it alone, but `deadline` (monotonic seconds) holds.
-    `judge` says what a reply means; `is_elsewhere`: it is that of a download host, which speaks for nobody but itself.
+    transient failures left. Waiting for 429, 409 and a connection leaves it alone, but `deadline` (monotonic seconds)
+    holds. `judge` says what a reply means; `is_elsewhere`: it is that of a download host, which speaks for nobody but
+    itself.
     """
 
-    OWN = ("shared", "exchange", "deadline", "judge", "is_elsewhere", "attempt", "wait_seconds")
+    OWN = ("shared", "exchange", "deadline", "judge", "is_elsewhere", "is_unsent", "attempt", "wait_seconds")
 
     def __init__(self, total: Any, *, shared: Shared, exchange: Exchange, deadline: float, **more: Any) -> None:
         self.shared, self.exchange, self.deadline = shared, exchange, deadline
         self.judge: Callable[[int, str], Verdict] = more.pop("judge", judge_reply)
         self.is_elsewhere: bool = more.pop("is_elsewhere", False)
+        self.is_unsent: bool = more.pop("is_unsent", False)  # the last attempt made no connection
         self.attempt: int = more.pop("attempt", 0)
         self.wait_seconds: float = more.pop("wait_seconds", 0.0)
         super().__init__(total, **{**more, "allowed_methods": None, "redirect": False})
@@ -3195,6 +3445,8 @@ class RetryPolicy(Retry):
         """The policy for the next attempt, after an error reply or a broken exchange."""
         if response is None:
             return self._after_broken_exchange(error)
+        if not self.is_elsewhere:
+            self.shared.reach.found()
         asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
         # A refusal may say what the limit is as well.
         if "X-RateLimit-Limit" in response.headers and not self.looks_up:
@@ -3203,7 +3455,7 @@ class RetryPolicy(Retry):
         verdict = self.judge(response.status, code)
         self._note_refusal(response.status, code, verdict)
         if verdict is Verdict.STOP_RUN:
-            raise refusal_by_api(response.status, code, message)
+            raise refusal_by_api(response.status, code, message, self.shared.settings.api.url)
         status: int = response.status
         failure = ObjectFailed(
             code or f"http_{status}",
@@ -3240,18 +3492,38 @@ class RetryPolicy(Retry):
                 raise failure
             return self._again(failure, costs_attempt=True, asked=None)
         failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            if self.is_elsewhere:
-                raise failure
+        untrusted = certificate_problem(error)
+        if untrusted and self.is_elsewhere:
+            raise failure
+        if untrusted:
             raise RunStopped(
-                "the API's certificate is not trusted", "for a private CA, set REQUESTS_CA_BUNDLE to its file"
+                f"the API's certificate is not trusted: {untrusted}",
+                "for a private CA, set REQUESTS_CA_BUNDLE to its file; else check api.url and this machine's clock",
             )
-        # When no connection was made, the server cannot have seen the request; else it may have done the work.
-        if not isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.NewConnectionError):
+        is_unsent = never_sent(error)
+        # Else it may have done the work.
+        if not is_unsent:
             self.exchange.maybe_done = True
+        # Before the first answer, TLS that fails is a wrong address as well; after it, a connection that broke.
+        is_mute = isinstance(error, urllib3.exceptions.SSLError) and not self.shared.reach.has_answered
+        if (is_unsent or is_mute) and not self.is_elsewhere:
+            return self._without_connection(error)
         return self._again(failure, costs_attempt=True, asked=None)
 
-    def _again(self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None) -> "RetryPolicy":
+    def _without_connection(self, error: Exception) -> "RetryPolicy":
+        """Wait for a connection: what all objects need, none is to blame for."""
+        if self.shared.reach.may_come_back():
+            return self.new(attempt=self.attempt + 1, wait_seconds=outage_pause(self.attempt), is_unsent=True)
+        # A proxy that says no will not say yes to the next object.
+        is_refused = "Tunnel connection failed: 4" in str(error)
+        if is_refused or self.shared.reach.has_answered or not self.total:
+            raise api_unreachable(self.shared.settings.api.url, error)
+        failure = ObjectFailed("network", str(error), permanent=False)
+        return self._again(failure, costs_attempt=True, asked=None, is_unsent=True)
+
+    def _again(
+        self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None, is_unsent: bool = False
+    ) -> "RetryPolicy":
         left = cast(int, self.total) - costs_attempt
         seconds = seconds_to_wait(self.attempt, asked, random.random())
         is_late = time.monotonic() + seconds > self.deadline
@@ -3266,13 +3538,15 @@ class RetryPolicy(Retry):
                 )
         if left < 0 or is_late:
             raise failure
-        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds)
+        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds, is_unsent=is_unsent)
 
     def sleep(self, response: Any = None) -> None:
         """Wait before the next attempt. Raises Interrupted at once when the run is to end."""
         self.shared.stop.sleep(self.wait_seconds)
         self.shared.gate.wait(self.shared.stop)
-        self.shared.gate.spend()
+        # What was not sent has its place in the pace still.
+        if not self.is_unsent:
+            self.shared.gate.spend()
         self.shared.gate.count(self.exchange)
         # From here on an answer may be a replay of one that was made before.
         self.exchange.replayed = self.exchange.maybe_done
@@ -3288,9 +3562,11 @@ def error_body(response: urllib3.BaseHTTPResponse) -> bytes:
         response.close()
 
 
-def refusal_by_api(status: int, code: str, message: str) -> RunStopped:
+def refusal_by_api(status: int, code: str, message: str, address: str = "") -> RunStopped:
     """The end of the run for a reply that every object would get."""
     said = f"{status} {code} {message}".strip()
+    if status == 407:
+        return RunStopped(f"the proxy {proxy_for(address)} wants a password: {said}", PROXY_HINT)
     if code == "quota_exceeded" or status == 402:
         return RunStopped(f"the quota is used up: {said}", "run it again next month, or after an upgrade of the plan")
     if status == 401:
@@ -3323,8 +3599,8 @@ class FormBody(io.RawIOBase):
         self._call = call
         fields: list[Any] = list(call.fields)
         if call.open_file:
-            media_type = media_type_of(source_format(call.filename) or "bin")
-            fields.append(("file", (call.filename, b"", media_type)))
+            # The API goes by the file's name; the usual type is another on a machine with other tables.
+            fields.append(("file", (call.filename, b"", "application/octet-stream")))
         boundary = "s3bc-" + call.idempotency_key.replace(":", "-")
         form, self.content_type = encode_multipart_formdata(fields, boundary)
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
@@ -3423,10 +3699,13 @@ class ConvertClient:
         try:
             return self._result_of_known_job(task, exchange) or self._send(task, exchange, by_url=by_url)
         except ObjectFailed as refusal:
+            is_about_url = by_url and self._may_be_about_url(refusal)
+            if is_about_url and self._api.transfer == "url" and not isinstance(refusal, JobFailed):
+                return self._exchange_again(task, exchange)
             # Another body would pay a second time for what may be done.
-            if not by_url or exchange.maybe_done or not self._is_worth_an_upload(refusal):
+            if not is_about_url or exchange.maybe_done or self._api.transfer == "url":
                 # The URL of an earlier run may have died with its credentials: the next run signs another one.
-                refusal.permanent &= not (by_url and task.resumed and self._may_be_about_url(refusal))
+                refusal.permanent &= not (is_about_url and task.resumed)
                 raise
             # A refusal leaves open what became of what an earlier run sent, which may have come as far as this upload.
             exchange.maybe_done = task.resumed
@@ -3441,6 +3720,16 @@ class ConvertClient:
             self.shared.url_trust.accepted()
         return result
 
+    def _exchange_again(self, task: Task, exchange: Exchange) -> Result:
+        """Send a refused URL once more, now that S3 is seen to serve the object: it may have been away in between."""
+        self.shared.bucket.open_source(task).close()
+        try:
+            return self._send(task, exchange, by_url=True)
+        except ObjectFailed as refusal:
+            # The URL of an earlier run may have died with its credentials: the next run signs another one.
+            refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+            raise
+
     def _result_of_known_job(self, task: Task, exchange: Exchange) -> Result | None:
         """What has come of the job that an earlier run has started; None if there is none, or none any more."""
         if task.job_id:
@@ -3453,9 +3742,6 @@ class ConvertClient:
         exchange.maybe_paid_twice = task.overdue
         exchange.maybe_done = exchange.replayed = task.resumed
         return None
-
-    def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
-        return self._api.transfer != "url" and self._may_be_about_url(failure)
 
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:
@@ -3576,6 +3862,7 @@ class ConvertClient:
         return response
 
     def _note_success(self, response: requests.Response, exchange: Exchange) -> None:
+        self.shared.reach.found()
         exchange.maybe_done = True
         self.shared.gate.learn(response.headers, time.time())
         remaining = response.headers.get("X-CTF-Remaining", "")
@@ -3676,7 +3963,10 @@ class ConvertClient:
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
         self.shared.gate.count(exchange)
         session = self._session if is_own else self._elsewhere
-        return session.get(address, stream=True, allow_redirects=False, timeout=timeout)
+        response = session.get(address, stream=True, allow_redirects=False, timeout=timeout)
+        if is_own:
+            self.shared.reach.found()
+        return response
 
     def _download(self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float) -> Result:
         """The file behind a download link. Raises BadAnswer if the link is stale, or the file cut or another one."""
@@ -3718,9 +4008,12 @@ def asking(address: str, **request: Any) -> Iterator[requests.Response]:
         with requests.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
             yield answer
     except requests.RequestException as error:
-        host = urllib.parse.urlsplit(address).netloc
+        host, proxy = urllib.parse.urlsplit(address).netloc, proxy_for(address)
+        why = certificate_problem(error) or connection_problem(error)
+        if proxy:
+            raise UserError(f"{host} cannot be reached through the proxy {proxy}: {why}", PROXY_HINT) from None
         hint = "check its address and the network; for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
-        raise UserError(f"{host} cannot be reached: {type(error).__name__}", hint) from None
+        raise UserError(f"{host} cannot be reached: {why}", hint) from None
 
 
 def ask_usage(api: ApiOptions) -> Usage:
@@ -3735,7 +4028,7 @@ def ask_usage(api: ApiOptions) -> Usage:
     code, message = parse_error(json.dumps(body).encode())
     # An API that has no such page says nothing of the key.
     if status not in {404, 405} and judge_reply(status, code) is Verdict.STOP_RUN:
-        raise refusal_by_api(status, code, message)
+        raise refusal_by_api(status, code, message, api.url)
     # No retry: whoever asks wants to know how it is now.
     if status >= 500 or status == 429:
         raise UserError(f"the API answered {status} {code}".rstrip(), "try it again later")
@@ -3995,6 +4288,7 @@ class Planner:
         self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
+        self._shares_outputs = False  # with another source bucket: their outputs lie between ours
 
     def pages(self, hunger: Callable[[], int]) -> Generator[tuple[list[S3Object], Sequence[Route]], None, None]:
         """What there is, by pages, and the routes that may want it. Jobs with the same prefix share one listing.
@@ -4057,11 +4351,14 @@ class Planner:
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
         for candidate in candidates:
-            is_mixed = self.settings.puts_among_sources(candidate.job)
-            if is_mixed and self.bucket.is_our_output(candidate.source.key):
-                self.counts[candidate.job.name, OWN_OUTPUT] += 1
-            else:
-                yield candidate
+            try:
+                is_mixed = self.settings.puts_among_sources(candidate.job)
+                if is_mixed and self.bucket.is_our_output(candidate.source.key):
+                    self.counts[candidate.job.name, OWN_OUTPUT] += 1
+                else:
+                    yield candidate
+            except ObjectFailed as failure:
+                self.settled.append(Outcome(self._task(candidate, {}), Event.FAILED, failure.code, failure.message))
 
     def _task(self, candidate: Candidate, sent: Mapping[str, Sent]) -> Task:
         job, source = candidate.job, candidate.source
@@ -4122,6 +4419,8 @@ class Planner:
             else:
                 said = "its output would replace it" if is_itself else f"belongs to {owner}"
                 hint = "put {ext} or {job} into s3.output_key to keep both"
+                if owner.startswith(ELSEWHERE):
+                    hint = "give each bucket's outputs a prefix of their own in s3.output_key"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
 
     def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
@@ -4130,8 +4429,10 @@ class Planner:
         for task in tasks:
             claim = claim_of(task.output_key)
             claimant = found.get(claim, task.key)
-            # An object that was deleted while it was in flight, and has left no output, holds nobody up.
-            if claimant != task.key and self.bucket.has_nothing_of(claimant, task.output_key):
+            # An object that was deleted while it was in flight, and has left no output, holds nobody up. What is in
+            # another bucket cannot be told.
+            is_another = claimant != task.key and not claimant.startswith(ELSEWHERE)
+            if is_another and self.bucket.has_nothing_of(claimant, task.output_key):
                 del found[claim]
         return found
 
@@ -4142,8 +4443,15 @@ class Planner:
         """
         wanted = Counter(claim_of(task.output_key) for task in tasks)
         for task in tasks:
-            if wanted[claim_of(task.output_key)] > 1 and self.bucket.output_is_of(task):
+            if wanted[claim_of(task.output_key)] > 1 and self._output_is_of(task):
                 yield claim_of(task.output_key), task.key
+
+    def _output_is_of(self, task: Task) -> bool:
+        try:
+            return self.bucket.output_is_of(task)
+        except ObjectFailed as failure:
+            # Whoever comes first would keep the key for good: better nobody does now.
+            raise RunStopped(failure.message, "run it again") from None
 
     def _without_outputs(self, tasks: list[Task], sources: Mapping[str, S3Object]) -> list[Task]:
         """The tasks whose output is not there yet, as run.skip_existing wants it (make's rule); the others are found.
@@ -4155,16 +4463,32 @@ class Planner:
         if not (self.settings.run.skip_existing and untraced):
             return tasks
         written = self._written(untraced)
+        self._doubt([task for task in untraced if any(key in written for key in made_keys(task.output_key))])
         todo = [task for task in tasks if task.traced]
         for task in untraced:
             made = next((key for key in made_keys(task.output_key) if key in written), "")
-            if made and not task.among_sources and written[made] > sources[task.key].modified:
+            is_trusted = not (task.among_sources or self._shares_outputs)
+            if made and is_trusted and written[made] > sources[task.key].modified:
                 self._found[claim_of(made)] = task.key
                 self.settled.append(Outcome(task, Event.FOUND, output_key=made))
             else:
                 # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
                 todo.append(replace(task, look_first=bool(made)))
         return todo
+
+    def _doubt(self, tasks: Sequence[Task]) -> None:
+        """Find out whether another bucket's outputs lie there, of which a listing says nothing: look at some of them.
+
+        One is enough: from then on, workers look at each before it counts as done. RunStopped if S3 does not answer.
+        """
+        if self.settings.s3.is_one_bucket or self._shares_outputs or not tasks:
+            return
+        samples = tasks[:: max(1, len(tasks) // HEADS_AT_A_TIME)]
+        try:
+            with ThreadPoolExecutor(HEADS_AT_A_TIME) as pool:
+                self._shares_outputs = any(pool.map(self.bucket.has_output_of_another_bucket, samples))
+        except ObjectFailed as failure:
+            raise RunStopped(failure.message, "run it again") from None
 
     def _written(self, tasks: Sequence[Task]) -> dict[str, float]:
         """When the planned outputs were written, of those that exist."""
@@ -4240,16 +4564,19 @@ class Feeder:
 
     def _hand_out(self, tasks: Sequence[Task]) -> Stop | None:
         allowed = list(self._within_budget(tasks))
-        for batch in chunks(allowed, 2 * self.shared.settings.run.workers):
-            if self.shared.stop.requested:
-                self._leave(batch)
-                continue
-            signed = [self._signed(task) for task in batch]
-            self.journal.begin(signed, time.time())
-            self._enqueue(signed)
+        if len(allowed) < len(tasks):
+            self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
+        waiting = deque(allowed)
+        try:
+            while waiting and not self.shared.stop.requested:
+                self._begin(waiting)
+        except Interrupted:
+            pass
+        finally:
+            # Whatever has ended it: what is not with a worker is left to do.
+            self._leave(waiting)
         if len(allowed) == len(tasks):
             return None
-        self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
         settings = self.shared.settings
         return Stop(
             f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
@@ -4272,15 +4599,15 @@ class Feeder:
             return task
         return replace(task, url=self.shared.bucket.presign(task.key))
 
-    def _enqueue(self, tasks: Sequence[Task]) -> None:
-        for position, task in enumerate(tasks):
-            try:
-                if not task.copy:
-                    self.pacer.take(self.shared.stop)
-                self._put(task)
-            except Interrupted:
-                self._leave(tasks[position:])
-                return
+    def _begin(self, waiting: deque[Task]) -> None:
+        """Hand out the first of the tasks, which then no longer wait."""
+        signed = [self._signed(task) for task in itertools.islice(waiting, 2 * self.shared.settings.run.workers)]
+        self.journal.begin(signed, time.time())
+        for task in signed:
+            if not task.copy:
+                self.pacer.take(self.shared.stop)
+            self._put(task)
+            waiting.popleft()
 
     def _put(self, task: Task) -> None:
         while True:
@@ -4293,7 +4620,8 @@ class Feeder:
 
     def _leave(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
-            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
+            # The row of one that is overdue is all that tells the next run that it may be paid twice.
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done or task.overdue))
 
     def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
@@ -4318,7 +4646,7 @@ class TotalCount(threading.Thread):
         """Count, if there is something to wait for; tell the recorder once it is all counted."""
         self._feeder.is_ahead.wait()
         shared = self._feeder.shared
-        with contextlib.suppress(RunStopped, UserError), self._own_journal() as journal:
+        with contextlib.suppress(RunStopped, UserError, Interrupted), self._own_journal() as journal:
             planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
             total, began = 0, time.thread_time()
             for page, routes in planner.pages(lambda: 1):
@@ -4384,9 +4712,6 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Queued when the run was asked to end: it was never sent.
     if shared.stop.requested:
         raise Interrupted
-    if task.copy:
-        shared.bucket.copy(task)
-        return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
     if task.look_first:
         done = shared.bucket.output_of(task)
         if done:
@@ -4394,6 +4719,9 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     # Something lies there, or may: a lost checkpoint may have known that it is another source's output.
     if task.look_first or task.among_sources:
         shared.bucket.refuse_to_overwrite(task)
+    if task.copy:
+        shared.bucket.copy(task)
+        return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
         key = shared.bucket.store(task, result)
@@ -4436,7 +4764,8 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
         with sending:
             connection.send(note)
 
-    shared = Shared(settings, StopFlag(tell), Gate(tell), Bucket(settings), UrlTrust(tell), tell)
+    stop = StopFlag(tell)
+    shared = Shared(settings, stop, Gate(tell), Bucket(settings, stop), UrlTrust(tell), tell)
     tasks: queue.Queue[Task | None] = queue.Queue()
     threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
     with ThreadPoolExecutor(workers) as pool:
@@ -5145,7 +5474,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
         pacer = Pacer(settings.api.requests_per_minute, settings.shard.count)
         gate = Gate(pacer.hear)
-        shared = Shared(settings, stop, gate, Bucket(settings), UrlTrust(), notes.put)
+        shared = Shared(settings, stop, gate, Bucket(settings, stop), UrlTrust(), notes.put)
         report, progress = Report(), Progress(settings)
         say_start(settings, journal)
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
@@ -5208,7 +5537,8 @@ def refuse_unwritable(path: Path, name: str) -> None:
 def close_accounts(report: Report, *, is_complete: bool) -> None:
     """Every listed object must have its count. What was abandoned is left to do."""
     missing = report.unaccounted()
-    if not is_complete:
+    # What a run was stopped for is never replaced by what came of it.
+    if not is_complete or (missing and report.stop):
         report.counts["left"] += missing
     elif missing:
         report.stop = Stop(
@@ -5272,6 +5602,7 @@ REMEDIES = {
     "source_gone": "deleted after it was listed: nothing to do",
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
+    "look_failed": "S3 did not say whether something lies under the output key: run it again",
     "store_failed": "S3 did not take the output: allow s3:PutObject on s3.output_key, and run it again",
     "output_collision": "another source has this output: put {ext} into s3.output_key",
     "output_key_too_long": "shorten s3.output_key",
@@ -5665,9 +5996,14 @@ def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
 
 def made_lines(job: Job, key: str, bucket: Bucket, source: S3Object | None) -> Iterator[str]:
     """What lies under the output key of an object."""
-    for made, metadata in bucket.made_of(output_key(job, key)).items():
+    try:
+        found = bucket.made_of(output_key(job, key))
+    except ObjectFailed as failure:
+        yield f"output         it cannot be told: {shown(failure.message)}"
+        return
+    for made, metadata in found.items():
         etag = metadata.get("source-etag")
-        if not source_key_metadata(key).items() <= metadata.items():
+        if not is_made_of(metadata, bucket.name, key):
             version = "no output of this object"
         else:
             version = "made of this version" if source and etag == source.etag else f"made of another version, {etag}"
@@ -5702,16 +6038,16 @@ def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str
 
 def step_for(task: Task, bucket: Bucket) -> str:
     """What a worker would do with a task."""
+    # After a request that an earlier run made, the worker looks before it sends anything.
+    try:
+        if task.look_first and bucket.output_of(task):
+            return "find its output, which is there, and pay nothing"
+        if task.look_first or task.among_sources:
+            bucket.refuse_to_overwrite(task)
+    except ObjectFailed as failure:
+        return f"fail: {failure.code}, {shown(failure.message)}"
     if task.copy:
         return "copy it, at no charge"
-    # After a request that an earlier run made, the worker looks before it sends anything.
-    if task.look_first and bucket.output_of(task):
-        return "find its output, which is there, and pay nothing"
-    if task.look_first or task.among_sources:
-        try:
-            bucket.refuse_to_overwrite(task)
-        except ObjectFailed as failure:
-            return f"fail: {failure.code}, {shown(failure.message)}"
     if task.may_be_done:
         return "send the request in flight again, which the API answers free of charge if it has done the work"
     return f"convert it to {task.target}, which is paid for"

@@ -413,6 +413,59 @@ def test_what_a_stopped_feeder_does_not_hand_out_is_left_and_unclaimed(journal: 
     assert not journal.claimants(["converted/a.jpg", "converted/b.jpg"])
 
 
+class FullDisk(Journal):
+    """A checkpoint whose second batch meets a full disk."""
+
+    batches = 0
+
+    def begin(self, tasks: Sequence[Task], now: float) -> None:
+        """Write down the first batch."""
+        self.batches += 1
+        if self.batches > 1:
+            raise program.RunStopped("the checkpoint cannot be written: disk is full", "free some space")
+        super().begin(tasks, now)
+
+
+class Unsigned(FakeBucket):
+    """A bucket whose credentials go while URLs are signed."""
+
+    signed = 0
+
+    def presign(self, key: str) -> str:
+        """Sign the first four."""
+        self.signed += 1
+        if self.signed > 4:
+            raise program.RunStopped("S3 could not be reached for signing a URL", "check the AWS credentials")
+        return super().presign(key)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "kind", "why"),
+    [(FullDisk, FakeBucket, "disk is full"), (Journal, Unsigned, "could not be reached for signing")],
+)
+def test_what_a_feeder_cannot_hand_out_is_left_and_the_reason_is_kept(
+    checkpoint: type[Journal], kind: type[FakeBucket], why: str, tmp_path: Path
+) -> None:
+    with checkpoint(tmp_path / "full.sqlite3", "bucket", "bucket") as opened:
+        fed = feed(kind([[source(name) for name in "abcdefghi"]]), opened, settings())
+    assert fed.keys == list("abcd")
+    assert fed.codes == dict.fromkeys("efghi", "left")
+    assert fed.ended[0].stop is not None
+    assert why in fed.ended[0].stop.because
+
+
+def test_an_overdue_request_that_is_not_begun_anew_is_not_forgotten(journal: Journal) -> None:
+    (sent,) = feed(FakeBucket(pages_of("a.png")), journal, settings()).tasks
+    journal.begin([sent], time.time() - 2 * DAY)
+    fed, tasks = Fed(), queue.Queue[Task | None]()
+    feeding = feeder(FakeBucket(pages_of("a.png")), journal, settings(), tasks, fed)
+    feeding.shared.stop.request(program.Stop("enough", ""))
+    feeding.run()
+    journal.end(fed.outcomes, time.time())
+    (again,) = feed(FakeBucket(pages_of("a.png")), journal, settings()).tasks
+    assert again.overdue
+
+
 def test_the_cap_on_conversions_is_kept_and_the_rest_is_left(journal: Journal) -> None:
     bucket = FakeBucket([*pages_of(*"abcdefghi"), *pages_of(*"jkl")])
     fed = feed(bucket, journal, settings("api.max_conversions=6"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import bisect
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 
 import s3_bulk_convert as program
 from s3_bulk_convert import Listing, Page, S3Object
+from tests.test_keys_from import make_bucket
+from tests.test_s3_server import DOTTED_KEYS, ODD_KEYS
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
 <ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>{truncated}</IsTruncated>
@@ -132,6 +137,55 @@ def test_an_error_of_one_page_is_the_listing_s() -> None:
         list(Listing(fetch_page, "", lambda: 4).pages())
 
 
+@pytest.mark.parametrize("hunger", [1, 16])
+def test_a_listing_in_another_order_stops_the_run(hunger: int) -> None:
+    bucket = SortedKeys(["a.png", "\uffff.png", "\U00010000.png", "z.png"], page_keys=2)
+    # As servers sort that compare UTF-16.
+    bucket.keys.sort(key=lambda key: key.encode("utf-16-be"))
+    with pytest.raises(program.RunStopped, match="order that S3 promises"):
+        listed(bucket, "", lambda: hunger)
+
+
+def test_a_server_that_knows_no_start_after_stops_the_run() -> None:
+    bucket = SortedKeys([f"{number:03}" for number in range(200)])
+
+    def fetch_page(prefix: str, **where: str) -> program.FetchedPage:
+        return bucket.fetch_page(prefix, **{**where, "StartAfter": ""})
+
+    with pytest.raises(program.RunStopped, match="order that S3 promises"):
+        list(Listing(fetch_page, "", lambda: 16).pages())
+
+
+class Outputs(program.Bucket):
+    """An output bucket of these pages."""
+
+    def __init__(self, *pages: Page) -> None:
+        self.output_name, self._pages = "out", list(pages)
+        self.asked: list[dict[str, str]] = []
+
+    def read_page(self, *_: str, **where: str) -> Page:
+        """The next page, whatever is asked for."""
+        self.asked.append(where)
+        return self._pages.pop(0)
+
+
+def page_with(*keys: str, token: str = "") -> Page:
+    """A page of these keys."""
+    return Page([S3Object(key, "e1", 7, WRITTEN) for key in keys], [], token)
+
+
+def test_an_empty_page_of_outputs_that_is_not_the_last_is_not_the_end() -> None:
+    outputs = Outputs(page_with(token="more"), page_with(token="yet more"), page_with("a.jpg"))
+    assert list(outputs.existing_outputs("", ["a.jpg", "b.jpg"])) == ["a.jpg"]
+    assert [next(iter(where.values())) for where in outputs.asked] == ["a.jp", "more", "yet more"]
+
+
+@pytest.mark.parametrize("keys", [("b.jpg", "a.jpg"), ("a", "b.jpg")])
+def test_outputs_that_are_listed_in_another_order_stop_the_run(keys: tuple[str, ...]) -> None:
+    with pytest.raises(program.RunStopped, match="order that S3 promises"):
+        Outputs(page_with(*keys)).existing_outputs("", ["a.jpg", "c.jpg"])
+
+
 ########################################################################
 # S3's XML
 ########################################################################
@@ -168,6 +222,7 @@ DATED, SIZED = f"<LastModified>{WRITTEN}</LastModified>", "<Size>7</Size>"
             f"{SIZED}<Owner><ID>me</ID></Owner><StorageClass>STANDARD</StorageClass>",
             id="more in between",
         ),
+        pytest.param(f'<Key>a.png</Key>{DATED}<ETag>W/"e1"</ETag>{SIZED}', id="a weak ETag"),
         pytest.param(f"\n <Key>a.png</Key>\n {DATED}\n <ETag>e1</ETag>\n {SIZED}\n", id="on lines of its own"),
     ],
 )
@@ -187,6 +242,45 @@ def test_an_entry_that_is_not_understood_is_boto3_s_to_read(entry: str) -> None:
     good = ENTRY.format(key="b.png", kept="STANDARD", more="")
     with pytest.raises(program.BadListing):
         page_of(f"<Contents>{entry}</Contents>", good)
+
+
+@pytest.mark.parametrize("tag", ["", "<ETag>a&quot;b&quot;c</ETag>"])
+def test_a_page_of_entries_that_are_not_understood_is_given_up_at_once(tag: str) -> None:
+    entries = [f"<Contents><Key>{number}.png</Key>{DATED}{tag}{SIZED}</Contents>" for number in range(1000)]
+    began = time.process_time()
+    with pytest.raises(program.BadListing):
+        page_of(*entries)
+    assert time.process_time() - began < 1
+
+
+@pytest.mark.parametrize("count", ["", "<KeyCount>1</KeyCount>"])
+@pytest.mark.parametrize("before", ["", f"<Contents><Key>b.png</Key>{DATED}<ETag>e1</ETag>{SIZED}</Contents>"])
+def test_an_entry_with_an_attribute_is_not_overlooked(count: str, before: str) -> None:
+    odd = f'<Contents type="file"><Key>a.png</Key>{DATED}<ETag>e1</ETag>{SIZED}</Contents>'
+    for entries in (before + odd, odd + before):
+        page = f"<ListBucketResult><IsTruncated>false</IsTruncated>{count}{entries}</ListBucketResult>"
+        with pytest.raises(program.BadListing):
+            program.parse_page(page.encode())
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [("a&amp;copy.png", "a&copy.png"), ("&lt;a&gt;&apos;.png", "<a>'.png"), ("&#xfc;&#10;.png", "ü\n.png")],
+)
+def test_a_key_s_escapes_are_those_of_xml(written: str, key: str) -> None:
+    assert [found.key for found in page_of(ENTRY.format(key=written, kept="STANDARD", more="")).objects] == [key]
+
+
+def test_a_key_with_an_escape_that_xml_does_not_know_is_boto3_s_to_read() -> None:
+    with pytest.raises(program.BadListing):
+        page_of(ENTRY.format(key="a&copy.png", kept="STANDARD", more=""))
+
+
+@pytest.mark.parametrize(("etag", "plain"), [('"e1"', "e1"), ('W/"e1"', "e1"), ("e1", "e1"), (None, "")])
+def test_an_etag_is_the_same_whoever_reads_it(etag: str | None, plain: str) -> None:
+    line = {"Key": "a", "Size": 7, "ContentLength": 7, "LastModified": datetime(2026, 9, 21, tzinfo=timezone.utc)}
+    told = line if etag is None else {**line, "ETag": etag}
+    assert (program.listed_object(told).etag, program.headed_object("a", told).etag) == (plain, plain)
 
 
 @pytest.mark.parametrize(
@@ -223,16 +317,53 @@ def test_what_is_not_a_whole_page_is_never_taken_for_one(xml: bytes) -> None:
         program.parse_page(xml)
 
 
-def test_a_page_is_the_same_whoever_parses_it(bucket: Any, monkeypatch: pytest.MonkeyPatch, s3: Any) -> None:
-    for key in ("a b/ü+%.png", "a b/x.png", "c//d.png", "e.png"):
-        bucket.put(key, b"x")
+########################################################################
+# A real server
+########################################################################
+
+LAYOUTS = {
+    "flat": [f"{number:04}.png" for number in range(120)],
+    "flat with a long beginning in common": [f"IMG_2026_{number:04}.png" for number in range(120)],
+    "folders": [f"{number % 12:02}/{number}.png" for number in range(120)],
+    "folders in a folder": [f"all/{number % 12:02}/{number}.png" for number in range(120)],
+    "odd keys": [
+        f"{folder}{key}" for folder in ("", "ü b/", "c%2F+/", "\U0001f600/") for key in [*ODD_KEYS, *DOTTED_KEYS]
+    ]
+    + [f"\uffee{number}" for number in range(40)],
+}
+
+
+@pytest.fixture
+def reader(bucket: Any, monkeypatch: pytest.MonkeyPatch, s3: Any) -> program.Bucket:
+    """The program's bucket on the real S3 server."""
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)
-    assignments = (f"s3.bucket={bucket.name}", "convert.target=jpg", "api.key=k")
-    flags = [part for assignment in assignments for part in ("--set", assignment)]
-    reader = program.Bucket(
-        program.load_settings(None, {}, program.read_flags(program.build_parser().parse_args(flags)))
-    )
+    return make_bucket(bucket.name)
+
+
+@pytest.mark.parametrize("hunger", [1, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_real_server_s_keys_are_all_listed_once(
+    *, layout: str, hunger: int, bucket: Any, reader: program.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [key for key in LAYOUTS[layout] if len(key.encode()) <= program.S3_KEY_BYTES]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: bucket.put(key, b"x"), keys))
+    monkeypatch.setattr(program, "PAGE_KEYS", 10)
+    listed = [found.key for page in reader.list_pages("", lambda: hunger) for found in page]
+    assert sorted(listed) == sorted(keys)
+    assert hunger > 1 or listed == sorted(keys, key=str.encode)
+    assert reader._fast_failures == 0
+    beginning = keys[-1][:2]
+    below = [found.key for page in reader.list_pages(beginning, lambda: hunger) for found in page]
+    assert sorted(below) == sorted(key for key in keys if key.startswith(beginning))
+
+
+def test_a_page_is_the_same_whoever_parses_it(
+    bucket: Any, reader: program.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("a b/ü+%.png", "a b/x.png", "c//d.png", "e.png"):
+        bucket.put(key, b"x")
     fast = [
         reader.read_page(bucket.name, "", **where) for where in ({}, {"Delimiter": "/"}, {"StartAfter": "c//d.png"})
     ]

@@ -103,6 +103,7 @@ def test_check_of_an_empty_bucket_warns_and_does_not_fail(run_cli: Cli) -> None:
             ["list s3", "list s3", "write s3"],
             "check the bucket's name",
             id="secret",
+            marks=pytest.mark.needs("secrets"),
         ),
         pytest.param({"AWS_ACCESS_KEY_ID": None}, ["S3"], "set AWS_ACCESS_KEY_ID", id="no credentials"),
         pytest.param({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, ["S3"], "check its address", id="no S3"),

@@ -30,7 +30,13 @@ def assert_refused(run: Any, exit_code: int, *said: str) -> None:
     [
         pytest.param({"S3_BUCKET": "no-such-bucket"}, 3, "the bucket no-such-bucket does not exist", id="wrong bucket"),
         pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, 3, "the API refused the key: 401", id="wrong key"),
-        pytest.param({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 3, "SignatureDoesNotMatch", id="wrong secret"),
+        pytest.param(
+            {"AWS_SECRET_ACCESS_KEY": "wrong-secret"},
+            3,
+            "SignatureDoesNotMatch",
+            id="wrong secret",
+            marks=pytest.mark.needs("secrets"),
+        ),
         pytest.param({"S3_BUCKET": None}, 2, "[s3] bucket is missing", id="no bucket"),
         pytest.param({"TARGET_FORMAT": None}, 2, "[convert] target is missing", id="no target"),
         pytest.param({"CTF_API_KEY": None}, 2, "[api] key is missing", id="no key"),

@@ -51,9 +51,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until(holds: Callable[[], Any]) -> None:
+def wait_until(holds: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait for what another process does, which no event of this one can tell."""
-    patience = time.monotonic() + PATIENCE_SECONDS
+    patience = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < patience
         threading.Event().wait(0.02)
@@ -187,8 +187,8 @@ def test_one_pace_holds_for_all_processes(run_cli: Cli, strict_api: ConversionAp
     run = run_cli(*THREE)
     posts = [request for request in strict_api.requests if request.method == "POST"]
     assert (run.exit_code, run.summary["throttled"]) == (0, 0)
-    # 1,200 a minute are one every 50 ms, after the first answer has said so.
-    assert posts[-1].started - posts[1].started > 88 * 0.05
+    # 1,200 a minute are one every 50 ms, after the first answer has said so; the second may have been late by one.
+    assert posts[-1].started - posts[1].started > 87 * 0.05
 
 
 def test_a_429_that_one_process_gets_lets_nobody_send(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:

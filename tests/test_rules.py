@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mimetypes
 import re
 import time
+from collections.abc import Iterator
 from email.utils import formatdate
 
 import pytest
@@ -336,6 +338,7 @@ USUAL_TYPES = {
     "rtf": "application/rtf",
 }
 JPEG, PNG, PDF, ZIP = HEADS["jpg"][0], HEADS["png"][0], HEADS["pdf"][0], HEADS["zip"][0]
+KMZ = "application/vnd.google-earth.kmz"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title>"
 JSON_ERROR = b'{"error": {"code": "service_unavailable", "message": "the engine is down"}}'
@@ -399,6 +402,31 @@ def test_a_result_is_stored_under_the_type_that_header_and_bytes_agree_on(
     target: str, media_type: str, disposition: str, head: bytes, expected_type: str
 ) -> None:
     assert program.identify_result(target, media_type, disposition, head) == program.Identity(expected_type)
+
+
+@pytest.fixture
+def bare_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without /etc/mime.types, as small containers are."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mimetypes, "knownfiles", [])
+        mimetypes.init()
+        yield
+    mimetypes.init()
+
+
+@pytest.mark.usefixtures("bare_machine")
+@pytest.mark.parametrize(
+    ("target", "media_type", "expected_type"),
+    [
+        pytest.param("kmz", KMZ, KMZ, id="told"),
+        pytest.param("kmz", "", "application/octet-stream", id="not told"),
+        pytest.param("kmz", "image/png", "application/octet-stream", id="told wrongly"),
+    ],
+)
+def test_a_type_that_the_machine_does_not_know_is_what_the_api_says(
+    target: str, media_type: str, expected_type: str
+) -> None:
+    assert program.identify_result(target, media_type, "", ZIP) == program.Identity(expected_type)
 
 
 @pytest.mark.parametrize(

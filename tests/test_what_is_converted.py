@@ -120,6 +120,7 @@ def test_an_output_says_what_it_was_made_of(run_cli: Cli, bucket: Any) -> None:
     etag = bucket.client.head_object(Bucket=bucket.name, Key="in/f\u00fcr 100%.png")["ETag"].strip('"')
     assert media_type == "image/jpeg"
     assert metadata.pop("job-fingerprint") == run.rows()[0]["fingerprint"]
+    assert metadata.pop("source-bucket") == bucket.name
     assert metadata == {"source-key": "in/f%C3%BCr%20100%25.png", "source-etag": etag, "job": "default"}
 
 
@@ -180,9 +181,8 @@ def test_a_source_in_the_target_format_is_converted_if_so_wished(run_cli: Cli, b
     assert len(api.paid) == 1
 
 
-def test_outputs_may_go_to_another_bucket(run_cli: Cli, bucket: Any) -> None:
-    other = f"{bucket.name}-outputs"
-    bucket.client.create_bucket(Bucket=other)
+def test_outputs_may_go_to_another_bucket(run_cli: Cli, bucket: Any, other_bucket: Any) -> None:
+    other = other_bucket.name
     bucket.put("converted/a.png", photo(1, "png"))
     assert run_cli("--set", f"s3.output_bucket={other}").exit_code == 0
     assert bucket.keys() == ["converted/a.png"]
