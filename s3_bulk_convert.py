@@ -135,6 +135,8 @@ BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
 SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
 SLOTS_REMEMBERED = 10_000  # of the last minute, while the API's limit is unknown
 SECONDS_TO_RECOVER_HALF = 60.0  # of what a 429 has taken off the pace
+SECONDS_TO_DOUBLE_GUESS = 300.0  # of a limit that nobody says; the next 429 takes a fifth off it
+SMALLEST_LIMIT = 10  # requests per minute, of the API's plans; no guess is lower
 MOST_EXCESS = 7.0  # an eighth of the pace is as slow as 429s make it
 FIRST_ANSWER_SECONDS = 5  # to wait for the first answer, which says what the API's limit is
 RETRY_AFTER_CAP_SECONDS = 300  # its windows last a minute: more is a mistake or an attack
@@ -1503,12 +1505,13 @@ class StopFlag:
         """Whether the run is to end."""
         return self._event.is_set()
 
-    def request(self, stop: Stop) -> None:
-        """Ask the run to end."""
+    def request(self, stop: Stop, *, is_told: bool = False) -> None:
+        """Ask the run to end. `is_told`: whoever would be told has said it."""
         if not self._event.is_set():
             self.stop, self.since = stop, time.monotonic()
             self._event.set()
-            self._tell(stop)
+            if not is_told:
+                self._tell(stop)
 
     def sleep(self, seconds: float) -> None:
         """Wait. Raises Interrupted as soon as the run is to end."""
@@ -3202,7 +3205,8 @@ def row_object(cells: Mapping[str, str], name: str, number: int) -> S3Object:
 ########################################################################################################################
 # Pace. One pace for all workers of all processes, kept by the feeder: it takes a slot for each object, and what a
 # worker sends beside that (a retry, a poll) is taken off the next slots. A pause that one worker hears of is for all.
-#   - The rate is the smaller of what the user allows and what the API says it allows; unknown, there is none.
+#   - The rate is the smaller of what the user allows and what the API says it allows; unknown, there is none until a
+#     429 lets it be guessed. A guess grows until the next 429: others' requests may have been to blame for the last.
 #   - Slots are evenly spaced: a burst at the start of a minute would end in 429s at its end.
 #   - Each process has a Gate, which its workers ask and tell; the Pacer is in the parent alone.
 ########################################################################################################################
@@ -3215,6 +3219,7 @@ class Pacer:
         self._cap, self._parts = requests_per_minute, parts
         self._lock = threading.Lock()
         self._interval = 60 * parts / requests_per_minute if requests_per_minute else 0.0
+        self._guessed_at: float | None = None  # monotonic seconds; None: the interval is no guess
         # How much slower than that, as a share; a 429 raises it, time brings it back.
         self._excess, self._slowed_at = 0.0, 0.0
         self._next = 0.0
@@ -3251,7 +3256,7 @@ class Pacer:
         with self._lock:
             if heard.limit:
                 allowed = min(heard.limit, self._cap or heard.limit)
-                self._interval = 60 * self._parts / (allowed * SHARE_OF_LIMIT)
+                self._interval, self._guessed_at = 60 * self._parts / (allowed * SHARE_OF_LIMIT), None
             if heard.throttled_seconds:
                 self._slow_down(heard.throttled_seconds, time.monotonic())
         for _ in range(heard.slots):
@@ -3264,21 +3269,31 @@ class Pacer:
             slot = max(self._next, now)
             if not self._interval:
                 self._taken.append(slot)
-            self._next = slot + self._interval * (1 + self._excess_at(now))
+            self._next = slot + self._interval_at(now) * (1 + self._excess_at(now))
         return slot
+
+    def _interval_at(self, now: float) -> float:
+        grown = max(0.0, now - self._guessed_at) if self._guessed_at is not None else 0.0
+        return self._interval * math.pow(0.5, grown / SECONDS_TO_DOUBLE_GUESS)
 
     def _excess_at(self, now: float) -> float:
         return self._excess * math.pow(0.5, (now - self._slowed_at) / SECONDS_TO_RECOVER_HALF)
 
     def _slow_down(self, seconds: float, now: float) -> None:
-        if not self._interval:
-            recent = sum(taken > now - 60 for taken in self._taken)
-            self._interval = 60 / max(1, recent)
         # Many workers hear of one and the same limit: only the first slows the pace down.
         if now >= self.paused_until:
+            if not self._interval or self._guessed_at is not None:
+                self._interval, self._guessed_at = self._guess(now), now + seconds
             self._excess, self._slowed_at = min(self._excess_at(now) * 1.25 + 0.1, MOST_EXCESS), now
         self.paused_until = max(self.paused_until, now + seconds)
         self._next = max(self._next, self.paused_until)
+
+    def _guess(self, now: float) -> float:
+        """The interval that a 429 lets be guessed: as many as there were within a minute were too many."""
+        if self._interval:
+            return self._interval_at(now) * 1.25
+        recent = sum(taken > now - 60 for taken in self._taken)
+        return 60 / max(recent, SMALLEST_LIMIT / self._parts)
 
 
 class Gate:
@@ -4763,7 +4778,8 @@ def listen_to_parent(
         if isinstance(told, GateClosed):
             shared.gate.close(told.until)
         elif isinstance(told, Stop):
-            shared.stop.request(told)
+            # Told back, it could meet a parent that is sending as well: neither would read what fills the other's pipe.
+            shared.stop.request(told, is_told=True)
         else:
             for _ in range(1 if told else workers):
                 tasks.put(told)

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+import s3_bulk_convert as program
 from tests.conversion_api import ConversionApi, Fault, Request
 from tests.converters import Conversion, marking
+from tests.s3_server import S3Server
 
 Cli = Callable[..., Any]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -166,6 +168,17 @@ def test_what_one_process_hears_stops_them_all(run_cli: Cli, strict_api: Convers
     assert re.search("the quota is used up|0 conversions remain this month", run.out)
     assert run.summary["left"] == 30
     assert run.failures == []
+
+
+def test_a_stop_that_comes_from_the_parent_is_not_told_back(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    given = {"S3_BUCKET": "bucket", "TARGET_FORMAT": "jpg", "CTF_API_KEY": "ctf_sk_1"}
+    settings = program.load_settings(None, given, [])
+    with program.running_process(settings, 1) as connection:
+        connection.send(program.Stop("enough", ""))
+        connection.send(None)
+        assert connection.recv() is None
 
 
 def test_one_pace_holds_for_all_processes(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:
