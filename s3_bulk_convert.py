@@ -1795,6 +1795,9 @@ class Journal:
 
     def end(self, outcomes: Sequence[Outcome], now: float) -> None:
         """Append outcomes and settle their requests, in one transaction. Raises RunStopped on a full disk."""
+        # A failure without an ETag is about a key that a file names and that is not there: of the object that was, and
+        # may be again, it says nothing.
+        outcomes = [outcome for outcome in outcomes if outcome.task.etag or outcome.event is not Event.FAILED]
         with self._transaction() as db:
             db.executemany(
                 f"INSERT INTO log VALUES (NULL{', ?' * 19})",
@@ -2981,13 +2984,15 @@ def row_objects(lines: Iterable[str], name: str, columns: Sequence[str], bucket:
 
 
 def row_object(cells: Mapping[str, str], name: str, number: int) -> S3Object:
-    """The object of a row. Raises ValueError, or UserError for a key that cannot be one."""
+    """The object of a row, which is a plain key where columns are missing. Raises ValueError, UserError for a bad key."""
     # S3 writes a space as + and a plus as %2B there. Without "strict", broken UTF-8 would become another key.
     named = named_object(urllib.parse.unquote_plus(cells["Key"], errors="strict"), name, number)
+    if not all(cells.get(column) for column in ("ETag", "Size", "LastModifiedDate")):
+        return named
     return named._replace(
-        etag=cells.get("ETag", "").strip('"'),
-        size=int(cells.get("Size") or 0),
-        last_modified=cells.get("LastModifiedDate", ""),
+        etag=cells["ETag"].strip('"'),
+        size=int(cells["Size"]),
+        last_modified=cells["LastModifiedDate"],
         archived=cells.get("StorageClass") in ARCHIVE_CLASSES,
     )
 
@@ -3979,13 +3984,22 @@ class Planner:
         # A failures file names an object once for each failure: the second must not go out while the first does.
         recent: dict[str, None] = {}
         for page in interruptible(keys_from(source, self.bucket), self.stop):
-            fresh = [named for named in page if named.key not in recent]
+            fresh = [named for named in page if named.key not in recent and self._may_be_ours(named.key)]
             recent.update(dict.fromkeys(named.key for named in fresh))
             for key in list(recent)[:-KEYS_REMEMBERED]:
                 del recent[key]
             unknown = self._unknown_keys(fresh)
             known = [named for named in fresh if named.key not in unknown]
             yield known + list(self._current([named for named in fresh if named.key in unknown]))
+
+    def _may_be_ours(self, key: str) -> bool:
+        """Whether this shard has to look at an object that a file names: a job may want it here, or no job at all."""
+        shard = self.settings.shard
+        return shard.count == 1 or shard.owns(key) or any(self._is_ours(route.job, key) for route in self.routes)
+
+    def _is_ours(self, job: Job, key: str) -> bool:
+        shard = self.settings.shard
+        return shard.count == 1 or shard.owns(claim_of(output_key(job, key)))
 
     def _unknown_keys(self, page: Sequence[S3Object]) -> set[str]:
         """The keys of those objects that are not known to be done in the version that is named."""
@@ -3997,9 +4011,10 @@ class Planner:
         for named, found in zip(page, self.bucket.current(page), strict=True):
             if isinstance(found, S3Object):
                 yield found
-            else:
+            elif self._is_ours(self.routes[0].job, named.key):
                 self.counts[self.routes[0].job.name, LISTED] += 1
-                task = self._task(Candidate(self.routes[0].job, named), {})
+                # What an inventory says of a version that is not there is no news of that version.
+                task = self._task(Candidate(self.routes[0].job, named._replace(etag="")), {})
                 self.settled.append(Outcome(task, Event.FAILED, found.code, found.message))
 
     def eligible(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Candidate]:
