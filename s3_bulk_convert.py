@@ -161,6 +161,7 @@ DIGITS_OF_A_KEY = 6  # by which it is told where keys lie
 LAST_KEY = "\U0010ffff" * (1024 // 4)  # no key comes after it
 MOST_CUTS_BY_FOLDERS = 4 * LIST_THREADS  # so that one large folder among small ones does not hold up the end
 HEADS_AT_A_TIME = 16  # S3 takes thousands; more would starve the workers' own requests
+FOLDERS_REMEMBERED = 1_000  # of which it is known whether outputs lie there; in those beyond, nobody looks
 KEYS_REMEMBERED = 50_000  # of a file of keys, because it may name one twice
 LINE_BYTES = 8 << 20  # of a file of keys: a manifest may be one line, a key's line is far shorter
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
@@ -3964,6 +3965,8 @@ class Planner:
         self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
+        # First folder of keys -> whether the first object that was met there is an output of this program.
+        self._folders: dict[str, bool] = {}
         self._shares_outputs = False  # with another source bucket: their outputs lie between ours
 
     def pages(self, hunger: Callable[[], int]) -> Generator[tuple[list[S3Object], Sequence[Route]], None, None]:
@@ -4038,13 +4041,27 @@ class Planner:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
         for candidate in candidates:
             try:
-                is_mixed = self.settings.puts_among_sources(candidate.job)
-                if is_mixed and self.bucket.is_our_output(candidate.source.key):
+                if self._is_own_output(candidate):
                     self.counts[candidate.job.name, OWN_OUTPUT] += 1
                 else:
                     yield candidate
             except ObjectFailed as failure:
                 self.settled.append(Outcome(self._task(candidate, {}), Event.FAILED, failure.code, failure.message))
+
+    def _is_own_output(self, candidate: Candidate) -> bool:
+        """Whether an object is an output: this configuration's among its sources, or another configuration's.
+
+        Of the others, the first object of each folder is looked at; only where it is an output, every one is.
+        """
+        key = candidate.source.key
+        folder = key.partition("/")[0] if "/" in key else ""
+        is_known = folder in self._folders or len(self._folders) >= FOLDERS_REMEMBERED
+        if is_known and not (self._folders.get(folder) or self.settings.puts_among_sources(candidate.job)):
+            return False
+        found = self.bucket.is_our_output(key)
+        if not is_known:
+            self._folders[folder] = found
+        return found
 
     def _task(self, candidate: Candidate, sent: Mapping[str, Sent]) -> Task:
         job, source = candidate.job, candidate.source
