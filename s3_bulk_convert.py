@@ -169,6 +169,7 @@ DIGITS_OF_A_KEY = 6  # by which it is told where keys lie
 LAST_KEY = "\U0010ffff" * (1024 // 4)  # no key comes after it
 MOST_CUTS_BY_FOLDERS = 4 * LIST_THREADS  # so that one large folder among small ones does not hold up the end
 HEADS_AT_A_TIME = 16  # S3 takes thousands; more would starve the workers' own requests
+FOLDERS_REMEMBERED = 1_000  # of which it is known whether outputs lie there; in those beyond, nobody looks
 KEYS_REMEMBERED = 50_000  # of a file of keys, because it may name one twice
 LINE_BYTES = 8 << 20  # of a file of keys: a manifest may be one line, a key's line is far shorter
 SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
@@ -1938,6 +1939,9 @@ class Journal:
 
     def end(self, outcomes: Sequence[Outcome], now: float) -> None:
         """Append outcomes and settle their requests, in one transaction. Raises RunStopped on a full disk."""
+        # A failure without an ETag is about a key that a file names and that is not there: of the object that was, and
+        # may be again, it says nothing.
+        outcomes = [outcome for outcome in outcomes if outcome.task.etag or outcome.event is not Event.FAILED]
         with self._transaction() as db:
             db.executemany(
                 f"INSERT INTO log VALUES (NULL{', ?' * 19})",
@@ -3191,13 +3195,15 @@ def row_objects(lines: Iterable[str], name: str, columns: Sequence[str], bucket:
 
 
 def row_object(cells: Mapping[str, str], name: str, number: int) -> S3Object:
-    """The object of a row. Raises ValueError, or UserError for a key that cannot be one."""
+    """The object of a row, which is a plain key where columns are missing. Raises ValueError, UserError for a bad key."""
     # S3 writes a space as + and a plus as %2B there. Without "strict", broken UTF-8 would become another key.
     named = named_object(urllib.parse.unquote_plus(cells["Key"], errors="strict"), name, number)
+    if not all(cells.get(column) for column in ("ETag", "Size", "LastModifiedDate")):
+        return named
     return named._replace(
-        etag=cells.get("ETag", "").strip('"'),
-        size=int(cells.get("Size") or 0),
-        last_modified=cells.get("LastModifiedDate", ""),
+        etag=cells["ETag"].strip('"'),
+        size=int(cells["Size"]),
+        last_modified=cells["LastModifiedDate"],
         archived=cells.get("StorageClass") in ARCHIVE_CLASSES,
     )
 
@@ -4279,6 +4285,8 @@ class Planner:
         self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
         self._found: dict[str, str] = {}
+        # First folder of keys -> whether the first object that was met there is an output of this program.
+        self._folders: dict[str, bool] = {}
         self._shares_outputs = False  # with another source bucket: their outputs lie between ours
 
     def pages(self, hunger: Callable[[], int]) -> Generator[tuple[list[S3Object], Sequence[Route]], None, None]:
@@ -4299,13 +4307,22 @@ class Planner:
         # A failures file names an object once for each failure: the second must not go out while the first does.
         recent: dict[str, None] = {}
         for page in interruptible(keys_from(source, self.bucket), self.stop):
-            fresh = [named for named in page if named.key not in recent]
+            fresh = [named for named in page if named.key not in recent and self._may_be_ours(named.key)]
             recent.update(dict.fromkeys(named.key for named in fresh))
             for key in list(recent)[:-KEYS_REMEMBERED]:
                 del recent[key]
             unknown = self._unknown_keys(fresh)
             known = [named for named in fresh if named.key not in unknown]
             yield known + list(self._current([named for named in fresh if named.key in unknown]))
+
+    def _may_be_ours(self, key: str) -> bool:
+        """Whether this shard has to look at an object that a file names: a job may want it here, or no job at all."""
+        shard = self.settings.shard
+        return shard.count == 1 or shard.owns(key) or any(self._is_ours(route.job, key) for route in self.routes)
+
+    def _is_ours(self, job: Job, key: str) -> bool:
+        shard = self.settings.shard
+        return shard.count == 1 or shard.owns(claim_of(output_key(job, key)))
 
     def _unknown_keys(self, page: Sequence[S3Object]) -> set[str]:
         """The keys of those objects that are not known to be done in the version that is named."""
@@ -4317,9 +4334,10 @@ class Planner:
         for named, found in zip(page, self.bucket.current(page), strict=True):
             if isinstance(found, S3Object):
                 yield found
-            else:
+            elif self._is_ours(self.routes[0].job, named.key):
                 self.counts[self.routes[0].job.name, LISTED] += 1
-                task = self._task(Candidate(self.routes[0].job, named), {})
+                # What an inventory says of a version that is not there is no news of that version.
+                task = self._task(Candidate(self.routes[0].job, named._replace(etag="")), {})
                 self.settled.append(Outcome(task, Event.FAILED, found.code, found.message))
 
     def eligible(self, page: Sequence[S3Object], routes: Sequence[Route]) -> list[Candidate]:
@@ -4343,13 +4361,27 @@ class Planner:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
         for candidate in candidates:
             try:
-                is_mixed = self.settings.puts_among_sources(candidate.job)
-                if is_mixed and self.bucket.is_our_output(candidate.source.key):
+                if self._is_own_output(candidate):
                     self.counts[candidate.job.name, OWN_OUTPUT] += 1
                 else:
                     yield candidate
             except ObjectFailed as failure:
                 self.settled.append(Outcome(self._task(candidate, {}), Event.FAILED, failure.code, failure.message))
+
+    def _is_own_output(self, candidate: Candidate) -> bool:
+        """Whether an object is an output: this configuration's among its sources, or another configuration's.
+
+        Of the others, the first object of each folder is looked at; only where it is an output, every one is.
+        """
+        key = candidate.source.key
+        folder = key.partition("/")[0] if "/" in key else ""
+        is_known = folder in self._folders or len(self._folders) >= FOLDERS_REMEMBERED
+        if is_known and not (self._folders.get(folder) or self.settings.puts_among_sources(candidate.job)):
+            return False
+        found = self.bucket.is_our_output(key)
+        if not is_known:
+            self._folders[folder] = found
+        return found
 
     def _task(self, candidate: Candidate, sent: Mapping[str, Sent]) -> Task:
         job, source = candidate.job, candidate.source

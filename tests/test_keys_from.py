@@ -14,6 +14,7 @@ import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from s3_bulk_convert import ObjectFailed, RunStopped, S3Object, UserError, keys_
 from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi
 from tests.converters import marking
+from tests.test_feeder import settings as feeder_settings
 from tests.test_from_outside import Relay
 from tests.test_s3_server import DOTTED_KEYS
 from tests.test_s3_server import ODD_KEYS as SERVER_KEYS
@@ -205,6 +207,17 @@ def test_an_inventory_gives_the_newest_versions_with_what_it_knows(source: progr
     ]
     [page] = keys_from(str(write_manifest(tmp_path, rows)), source)
     assert page == [S3Object("a b+c.png", "e1", 7, DATE), S3Object("cold.png", "e1", 7, DATE, archived=True)]
+
+
+@pytest.mark.parametrize("missing", ["ETag", "Size", "LastModifiedDate"])
+def test_a_row_of_an_inventory_without_all_columns_is_a_plain_key(
+    missing: str, source: program.Bucket, tmp_path: Path
+) -> None:
+    kept = [number for number, column in enumerate(SCHEMA.split(", ")) if column != missing]
+    rows = [[row[number] for number in kept] for row in [full_row("a.png")]]
+    schema = ", ".join(SCHEMA.split(", ")[number] for number in kept)
+    [page] = keys_from(str(write_manifest(tmp_path, rows, fileSchema=schema)), source)
+    assert page == [S3Object("a.png", "", 0, "")]
 
 
 @pytest.mark.parametrize("root", ["", "inv", "inv/bucket", "inv/bucket/daily"])
@@ -507,13 +520,53 @@ def test_an_inventory_s_finished_objects_are_not_even_looked_at(
 
 def write_inventory(directory: Path, bucket: str, rows: list[tuple[str, str]]) -> None:
     """An inventory of objects with their ETags: its manifest and one data file beside it."""
-    lines = "".join(f'"{bucket}","{key}","10","{etag}"\n' for key, etag in rows)
+    lines = "".join(f'"{bucket}","{key}","10","{DATE}","{etag}"\n' for key, etag in rows)
     (directory / "part.csv.gz").write_bytes(gzip.compress(lines.encode()))
     manifest = {
         "sourceBucket": bucket,
         "destinationBucket": "arn:aws:s3:::inventories",
         "fileFormat": "CSV",
-        "fileSchema": "Bucket, Key, Size, ETag",
+        "fileSchema": "Bucket, Key, Size, LastModifiedDate, ETag",
         "files": [{"key": "part.csv.gz"}],
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("form", ["keys", "inventory"])
+def test_a_key_that_is_gone_for_a_while_takes_nothing_from_what_is_known_of_its_object(
+    form: str, run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
+    assert run_cli().summary["converted"] == 1
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    write_inventory(tmp_path, bucket.name, [("a.png", "another")])
+    named = str(write(tmp_path / "keys", "a.png") if form == "keys" else tmp_path / "manifest.json")
+    gone = run_cli("--keys-from", named)
+    assert (gone.summary["failed"], [line["code"] for line in gone.failures]) == ({"source_gone": 1}, ["source_gone"])
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
+    assert run_cli().summary["already_done"] == 1
+    assert len(api.paid) == 1
+
+
+def test_a_key_of_a_file_is_counted_by_one_shard_and_looked_at_by_two_at_most(
+    source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "keys", "".join(f"{number}.png\n" for number in range(60)))
+    looked: list[str] = []
+
+    def gone(page: Sequence[S3Object]) -> list[S3Object | ObjectFailed]:
+        looked.extend(named.key for named in page)
+        return [ObjectFailed("source_gone", "", permanent=False) for _ in page]
+
+    monkeypatch.setattr(source, "current", gone)
+    counted: list[str] = []
+    for index in range(5):
+        wanted = replace(feeder_settings(), shard=program.Shard(index, 5), keys_from=str(path))
+        with program.Journal(tmp_path / f"{index}.sqlite3", SOURCE, SOURCE) as journal:
+            planner = program.Planner(wanted, source, journal, program.StopFlag())
+            assert [page for page, _ in planner.pages(lambda: 1)] == [[]]
+        counted += [outcome.task.key for outcome in planner.settled]
+        assert planner.counts == {("default", program.LISTED): len(planner.settled)}
+    assert sorted(counted) == sorted(f"{number}.png" for number in range(60))
+    assert len(looked) <= 2 * 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from tests.conftest import TestBucket
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
 from tests.samples import photo
+from tests.test_feeder import FakeBucket, settings, source
 
 Cli = Callable[..., Any]
 PNG, JPG = b"\x89PNG\r\n\x1a\n", photo(1, "jpg")
@@ -175,3 +177,50 @@ def test_an_output_of_another_bucket_is_not_found_without_a_checkpoint_that_know
     for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
         path.unlink()
     assert (first.summary["converted"], run_cli(*shared, S3_BUCKET=one.name).summary["already_done"]) == (1, 1)
+
+
+########################################################################
+# Several configurations of one bucket
+########################################################################
+
+
+def test_two_configurations_of_one_bucket_do_not_convert_each_other_s_outputs(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for name in ("in/a.heic", "in/b.heic"):
+        bucket.put(name, name.encode())
+    both = [
+        (
+            "--target",
+            target,
+            "--set",
+            f"s3.output_key={target}s/{{stem}}.{{target}}",
+            "--set",
+            f"run.checkpoint={target}",
+        )
+        for target in ("jpg", "png")
+    ]
+    for configuration in both * 2:
+        assert run_cli(*configuration).exit_code == 0
+    assert len(api.paid) == 4
+    assert sorted(bucket.keys()) == ["in/a.heic", "in/b.heic", "jpgs/a.jpg", "jpgs/b.jpg", "pngs/a.png", "pngs/b.png"]
+    looked = json.loads(run_cli(*both[0], "--dry-run", "--log-format", "json").out)
+    assert (looked["jobs"]["default"]["skipped"], looked["conversions"]) == ({"own_output": 2}, 0)
+
+
+def test_of_each_folder_one_object_is_looked_at_and_more_only_among_outputs(tmp_path: Path) -> None:
+    looked: list[str] = []
+
+    class Watched(FakeBucket):
+        def is_our_output(self, key: str) -> bool:
+            looked.append(key)
+            return key.startswith("out/")
+
+    names = ["a.png", "b.png", "in/a.png", "in/deep/b.png", "out/a.png", "out/b.png"]
+    with program.Journal(tmp_path / "checkpoint", "bucket", "bucket") as journal:
+        planner = program.Planner(settings(), Watched([]), journal, program.StopFlag())
+        tasks = planner.tasks_of([source(name) for name in names], planner.routes)
+        planner.tasks_of([source("in/c.png")], planner.routes)
+    assert [task.key for task in tasks] == names[:4]
+    assert looked == ["a.png", "in/a.png", "out/a.png", "out/b.png"]
+    assert planner.counts["default", program.OWN_OUTPUT] == 2
