@@ -193,6 +193,17 @@ FORMAT_ALIASES = {
     "yml": "yaml",
     "markdown": "md",
 }
+BUCKET_NAME = r"[A-Za-z0-9._-]{1,255}|arn:aws.*:s3.*:accesspoint[/:][A-Za-z0-9.-]+"  # what boto3 lets through
+# How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
+GLOB_MISTAKES = {
+    r".*,|.*,\*.*": "separate globs by spaces, without commas",
+    r".*\{.*,.*\}.*": "give a glob of its own for each, as in *.jpg *.png",
+    r"/.*": "keys do not begin with /",
+    r".*\\\..*": "expected globs such as *.png, and no regular expressions",
+    r"""(["']).*\1""": "expected globs such as *.png",
+    r"[^*?[]*/": "did you mean {}*?",
+    r"[^*?[./]+": "did you mean *.{}?",
+}
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
@@ -269,6 +280,11 @@ class Stop:
         return self.exit_code in {ExitCode.SIGINT, ExitCode.SIGTERM}
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of something."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class UserError(Exception):
     """An expected failure: `hint` tells the person what to do, `exit_code` tells the shell."""
 
@@ -278,13 +294,14 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """Every problem of the configuration at once, one a line."""
+    """Every problem of the configuration at once, one a line. `path`: of the INI file, if any of them is in it."""
 
-    def __init__(self, origin: str, problems: Sequence[str]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    def __init__(self, path: Path | None, problems: Sequence[str]) -> None:
         lines = "".join(f"\n  - {problem}" for problem in problems)
+        look = "compare it with config.example.ini" if path else "see --help and config.example.ini"
         super().__init__(
-            f"{origin} has {count}{lines}", "compare it with config.example.ini; nothing was listed or converted"
+            f"{path or 'the configuration'} has {counted(len(problems), 'problem')}{lines}",
+            f"{look}; nothing was listed or converted",
         )
 
 
@@ -534,9 +551,43 @@ def text(given: str) -> str:
     return given
 
 
-def words(given: str) -> tuple[str, ...]:
-    """Words separated by white space."""
-    return tuple(given.split())
+def bucket_name(option: str) -> Callable[[str], str]:
+    """A reader of a bucket's name, or the ARN of an access point; `option`: which one is read."""
+
+    def read(given: str) -> str:
+        address = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", given)
+        if address:
+            below = f" and prefix = {address[2]}/" if address[2] and option == "bucket" else ""
+            raise ValueError(f"expected a bucket's name; did you mean {option} = {address[1]}{below}?")
+        if given and not re.fullmatch(BUCKET_NAME, given):
+            raise ValueError("expected a bucket's name")
+        return given
+
+    return read
+
+
+def key_prefix(given: str) -> str:
+    """What keys begin with. Any text may be one, but not what is surely meant for another program."""
+    if given.startswith("s3://"):
+        raise ValueError("give only what follows the bucket")
+    if is_quoted(given):
+        raise ValueError("expected the beginning of a key")
+    return given
+
+
+def globs(given: str) -> tuple[str, ...]:
+    """Globs separated by white space. What can hardly match a key is refused: a run would silently convert nothing."""
+    patterns = tuple(given.split())
+    for pattern in patterns:
+        for mistake, said in GLOB_MISTAKES.items():
+            if re.fullmatch(mistake, pattern):
+                raise ValueError(said.format(pattern))
+    return patterns
+
+
+def is_quoted(given: str) -> bool:
+    """Whether a value stands in quotes, as other programs want it."""
+    return re.fullmatch(r"""(["']).*\1""", given, re.DOTALL) is not None
 
 
 def boolean(given: str) -> bool:
@@ -677,9 +728,9 @@ def shard(given: str) -> Shard:
 class S3Options:
     """The options of [s3]."""
 
-    bucket: str = option(text, "bucket to read from", default="", required=True)
-    prefix: str = option(text, "only keys that begin so", default="")
-    output_bucket: str = option(text, "bucket to write to, if it is another", default="")
+    bucket: str = option(bucket_name("bucket"), "bucket to read from", default="", required=True)
+    prefix: str = option(key_prefix, "only keys that begin so", default="")
+    output_bucket: str = option(bucket_name("output_bucket"), "bucket to write to, if it is another", default="")
     output_key: str = option(
         text,
         "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
@@ -711,8 +762,8 @@ class ConvertOptions:
     """The options of [convert], which a [job NAME] may override."""
 
     target: str = option(file_format, "format to convert to", default="", required=True)
-    include: tuple[str, ...] = option(words, "globs of what to convert", default=("*",))
-    exclude: tuple[str, ...] = option(words, "globs of what to leave out", default=())
+    include: tuple[str, ...] = option(globs, "globs of what to convert", default=("*",))
+    exclude: tuple[str, ...] = option(globs, "globs of what to leave out", default=())
     min_size: int | None = option(unless("none", size), "only objects of at least this size", default=None)
     max_size: int | None = option(unless("none", size), "only objects of at most this size", default=None)
     newer_than: float | None = option(unless("none", duration), "only objects changed within this time", default=None)
@@ -780,6 +831,7 @@ SHARDED_FILES = (
     "metrics",
 )  # options of [run] that name what one run alone may write
 JOB_OPTIONS = (*(part.name for part in fields(ConvertOptions)), "prefix", "output_key")
+NO_KEY = "[api] key is missing: set CTF_API_KEY, or api.key or api.key_file"
 ENVIRONMENT = {
     "CTF_API_KEY": ("api", "key"),
     "S3_BUCKET": ("s3", "bucket"),
@@ -863,6 +915,7 @@ class Settings:
     keys_from: str | None = None
     quiet: bool = False
     log_format: str = "text"
+    key_problem: str = ""  # why there is no API key, for commands that can do without
 
     def for_shard(self, shard: Shard) -> "Settings":
         """The same for one shard: with files of its own and its share of the cap, which may be 0.
@@ -901,12 +954,13 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
         if not required:
             return []
         raise UserError(f"{path} does not exist", "give the INI file with -c, or copy config.example.ini") from None
-    except (OSError, UnicodeDecodeError, configparser.Error) as problem:
-        # configparser's own message may quote the line, and the line may be the one with the key.
-        what = type(problem).__name__ if isinstance(problem, configparser.Error) else str(problem)
-        line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), None)
-        where = f" in line {line}" if line else ""
-        raise UserError(f"{path} cannot be read: {what}{where}", "compare it with config.example.ini") from None
+    except configparser.Error as problem:
+        line, what = syntax_problem(problem)
+        raise UserError(f"{path}, line {line}: {what}", "compare it with config.example.ini") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory", "give the INI file with -c, or copy config.example.ini") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path} cannot be read: {problem}", "compare it with config.example.ini") from None
     # A section counts without options too: it may be misspelt, or a job that overrides nothing.
     return [
         Given(section, name, value.strip(), f"[{section}] {name}")
@@ -915,12 +969,24 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
     ]
 
 
+def syntax_problem(problem: configparser.Error) -> tuple[int, str]:
+    """Where an INI file is none, and why: never the line itself, which may be the one with the key."""
+    line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), 0)
+    if isinstance(problem, configparser.DuplicateOptionError):
+        return line, f"[{problem.section}] {problem.option} is given twice"
+    if isinstance(problem, configparser.DuplicateSectionError):
+        return line, f"[{problem.section}] is there twice"
+    if isinstance(problem, configparser.MissingSectionHeaderError):
+        return line, "no [section] above it; begin with [s3]"
+    return line, "expected NAME = VALUE"
+
+
 def refuse_exposed_key(path: Path, mode: int, parser: configparser.ConfigParser) -> None:
     """Raise UserError if the file holds the API key and others can read it."""
     if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
         raise UserError(
             f"{path} holds the API key and others can read it (mode {stat.S_IMODE(mode):04o})",
-            f"type: chmod 600 {path}",
+            f"run: chmod 600 {path}",
         )
 
 
@@ -990,14 +1056,16 @@ def unknown_name_problem(given: Given) -> str | None:
         names = list(specs_of(given.section))
     else:
         return f"[{given.section}] is not a section{did_you_mean(given.section, [*SECTIONS, 'job NAME'])}"
-    if given.name and given.name not in names:
-        return f"[{given.section}] {given.name} is not an option{did_you_mean(given.name, names)}"
-    return None
+    if not given.name or given.name in names:
+        return None
+    elsewhere = [f"[{section}] {given.name}" for section in SECTIONS if given.name in specs_of(section)]
+    meant = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(given.name, names)
+    return f"{given.named} is not an option{meant}"
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """The rest of a sentence that names what is probably meant."""
-    near = difflib.get_close_matches(name, known, n=1)
+    """The rest of a sentence that names what is probably meant, in whatever case it was written."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
@@ -1008,7 +1076,14 @@ def noting_problem(problems: list[str], given: Given, spec: OptionSpec) -> Itera
         yield
     except ValueError as expected:
         shown = "(not shown)" if spec.secret else given.value
-        problems.append(f"{given.named} = {shown}: {expected}")
+        problems.append(f"{given.named} = {shown}: {expected}{what_to_take_away(given.value)}")
+
+
+def what_to_take_away(value: str) -> str:
+    """The rest of a sentence about what stands around a value in other programs' files."""
+    if is_quoted(value):
+        return "; take the quotes away"
+    return "; comments stand on lines of their own" if re.search(r"\s[;#]", value) else ""
 
 
 def read_values(specs: Mapping[str, OptionSpec], given: Iterable[Given], problems: list[str]) -> dict[str, Any]:
@@ -1018,6 +1093,12 @@ def read_values(specs: Mapping[str, OptionSpec], given: Iterable[Given], problem
         with noting_problem(problems, entry, specs[name]):
             values[name] = specs[name].reader(entry.value)
     return values
+
+
+def from_its_place(problem: str, named: Mapping[str, str]) -> str:
+    """A problem under the name of the place where its option was given: a variable, a flag, the INI file."""
+    option, equals, rest = problem.partition(" = ")
+    return named.get(option, option) + equals + rest
 
 
 def in_section(section: str, given: Iterable[Given]) -> list[Given]:
@@ -1105,17 +1186,28 @@ def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
     key = api.key
     if not key and api.key_file:
         try:
-            key = Path(api.key_file).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as problem:
-            problems.append(
-                f"[api] key_file = {api.key_file}: {getattr(problem, 'strerror', None) or 'not a text file'}"
-            )
+            key = read_key_file(api.key_file)
+        except ValueError as problem:
+            problems.append(f"[api] key_file = {api.key_file}: {problem}")
             return api
     if not key:
-        problems.append("[api] key is missing: set CTF_API_KEY, or api.key or api.key_file")
+        problems.append(NO_KEY)
     elif not re.fullmatch(r"[!-~]+", key):
         problems.append("[api] key = (not shown): expected printable ASCII without spaces")
     return replace(api, key=key)
+
+
+def read_key_file(path: str) -> str:
+    """The key in a file. Raises ValueError with what is wrong."""
+    try:
+        found = Path(path).expanduser().read_text(encoding="ascii").split()
+    except OSError as problem:
+        raise ValueError(problem.strerror) from None
+    except (UnicodeDecodeError, RuntimeError):
+        raise ValueError("not a text file") from None
+    if len(found) != 1:
+        raise ValueError("expected the key and nothing else" if found else "the file is empty")
+    return found[0]
 
 
 def load_settings(
@@ -1137,18 +1229,21 @@ def load_settings(
     problems = [problem for problem in map(unknown_name_problem, given) if problem]
     sections = {name: read_values(specs_of(name), in_section(name, given), problems) for name in ("s3", "api", "run")}
     s3, api, run = S3Options(**sections["s3"]), ApiOptions(**sections["api"]), RunOptions(**sections["run"])
-    if not s3.bucket:
+    if not any(entry.name == "bucket" and entry.value for entry in in_section("s3", given)):
         problems.insert(0, "[s3] bucket is missing")
     problems += path_problems(run)
     if run.processes > run.workers:
         problems.append(f"[run] processes = {run.processes}: more than the {run.workers} workers that they share")
     jobs = read_jobs(given, s3, problems)
-    api = read_key(api, problems if needs_key else [])
+    key_problems: list[str] = []
+    api = read_key(api, problems if needs_key else key_problems)
     own_shard = read_shard(shard_flag, environ, problems)
     if problems:
-        origin = str(path or "config.ini") if ini else "the configuration"
-        raise ConfigError(origin, list(dict.fromkeys(problems)))
-    return Settings(s3, api, run, jobs).for_shard(own_shard)
+        named = {f"[{entry.section}] {entry.name}": entry.named for entry in given}
+        told = list(dict.fromkeys(from_its_place(problem, named) for problem in problems))
+        is_in_file = any(problem.startswith("[") for problem in told)
+        raise ConfigError((path or Path("config.ini")) if ini and is_in_file else None, told)
+    return Settings(s3, api, run, jobs, key_problem="".join(key_problems)).for_shard(own_shard)
 
 
 ########################################################################################################################
@@ -5647,12 +5742,16 @@ def say(line: str) -> None:
 
 def check(settings: Settings) -> ExitCode:
     """Prove what a run needs, one line each."""
-    is_ready = True
+    verdicts: Counter[str] = Counter()
     for finding in findings(settings):
         # Each line as soon as it is known: the next one may have to wait for the network.
-        is_ready &= finding.verdict != "FAIL"
-        say(settings.hide(str(finding)))
-    return ExitCode.DONE if is_ready else ExitCode.USAGE
+        verdicts[finding.verdict] += 1
+        if not (settings.quiet and finding.verdict == "OK"):
+            say(settings.hide(str(finding)))
+    named = ("FAIL", "WARN") if verdicts["FAIL"] else ("OK", "WARN")
+    counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in named if verdicts[verdict])
+    say(f"not ready: {counts}" if verdicts["FAIL"] else f"ready: {counts}")
+    return ExitCode.USAGE if verdicts["FAIL"] else ExitCode.DONE
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
@@ -5668,7 +5767,18 @@ def findings(settings: Settings) -> Iterator[Finding]:
     for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
         yield proved(f"space in {folder}", partial(has_space, folder))
     yield from bucket_findings(settings)
-    yield from api_findings(settings.api)
+    if settings.api.key_file and not settings.key_problem:
+        yield proved("api.key_file", partial(key_is_private, Path(settings.api.key_file).expanduser()))
+    yield from api_findings(settings)
+
+
+def key_is_private(path: Path) -> str:
+    """That only its owner can read a file. Raises Doubt if others can: in a container, there may be no others."""
+    # CTF_API_KEY comes before the file, which need not be there then.
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0
+    if os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise Doubt(f"others can read {path} (mode {mode:04o})", f"run: chmod 600 {path}")
+    return f"others cannot read {path}"
 
 
 def versions() -> str:
@@ -5682,7 +5792,7 @@ def versions() -> str:
     ]
     if old:
         wanted = " ".join(f"'{name}'" for name in old)
-        raise UserError(f"too old for {', '.join(old)}", f"type: {sys.executable} -m pip install {wanted}")
+        raise UserError(f"too old for {', '.join(old)}", f"run: {sys.executable} -m pip install {wanted}")
     return ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {version}" for name, version in found.items())])
 
 
@@ -5875,8 +5985,9 @@ def can_delete(bucket: Bucket, key: str, version: str) -> str:
     return "the probe is gone; a run deletes nothing"
 
 
-def api_findings(api: ApiOptions) -> Iterator[Finding]:
+def api_findings(settings: Settings) -> Iterator[Finding]:
     """What a run needs of the API."""
+    api = settings.api
     try:
         ahead = seconds_ahead(api.url)
     except UserError as error:
@@ -5884,6 +5995,9 @@ def api_findings(api: ApiOptions) -> Iterator[Finding]:
         yield Finding("FAIL", "API", f"{error.message}; {error.hint}")
         return
     yield proved("clock of the API", partial(clock_agrees, ahead))
+    if settings.key_problem:
+        yield Finding("FAIL", "API key", settings.key_problem)
+        return
     told: list[Usage] = []
     yield proved("API key", partial(key_is_accepted, api, told))
     for usage in told:
@@ -5930,14 +6044,24 @@ FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that does not repeat an API key that stands where it should not."""
+    """A parser that says little and to the point, and does not repeat an API key that stands where it should not."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and exit 2."""
-        super().error(redacted(message))
+        usage = f"usage: {self.prog} [-c FILE] [options], which --help names"
+        self.exit(ExitCode.USAGE, f"{usage}\n{self.prog}: error: {redacted(message)}\n")
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The command line. What is no option is named, with the one that was probably meant."""
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(f"--{name.lstrip('-').lower()}", self._option_string_actions, n=1)
+            self.error(f"{name} is not an option" + "".join(f"; did you mean {meant}?" for meant in near))
+        return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="s3_bulk_convert.py",
@@ -6115,10 +6239,10 @@ def print_all(lines: Iterable[str], settings: Settings) -> ExitCode:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     give_streams()
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().read(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
-        is_free = arguments.status or arguments.dry_run or arguments.why is not None
+        is_free = arguments.check or arguments.status or arguments.dry_run or arguments.why is not None
         settings = load_settings(
             arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_free
         )
