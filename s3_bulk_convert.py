@@ -16,7 +16,7 @@ Memory does not depend on the size of the bucket: at most one page of the listin
 Files written: the checkpoint (SQLite, with its `-wal` and `-shm`, and a `.lock` beside it), the failures file (JSON
 lines, appended), a run summary (JSON) and metrics (Prometheus textfile) where `run.summary`, `run.metrics` name them.
 
-Exit codes: 0 every eligible object is converted; 1 finished, but some objects failed; 2 usage or configuration error,
+Exit codes: 0 nothing is left to do; 1 finished, but some objects failed; 2 usage or configuration error,
 nothing was started; 3 stopped early, work is left; 4 another run holds the checkpoint; 130, 143 interrupted.
 
 SIGINT, SIGTERM, SIGHUP: nothing new is sent, what is in flight gets `run.shutdown_grace` to finish. A second signal
@@ -789,7 +789,9 @@ class ApiOptions:
     requests_per_minute: int | None = option(
         unless("auto", whole(1)), "cap on the rate; auto: what the API allows", default=None
     )
-    max_conversions: int | None = option(unless("none", whole(1)), "conversions to pay for in one run", default=None)
+    max_conversions: int | None = option(
+        unless("none", whole(1)), "conversions to ask for in one run, failed ones included", default=None
+    )
     keep_remaining: int = option(whole(0), "stop when the month has so many conversions left", default=0)
     timeout: float = option(duration, "how long to wait for an answer", default=150.0)
     retries: int = option(whole(0, 20), "transient failures that one object may have", default=5)
@@ -4237,8 +4239,8 @@ class Feeder:
         self.tell(Counted({("", LEFT_TO_DO): len(tasks) - len(allowed)}))
         settings = self.shared.settings
         return Stop(
-            f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
-            "run it again to go on, or raise api.max_conversions (--limit)",
+            f"the cap of {counted(settings.api.max_conversions or 0, 'conversion')}{settings.shard.named} is reached",
+            "run it again to go on, or raise api.max_conversions (--limit); failed ones count, for they may be charged",
         )
 
     def _within_budget(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -4619,6 +4621,8 @@ def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
 ########################################################################################################################
 
 Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None  # None: a worker, or a process of them, has left
+# Failures that cost nothing and say nothing of the API: they do not count for run.max_failure_rate.
+FREE_FAILURES = ("output_collision", "output_key_too_long", "too_large", "source_gone")
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
 
 
@@ -4631,6 +4635,7 @@ class Report:
         self.failed: Counter[str] = Counter()
         self.latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it
+        self.maybe_paid_twice = ""  # the first key that the API may have been paid for twice
         self.remaining: int | None = None
         self.total: int | None = None  # what `eligible` will come to, if a counting pass has said so
         self.stop: Stop | None = None
@@ -4647,6 +4652,8 @@ class Report:
         self.counts["throttled"] += outcome.throttled
         self.counts["replays"] += outcome.replayed
         self.counts["possible_double_charges"] += outcome.maybe_paid_twice
+        if outcome.maybe_paid_twice and not self.maybe_paid_twice:
+            self.maybe_paid_twice = outcome.task.key
         # Answers come out of order: the smallest number is the newest.
         if outcome.remaining is not None:
             self.remaining = min(outcome.remaining, outcome.remaining if self.remaining is None else self.remaining)
@@ -4722,6 +4729,11 @@ class Report:
             "exit_code": int(self.exit_code),
             "stopped_because": self.stop.because if self.stop else None,
         }
+
+
+def costly(failed: Mapping[str, int]) -> Counter[str]:
+    """Of failures by code, those that count for the failure rate."""
+    return Counter({code: count for code, count in failed.items() if code not in FREE_FAILURES})
 
 
 def told(event: str, **fields: Any) -> dict[str, Any]:
@@ -4871,6 +4883,7 @@ COUNTERS = {
 }
 # Of the last run that ended, and kept in the file while the next one is at work, and when that one fails.
 LAST_SUCCESS, LAST_EXIT_CODE = "last_success_timestamp_seconds", "last_exit_code"
+FAILED_FOR_GOOD = "failed_for_good_objects"
 
 
 def gauge(name: str, value: float | None, about: str) -> Metric:
@@ -4914,6 +4927,7 @@ class Metrics:
         self._workers, self._clock, self._due, self._has_warned = settings.run.workers, clock, 0.0, False
         # The checkpoint is what sets one run apart from another whose file the same node_exporter reads.
         self._labels = {"bucket": settings.s3.bucket, "checkpoint": settings.run.checkpoint}
+        self._sees_all = not settings.keys_from
         self._kept = self._read_kept()
 
     def _read_kept(self) -> dict[str, float]:
@@ -4922,7 +4936,7 @@ class Metrics:
             old = self._path.read_text(encoding="utf-8") if self._path else ""
         except (OSError, UnicodeDecodeError):
             return {}
-        pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE})\{{.*\}} ([0-9.]+)$"
+        pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE}|{FAILED_FOR_GOOD})\{{.*\}} ([0-9.]+)$"
         return {name: float(value) for name, value in re.findall(pattern, old, re.MULTILINE)}
 
     def refresh(self, report: Report) -> None:
@@ -4934,6 +4948,11 @@ class Metrics:
     def finish(self, report: Report) -> None:
         """Write what the run has come to."""
         self._kept[LAST_EXIT_CODE] = report.exit_code
+        for_good = report.counts["failed_for_good"] + report.counts[FAILED_BEFORE]
+        # A run that has not seen everything does not know that there are fewer than before.
+        self._kept[FAILED_FOR_GOOD] = (
+            for_good if self._sees_all and report.is_whole else max(for_good, self._kept.get(FAILED_FOR_GOOD, 0))
+        )
         if report.exit_code is ExitCode.DONE:
             self._kept[LAST_SUCCESS] = time.time()
         self._write(report, is_running=False)
@@ -4943,7 +4962,8 @@ class Metrics:
         metrics = [
             *metrics_of(report, self._workers),
             gauge("running", is_running, "Whether a run is at work."),
-            gauge(LAST_SUCCESS, kept.get(LAST_SUCCESS), "When a run last ended with everything converted."),
+            gauge(LAST_SUCCESS, kept.get(LAST_SUCCESS), "When a run last ended with nothing left to do."),
+            gauge(FAILED_FOR_GOOD, kept.get(FAILED_FOR_GOOD), "Objects that only --retry-failed tries again."),
             gauge(LAST_EXIT_CODE, kept.get(LAST_EXIT_CODE), "Exit code of the last run that has ended."),
         ]
         try:
@@ -5041,17 +5061,12 @@ class Recorder:
         }
 
     def _watch_results(self) -> None:
-        most = self.run.max_failure_rate
-        failed = self.report.failed.total()
-        if (
-            most is not None
-            and self.report.finished >= FAILURES_BEFORE_RATE_COUNTS
-            and failed > most * self.report.finished
-        ):
-            reasons = ", ".join(f"{code} {count}" for code, count in self.report.failed.most_common(3))
-            because = (
-                f"{failed} of {self.report.finished} failed ({reasons}), more than run.max_failure_rate = {most:.3g}"
-            )
+        most, failed = self.run.max_failure_rate, costly(self.report.failed)
+        tried = self.report.counts["converted"] + failed.total()
+        if most is not None and tried >= FAILURES_BEFORE_RATE_COUNTS and failed.total() > most * tried:
+            reasons = ", ".join(f"{code} {count}" for code, count in failed.most_common(3))
+            share = f"run.max_failure_rate = {100 * most:.3g}%"
+            because = f"{failed.total()} of {tried} failed ({reasons}), more than {share}"
             hint = f"see {self.run.failures}; then run it again, or raise run.max_failure_rate"
             self.shared.stop.request(Stop(because, hint))
 
@@ -5164,10 +5179,8 @@ def say_start(settings: Settings, journal: Journal) -> None:
     log.info("converting %s with %d workers", about, workers, extra=told("start", **fields))
     if settings.retry_failed:
         count = journal.failed_for_good(settings.jobs)
-        objects = "1 object" if count == 1 else f"{count} objects"
-        log.info(
-            "--retry-failed: %s that failed for good will be tried again", objects, extra=told("retry", count=count)
-        )
+        said = f"--retry-failed: {counted(count, 'object')} that failed for good will be tried again"
+        log.info("%s", said, extra=told("retry", count=count))
 
 
 def describe(settings: Settings) -> str:
@@ -5264,6 +5277,12 @@ REMEDIES = {
 }
 
 
+PAID_TWICE_HINT = (
+    "the API has seen the request before, from a run that this checkpoint does not know; "
+    "compare with your account's usage page"
+)
+
+
 def remedy(code: str) -> str:
     """What to do about failures with a code."""
     # The API may have codes that no page of it names; the status, where that is all there is, still says whose fault.
@@ -5302,6 +5321,8 @@ def next_steps(report: Report, settings: Settings) -> Iterator[str]:
         yield f"next: the next run tries {passing} of the failures again"
     if for_good:
         yield f"next: {for_good} failed for good; when the cause is removed, run it with --retry-failed"
+    if before := report.counts[FAILED_BEFORE]:
+        yield f"next: {before} failed for good in an earlier run; --status counts them, --retry-failed tries them again"
     if report.failed:
         yield f"failures are in {settings.run.failures}"
 
@@ -5319,21 +5340,27 @@ def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
     yield f"time          {found['seconds']:.1f} s, {found['per_second']:.1f} files/s"
     if found["p50_seconds"] is not None:
         yield f"latency       p50 {found['p50_seconds']:.2f} s, p95 {found['p95_seconds']:.2f} s"
-    yield f"requests      {found['requests']} ({found['throttled']} throttled, {found['replays']} replays)"
+    replays = counted(found["replays"], "replay")
+    yield f"requests      {found['requests']} ({found['throttled']} throttled, {replays})"
     if found["possible_double_charges"]:
-        yield f"warning       {found['possible_double_charges']} conversions may have been charged twice"
+        twice = counted(found["possible_double_charges"], "conversion")
+        yield f"warning       {twice} may have been charged twice, for example {shown(report.maybe_paid_twice)}"
+        yield f"              {PAID_TWICE_HINT}"
     if found["remaining"] is not None:
-        yield f"quota         {found['remaining']} conversions remain"
+        yield f"quota         {counted(found['remaining'], 'conversion')} left"
     yield from next_steps(report, settings)
 
 
 def summary_line(report: Report) -> str:
     """The end of a run in one line."""
     found = report.summary()
-    skipped, failed = sum(found["skipped"].values()), report.failed.total()
+    before = report.counts[FAILED_BEFORE]
+    # Outputs between the sources are nothing that anybody would have converted.
+    skipped = sum(found["skipped"].values()) - before - report.counts[OWN_OUTPUT]
     return (
         f"converted {found['converted']} in {found['seconds']:.1f} s, already done {found['already_done']}, "
-        f"skipped {skipped}, failed {failed}, left {found['left']}"
+        f"skipped {skipped}, {f'failed before {before}, ' if before else ''}failed {report.failed.total()}, "
+        f"left {found['left']}"
     )
 
 
@@ -5449,8 +5476,11 @@ class Forecast:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know before the run."""
+        if not self.total(LISTED):
+            yield from empty_listing_warnings(self.settings)
         yield from quota_warnings(self.in_one_run, self.usage, self.usage_problem, self.settings.api)
-        most, failed = self.settings.run.max_failure_rate, self.failed.total()
+        most = self.settings.run.max_failure_rate
+        failed = sum(costly({code: count}).total() for (_, code), count in self.failed.items())
         tried = self.conversions + failed
         if most is not None and failed > most * tried and tried >= FAILURES_BEFORE_RATE_COUNTS:
             yield f"{failed} of {tried} would fail, more than run.max_failure_rate: the run would stop early"
@@ -5899,7 +5929,7 @@ def can_list(bucket: Bucket, prefix: str, listed: list[S3Object]) -> str:
     page = bucket.read_page(bucket.name, prefix).objects
     listed += page
     if not page:
-        raise Doubt("no key begins so", "check s3.bucket and s3.prefix")
+        raise Doubt("no key begins with this prefix", "check s3.bucket and s3.prefix")
     return f"{len(page)} objects{' and more' if len(page) == PAGE_KEYS else ''}"
 
 
@@ -6077,7 +6107,7 @@ def build_parser() -> Parser:
     add("--target", metavar="FORMAT", help="format to convert to (convert.target)")
     add("--workers", metavar="N", help="conversions at a time (run.workers)")
     add("--processes", metavar="N", help="processes that share the workers out (run.processes)")
-    add("--limit", metavar="N", help="conversions to pay for in this run (api.max_conversions)")
+    add("--limit", metavar="N", help="conversions to ask for, failed ones included (api.max_conversions)")
     add(
         "--shard",
         metavar="I/N",
@@ -6177,6 +6207,9 @@ def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
 
 def finish(report: Report, settings: Settings) -> ExitCode:
     """Say what the run came to."""
+    if report.is_whole and not report.counts["listed"]:
+        for warning in empty_listing_warnings(settings):
+            log.warning("%s", warning)
     if settings.log_format == "json":
         log_summary(report)
         text = json.dumps(without_secrets(report.summary()), ensure_ascii=False)
@@ -6188,6 +6221,16 @@ def finish(report: Report, settings: Settings) -> ExitCode:
     with contextlib.suppress(OSError):
         print(text, flush=True)
     return report.exit_code
+
+
+def empty_listing_warnings(settings: Settings) -> Iterator[str]:
+    """What may be wrong where a whole listing has nothing in it; a part of the work, or of the keys, may be empty."""
+    if settings.keys_from or settings.shard.count > 1:
+        return
+    for prefix in dict.fromkeys(job.prefix for job in settings.jobs):
+        meant = f'; keys rarely begin with "/": did you mean "{prefix.lstrip("/")}"?' if prefix.startswith("/") else ""
+        said = f"no key begins with {json.dumps(prefix, ensure_ascii=False)}" if prefix else "there is no object"
+        yield f"{said} in s3://{settings.s3.bucket}{meant}"
 
 
 def log_summary(report: Report) -> None:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,37 @@ def test_quiet_says_one_line_when_all_is_well(run_cli: Cli, bucket: Any) -> None
     assert run.out.count("\n") == 1
 
 
+def test_quiet_says_how_many_failed_for_good_before_and_does_not_count_outputs(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for name in ("a.png", "b.png", "same.jpg"):
+        bucket.put(name, photo(1, "png"))
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    run_cli()
+    run = run_cli("-q")
+    assert (run.exit_code, run.summary["skipped"]["own_output"]) == (0, 1)
+    assert re.fullmatch(
+        r"converted 0 in \S+ s, already done 1, skipped 1, failed before 1, failed 0, left 0\n", run.out
+    )
+    said = "next: 1 failed for good in an earlier run; --status counts them, --retry-failed tries them again\n"
+    assert said in run_cli().out
+
+
+def test_what_may_have_been_paid_twice_is_named_with_a_hint() -> None:
+    report, task = program.Report(), program.Task("default", "f", "a.png", "e", 1, "jpg", None, "o", "i")
+    for key in ("a.png", "b.png"):
+        done = program.Outcome(replace(task, key=key), program.Event.CONVERTED, maybe_paid_twice=True)
+        report.add(replace(done, replayed=True, remaining=1))
+        if key == "a.png":
+            settings = program.load_settings(None, {"CTF_API_KEY": "k", "S3_BUCKET": "b", "TARGET_FORMAT": "jpg"}, [])
+            lines = list(program.summary_lines(report, settings))
+            assert "warning       1 conversion may have been charged twice, for example a.png" in lines
+            assert lines[lines.index("quota         1 conversion left") - 1].strip() == program.PAID_TWICE_HINT
+            assert "requests      0 (0 throttled, 1 replay)" in lines
+    said = "warning       2 conversions may have been charged twice, for example a.png"
+    assert said in program.summary_lines(report, settings)
+
+
 def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     bucket.put("a.png", photo(1, "png"))
     api.faults.add(Fault.status_reply(422, "unsupported_route"))
@@ -221,7 +253,8 @@ def test_a_failure_rate_over_the_limit_says_what_failed_and_what_to_do(
     run = run_cli("--workers", "1")
     assert run.exit_code == 3
     assert f"remedy: {program.REMEDIES['unsupported_route']}" in run.out
-    assert re.search(r"stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate", run.out)
+    said = r"stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate = 2%\n"
+    assert re.search(said, run.out)
 
 
 def test_each_code_of_this_program_has_a_remedy() -> None:
