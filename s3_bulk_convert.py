@@ -16,7 +16,7 @@ Memory does not depend on the size of the bucket: at most one page of the listin
 Files written: the checkpoint (SQLite, with its `-wal` and `-shm`, and a `.lock` beside it), the failures file (JSON
 lines, appended), a run summary (JSON) and metrics (Prometheus textfile) where `run.summary`, `run.metrics` name them.
 
-Exit codes: 0 every eligible object is converted; 1 finished, but some objects failed; 2 usage or configuration error,
+Exit codes: 0 nothing is left to do; 1 finished, but some objects failed; 2 usage or configuration error,
 nothing was started; 3 stopped early, work is left; 4 another run holds the checkpoint; 130, 143 interrupted.
 
 SIGINT, SIGTERM, SIGHUP: nothing new is sent, what is in flight gets `run.shutdown_grace` to finish. A second signal
@@ -205,6 +205,17 @@ FORMAT_ALIASES = {
     "yml": "yaml",
     "markdown": "md",
 }
+BUCKET_NAME = r"[A-Za-z0-9._-]{1,255}|arn:aws.*:s3.*:accesspoint[/:][A-Za-z0-9.-]+"  # what boto3 lets through
+# How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
+GLOB_MISTAKES = {
+    r".*,|.*,\*.*": "separate globs by spaces, without commas",
+    r".*\{.*,.*\}.*": "give a glob of its own for each, as in *.jpg *.png",
+    r"/.*": "keys do not begin with /",
+    r".*\\\..*": "expected globs such as *.png, and no regular expressions",
+    r"""(["']).*\1""": "expected globs such as *.png",
+    r"[^*?[]*/": "did you mean {}*?",
+    r"[^*?[./]+": "did you mean *.{}?",
+}
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
@@ -281,6 +292,11 @@ class Stop:
         return self.exit_code in {ExitCode.SIGINT, ExitCode.SIGTERM}
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of something."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class UserError(Exception):
     """An expected failure: `hint` tells the person what to do, `exit_code` tells the shell."""
 
@@ -290,13 +306,14 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """Every problem of the configuration at once, one a line."""
+    """Every problem of the configuration at once, one a line. `path`: of the INI file, if any of them is in it."""
 
-    def __init__(self, origin: str, problems: Sequence[str]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    def __init__(self, path: Path | None, problems: Sequence[str]) -> None:
         lines = "".join(f"\n  - {problem}" for problem in problems)
+        look = "compare it with config.example.ini" if path else "see --help and config.example.ini"
         super().__init__(
-            f"{origin} has {count}{lines}", "compare it with config.example.ini; nothing was listed or converted"
+            f"{path or 'the configuration'} has {counted(len(problems), 'problem')}{lines}",
+            f"{look}; nothing was listed or converted",
         )
 
 
@@ -561,9 +578,43 @@ def text(given: str) -> str:
     return given
 
 
-def words(given: str) -> tuple[str, ...]:
-    """Words separated by white space."""
-    return tuple(given.split())
+def bucket_name(option: str) -> Callable[[str], str]:
+    """A reader of a bucket's name, or the ARN of an access point; `option`: which one is read."""
+
+    def read(given: str) -> str:
+        address = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", given)
+        if address:
+            below = f" and prefix = {address[2]}/" if address[2] and option == "bucket" else ""
+            raise ValueError(f"expected a bucket's name; did you mean {option} = {address[1]}{below}?")
+        if given and not re.fullmatch(BUCKET_NAME, given):
+            raise ValueError("expected a bucket's name")
+        return given
+
+    return read
+
+
+def key_prefix(given: str) -> str:
+    """What keys begin with. Any text may be one, but not what is surely meant for another program."""
+    if given.startswith("s3://"):
+        raise ValueError("give only what follows the bucket")
+    if is_quoted(given):
+        raise ValueError("expected the beginning of a key")
+    return given
+
+
+def globs(given: str) -> tuple[str, ...]:
+    """Globs separated by white space. What can hardly match a key is refused: a run would silently convert nothing."""
+    patterns = tuple(given.split())
+    for pattern in patterns:
+        for mistake, said in GLOB_MISTAKES.items():
+            if re.fullmatch(mistake, pattern):
+                raise ValueError(said.format(pattern))
+    return patterns
+
+
+def is_quoted(given: str) -> bool:
+    """Whether a value stands in quotes, as other programs want it."""
+    return re.fullmatch(r"""(["']).*\1""", given, re.DOTALL) is not None
 
 
 def boolean(given: str) -> bool:
@@ -704,9 +755,9 @@ def shard(given: str) -> Shard:
 class S3Options:
     """The options of [s3]."""
 
-    bucket: str = option(text, "bucket to read from", default="", required=True)
-    prefix: str = option(text, "only keys that begin so", default="")
-    output_bucket: str = option(text, "bucket to write to, if it is another", default="")
+    bucket: str = option(bucket_name("bucket"), "bucket to read from", default="", required=True)
+    prefix: str = option(key_prefix, "only keys that begin so", default="")
+    output_bucket: str = option(bucket_name("output_bucket"), "bucket to write to, if it is another", default="")
     output_key: str = option(
         text,
         "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
@@ -738,8 +789,8 @@ class ConvertOptions:
     """The options of [convert], which a [job NAME] may override."""
 
     target: str = option(file_format, "format to convert to", default="", required=True)
-    include: tuple[str, ...] = option(words, "globs of what to convert", default=("*",))
-    exclude: tuple[str, ...] = option(words, "globs of what to leave out", default=())
+    include: tuple[str, ...] = option(globs, "globs of what to convert", default=("*",))
+    exclude: tuple[str, ...] = option(globs, "globs of what to leave out", default=())
     min_size: int | None = option(unless("none", size), "only objects of at least this size", default=None)
     max_size: int | None = option(unless("none", size), "only objects of at most this size", default=None)
     newer_than: float | None = option(unless("none", duration), "only objects changed within this time", default=None)
@@ -765,7 +816,9 @@ class ApiOptions:
     requests_per_minute: int | None = option(
         unless("auto", whole(1)), "cap on the rate; auto: what the API allows", default=None
     )
-    max_conversions: int | None = option(unless("none", whole(1)), "conversions to pay for in one run", default=None)
+    max_conversions: int | None = option(
+        unless("none", whole(1)), "conversions to ask for in one run, failed ones included", default=None
+    )
     keep_remaining: int = option(whole(0), "stop when the month has so many conversions left", default=0)
     timeout: float = option(duration, "how long to wait for an answer", default=150.0)
     retries: int = option(whole(0, 20), "transient failures that one object may have", default=5)
@@ -807,6 +860,7 @@ SHARDED_FILES = (
     "metrics",
 )  # options of [run] that name what one run alone may write
 JOB_OPTIONS = (*(part.name for part in fields(ConvertOptions)), "prefix", "output_key")
+NO_KEY = "[api] key is missing: set CTF_API_KEY, or api.key or api.key_file"
 ENVIRONMENT = {
     "CTF_API_KEY": ("api", "key"),
     "S3_BUCKET": ("s3", "bucket"),
@@ -890,6 +944,7 @@ class Settings:
     keys_from: str | None = None
     quiet: bool = False
     log_format: str = "text"
+    key_problem: str = ""  # why there is no API key, for commands that can do without
 
     def for_shard(self, shard: Shard) -> "Settings":
         """The same for one shard: with files of its own and its share of the cap, which may be 0.
@@ -928,12 +983,13 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
         if not required:
             return []
         raise UserError(f"{path} does not exist", "give the INI file with -c, or copy config.example.ini") from None
-    except (OSError, UnicodeDecodeError, configparser.Error) as problem:
-        # configparser's own message may quote the line, and the line may be the one with the key.
-        what = type(problem).__name__ if isinstance(problem, configparser.Error) else str(problem)
-        line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), None)
-        where = f" in line {line}" if line else ""
-        raise UserError(f"{path} cannot be read: {what}{where}", "compare it with config.example.ini") from None
+    except configparser.Error as problem:
+        line, what = syntax_problem(problem)
+        raise UserError(f"{path}, line {line}: {what}", "compare it with config.example.ini") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory", "give the INI file with -c, or copy config.example.ini") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path} cannot be read: {problem}", "compare it with config.example.ini") from None
     # A section counts without options too: it may be misspelt, or a job that overrides nothing.
     return [
         Given(section, name, value.strip(), f"[{section}] {name}")
@@ -942,12 +998,24 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
     ]
 
 
+def syntax_problem(problem: configparser.Error) -> tuple[int, str]:
+    """Where an INI file is none, and why: never the line itself, which may be the one with the key."""
+    line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), 0)
+    if isinstance(problem, configparser.DuplicateOptionError):
+        return line, f"[{problem.section}] {problem.option} is given twice"
+    if isinstance(problem, configparser.DuplicateSectionError):
+        return line, f"[{problem.section}] is there twice"
+    if isinstance(problem, configparser.MissingSectionHeaderError):
+        return line, "no [section] above it; begin with [s3]"
+    return line, "expected NAME = VALUE"
+
+
 def refuse_exposed_key(path: Path, mode: int, parser: configparser.ConfigParser) -> None:
     """Raise UserError if the file holds the API key and others can read it."""
     if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
         raise UserError(
             f"{path} holds the API key and others can read it (mode {stat.S_IMODE(mode):04o})",
-            f"type: chmod 600 {path}",
+            f"run: chmod 600 {path}",
         )
 
 
@@ -1017,14 +1085,16 @@ def unknown_name_problem(given: Given) -> str | None:
         names = list(specs_of(given.section))
     else:
         return f"[{given.section}] is not a section{did_you_mean(given.section, [*SECTIONS, 'job NAME'])}"
-    if given.name and given.name not in names:
-        return f"[{given.section}] {given.name} is not an option{did_you_mean(given.name, names)}"
-    return None
+    if not given.name or given.name in names:
+        return None
+    elsewhere = [f"[{section}] {given.name}" for section in SECTIONS if given.name in specs_of(section)]
+    meant = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(given.name, names)
+    return f"{given.named} is not an option{meant}"
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """The rest of a sentence that names what is probably meant."""
-    near = difflib.get_close_matches(name, known, n=1)
+    """The rest of a sentence that names what is probably meant, in whatever case it was written."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
@@ -1035,7 +1105,14 @@ def noting_problem(problems: list[str], given: Given, spec: OptionSpec) -> Itera
         yield
     except ValueError as expected:
         shown = "(not shown)" if spec.secret else given.value
-        problems.append(f"{given.named} = {shown}: {expected}")
+        problems.append(f"{given.named} = {shown}: {expected}{what_to_take_away(given.value)}")
+
+
+def what_to_take_away(value: str) -> str:
+    """The rest of a sentence about what stands around a value in other programs' files."""
+    if is_quoted(value):
+        return "; take the quotes away"
+    return "; comments stand on lines of their own" if re.search(r"\s[;#]", value) else ""
 
 
 def read_values(specs: Mapping[str, OptionSpec], given: Iterable[Given], problems: list[str]) -> dict[str, Any]:
@@ -1045,6 +1122,12 @@ def read_values(specs: Mapping[str, OptionSpec], given: Iterable[Given], problem
         with noting_problem(problems, entry, specs[name]):
             values[name] = specs[name].reader(entry.value)
     return values
+
+
+def from_its_place(problem: str, named: Mapping[str, str]) -> str:
+    """A problem under the name of the place where its option was given: a variable, a flag, the INI file."""
+    option, equals, rest = problem.partition(" = ")
+    return named.get(option, option) + equals + rest
 
 
 def in_section(section: str, given: Iterable[Given]) -> list[Given]:
@@ -1132,17 +1215,28 @@ def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
     key = api.key
     if not key and api.key_file:
         try:
-            key = Path(api.key_file).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as problem:
-            problems.append(
-                f"[api] key_file = {api.key_file}: {getattr(problem, 'strerror', None) or 'not a text file'}"
-            )
+            key = read_key_file(api.key_file)
+        except ValueError as problem:
+            problems.append(f"[api] key_file = {api.key_file}: {problem}")
             return api
     if not key:
-        problems.append("[api] key is missing: set CTF_API_KEY, or api.key or api.key_file")
+        problems.append(NO_KEY)
     elif not re.fullmatch(r"[!-~]+", key):
         problems.append("[api] key = (not shown): expected printable ASCII without spaces")
     return replace(api, key=key)
+
+
+def read_key_file(path: str) -> str:
+    """The key in a file. Raises ValueError with what is wrong."""
+    try:
+        found = Path(path).expanduser().read_text(encoding="ascii").split()
+    except OSError as problem:
+        raise ValueError(problem.strerror) from None
+    except (UnicodeDecodeError, RuntimeError):
+        raise ValueError("not a text file") from None
+    if len(found) != 1:
+        raise ValueError("expected the key and nothing else" if found else "the file is empty")
+    return found[0]
 
 
 def load_settings(
@@ -1164,18 +1258,21 @@ def load_settings(
     problems = [problem for problem in map(unknown_name_problem, given) if problem]
     sections = {name: read_values(specs_of(name), in_section(name, given), problems) for name in ("s3", "api", "run")}
     s3, api, run = S3Options(**sections["s3"]), ApiOptions(**sections["api"]), RunOptions(**sections["run"])
-    if not s3.bucket:
+    if not any(entry.name == "bucket" and entry.value for entry in in_section("s3", given)):
         problems.insert(0, "[s3] bucket is missing")
     problems += path_problems(run)
     if run.processes > run.workers:
         problems.append(f"[run] processes = {run.processes}: more than the {run.workers} workers that they share")
     jobs = read_jobs(given, s3, problems)
-    api = read_key(api, problems if needs_key else [])
+    key_problems: list[str] = []
+    api = read_key(api, problems if needs_key else key_problems)
     own_shard = read_shard(shard_flag, environ, problems)
     if problems:
-        origin = str(path or "config.ini") if ini else "the configuration"
-        raise ConfigError(origin, list(dict.fromkeys(problems)))
-    return Settings(s3, api, run, jobs).for_shard(own_shard)
+        named = {f"[{entry.section}] {entry.name}": entry.named for entry in given}
+        told = list(dict.fromkeys(from_its_place(problem, named) for problem in problems))
+        is_in_file = any(problem.startswith("[") for problem in told)
+        raise ConfigError((path or Path("config.ini")) if ini and is_in_file else None, told)
+    return Settings(s3, api, run, jobs, key_problem="".join(key_problems)).for_shard(own_shard)
 
 
 ########################################################################################################################
@@ -4602,8 +4699,8 @@ class Feeder:
             return None
         settings = self.shared.settings
         return Stop(
-            f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
-            "run it again to go on, or raise api.max_conversions (--limit)",
+            f"the cap of {counted(settings.api.max_conversions or 0, 'conversion')}{settings.shard.named} is reached",
+            "run it again to go on, or raise api.max_conversions (--limit); failed ones count, for they may be charged",
         )
 
     def _within_budget(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -4986,6 +5083,8 @@ def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
 ########################################################################################################################
 
 Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None  # None: a worker, or a process of them, has left
+# Failures that cost nothing and say nothing of the API: they do not count for run.max_failure_rate.
+FREE_FAILURES = ("output_collision", "output_key_too_long", "too_large", "source_gone")
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
 
 
@@ -4998,6 +5097,7 @@ class Report:
         self.failed: Counter[str] = Counter()
         self.latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it
+        self.maybe_paid_twice = ""  # the first key that the API may have been paid for twice
         self.remaining: int | None = None
         self.total: int | None = None  # what `eligible` will come to, if a counting pass has said so
         self.stop: Stop | None = None
@@ -5014,6 +5114,8 @@ class Report:
         self.counts["throttled"] += outcome.throttled
         self.counts["replays"] += outcome.replayed
         self.counts["possible_double_charges"] += outcome.maybe_paid_twice
+        if outcome.maybe_paid_twice and not self.maybe_paid_twice:
+            self.maybe_paid_twice = outcome.task.key
         # Answers come out of order: the smallest number is the newest.
         if outcome.remaining is not None:
             self.remaining = min(outcome.remaining, outcome.remaining if self.remaining is None else self.remaining)
@@ -5089,6 +5191,11 @@ class Report:
             "exit_code": int(self.exit_code),
             "stopped_because": self.stop.because if self.stop else None,
         }
+
+
+def costly(failed: Mapping[str, int]) -> Counter[str]:
+    """Of failures by code, those that count for the failure rate."""
+    return Counter({code: count for code, count in failed.items() if code not in FREE_FAILURES})
 
 
 def told(event: str, **fields: Any) -> dict[str, Any]:
@@ -5238,6 +5345,7 @@ COUNTERS = {
 }
 # Of the last run that ended, and kept in the file while the next one is at work, and when that one fails.
 LAST_SUCCESS, LAST_EXIT_CODE = "last_success_timestamp_seconds", "last_exit_code"
+FAILED_FOR_GOOD = "failed_for_good_objects"
 
 
 def gauge(name: str, value: float | None, about: str) -> Metric:
@@ -5281,6 +5389,7 @@ class Metrics:
         self._workers, self._clock, self._due, self._has_warned = settings.run.workers, clock, 0.0, False
         # The checkpoint is what sets one run apart from another whose file the same node_exporter reads.
         self._labels = {"bucket": settings.s3.bucket, "checkpoint": settings.run.checkpoint}
+        self._sees_all = not settings.keys_from
         self._kept = self._read_kept()
 
     def _read_kept(self) -> dict[str, float]:
@@ -5289,7 +5398,7 @@ class Metrics:
             old = self._path.read_text(encoding="utf-8") if self._path else ""
         except (OSError, UnicodeDecodeError):
             return {}
-        pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE})\{{.*\}} ([0-9.]+)$"
+        pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE}|{FAILED_FOR_GOOD})\{{.*\}} ([0-9.]+)$"
         return {name: float(value) for name, value in re.findall(pattern, old, re.MULTILINE)}
 
     def refresh(self, report: Report) -> None:
@@ -5301,6 +5410,11 @@ class Metrics:
     def finish(self, report: Report) -> None:
         """Write what the run has come to."""
         self._kept[LAST_EXIT_CODE] = report.exit_code
+        for_good = report.counts["failed_for_good"] + report.counts[FAILED_BEFORE]
+        # A run that has not seen everything does not know that there are fewer than before.
+        self._kept[FAILED_FOR_GOOD] = (
+            for_good if self._sees_all and report.is_whole else max(for_good, self._kept.get(FAILED_FOR_GOOD, 0))
+        )
         if report.exit_code is ExitCode.DONE:
             self._kept[LAST_SUCCESS] = time.time()
         self._write(report, is_running=False)
@@ -5310,7 +5424,8 @@ class Metrics:
         metrics = [
             *metrics_of(report, self._workers),
             gauge("running", is_running, "Whether a run is at work."),
-            gauge(LAST_SUCCESS, kept.get(LAST_SUCCESS), "When a run last ended with everything converted."),
+            gauge(LAST_SUCCESS, kept.get(LAST_SUCCESS), "When a run last ended with nothing left to do."),
+            gauge(FAILED_FOR_GOOD, kept.get(FAILED_FOR_GOOD), "Objects that only --retry-failed tries again."),
             gauge(LAST_EXIT_CODE, kept.get(LAST_EXIT_CODE), "Exit code of the last run that has ended."),
         ]
         try:
@@ -5408,17 +5523,12 @@ class Recorder:
         }
 
     def _watch_results(self) -> None:
-        most = self.run.max_failure_rate
-        failed = self.report.failed.total()
-        if (
-            most is not None
-            and self.report.finished >= FAILURES_BEFORE_RATE_COUNTS
-            and failed > most * self.report.finished
-        ):
-            reasons = ", ".join(f"{code} {count}" for code, count in self.report.failed.most_common(3))
-            because = (
-                f"{failed} of {self.report.finished} failed ({reasons}), more than run.max_failure_rate = {most:.3g}"
-            )
+        most, failed = self.run.max_failure_rate, costly(self.report.failed)
+        tried = self.report.counts["converted"] + failed.total()
+        if most is not None and tried >= FAILURES_BEFORE_RATE_COUNTS and failed.total() > most * tried:
+            reasons = ", ".join(f"{code} {count}" for code, count in failed.most_common(3))
+            share = f"run.max_failure_rate = {100 * most:.3g}%"
+            because = f"{failed.total()} of {tried} failed ({reasons}), more than {share}"
             hint = f"see {self.run.failures}; then run it again, or raise run.max_failure_rate"
             self.shared.stop.request(Stop(because, hint))
 
@@ -5531,10 +5641,8 @@ def say_start(settings: Settings, journal: Journal) -> None:
     log.info("converting %s with %d workers", about, workers, extra=told("start", **fields))
     if settings.retry_failed:
         count = journal.failed_for_good(settings.jobs)
-        objects = "1 object" if count == 1 else f"{count} objects"
-        log.info(
-            "--retry-failed: %s that failed for good will be tried again", objects, extra=told("retry", count=count)
-        )
+        said = f"--retry-failed: {counted(count, 'object')} that failed for good will be tried again"
+        log.info("%s", said, extra=told("retry", count=count))
 
 
 def describe(settings: Settings) -> str:
@@ -5634,6 +5742,12 @@ REMEDIES = {
 }
 
 
+PAID_TWICE_HINT = (
+    "the API has seen the request before, from a run that this checkpoint does not know; "
+    "compare with your account's usage page"
+)
+
+
 def remedy(code: str) -> str:
     """What to do about failures with a code."""
     # The API may have codes that no page of it names; the status, where that is all there is, still says whose fault.
@@ -5672,6 +5786,8 @@ def next_steps(report: Report, settings: Settings) -> Iterator[str]:
         yield f"next: the next run tries {passing} of the failures again"
     if for_good:
         yield f"next: {for_good} failed for good; when the cause is removed, run it with --retry-failed"
+    if before := report.counts[FAILED_BEFORE]:
+        yield f"next: {before} failed for good in an earlier run; --status counts them, --retry-failed tries them again"
     if report.failed:
         yield f"failures are in {settings.run.failures}"
 
@@ -5689,21 +5805,27 @@ def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
     yield f"time          {found['seconds']:.1f} s, {found['per_second']:.1f} files/s"
     if found["p50_seconds"] is not None:
         yield f"latency       p50 {found['p50_seconds']:.2f} s, p95 {found['p95_seconds']:.2f} s"
-    yield f"requests      {found['requests']} ({found['throttled']} throttled, {found['replays']} replays)"
+    replays = counted(found["replays"], "replay")
+    yield f"requests      {found['requests']} ({found['throttled']} throttled, {replays})"
     if found["possible_double_charges"]:
-        yield f"warning       {found['possible_double_charges']} conversions may have been charged twice"
+        twice = counted(found["possible_double_charges"], "conversion")
+        yield f"warning       {twice} may have been charged twice, for example {shown(report.maybe_paid_twice)}"
+        yield f"              {PAID_TWICE_HINT}"
     if found["remaining"] is not None:
-        yield f"quota         {found['remaining']} conversions remain"
+        yield f"quota         {counted(found['remaining'], 'conversion')} left"
     yield from next_steps(report, settings)
 
 
 def summary_line(report: Report) -> str:
     """The end of a run in one line."""
     found = report.summary()
-    skipped, failed = sum(found["skipped"].values()), report.failed.total()
+    before = report.counts[FAILED_BEFORE]
+    # Outputs between the sources are nothing that anybody would have converted.
+    skipped = sum(found["skipped"].values()) - before - report.counts[OWN_OUTPUT]
     return (
         f"converted {found['converted']} in {found['seconds']:.1f} s, already done {found['already_done']}, "
-        f"skipped {skipped}, failed {failed}, left {found['left']}"
+        f"skipped {skipped}, {f'failed before {before}, ' if before else ''}failed {report.failed.total()}, "
+        f"left {found['left']}"
     )
 
 
@@ -5819,8 +5941,11 @@ class Forecast:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know before the run."""
+        if not self.total(LISTED):
+            yield from empty_listing_warnings(self.settings)
         yield from quota_warnings(self.in_one_run, self.usage, self.usage_problem, self.settings.api)
-        most, failed = self.settings.run.max_failure_rate, self.failed.total()
+        most = self.settings.run.max_failure_rate
+        failed = sum(costly({code: count}).total() for (_, code), count in self.failed.items())
         tried = self.conversions + failed
         if most is not None and failed > most * tried and tried >= FAILURES_BEFORE_RATE_COUNTS:
             yield f"{failed} of {tried} would fail, more than run.max_failure_rate: the run would stop early"
@@ -6117,12 +6242,16 @@ def say(line: str) -> None:
 
 def check(settings: Settings) -> ExitCode:
     """Prove what a run needs, one line each."""
-    is_ready = True
+    verdicts: Counter[str] = Counter()
     for finding in findings(settings):
         # Each line as soon as it is known: the next one may have to wait for the network.
-        is_ready &= finding.verdict != "FAIL"
-        say(settings.hide(str(finding)))
-    return ExitCode.DONE if is_ready else ExitCode.USAGE
+        verdicts[finding.verdict] += 1
+        if not (settings.quiet and finding.verdict == "OK"):
+            say(settings.hide(str(finding)))
+    named = ("FAIL", "WARN") if verdicts["FAIL"] else ("OK", "WARN")
+    counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in named if verdicts[verdict])
+    say(f"not ready: {counts}" if verdicts["FAIL"] else f"ready: {counts}")
+    return ExitCode.USAGE if verdicts["FAIL"] else ExitCode.DONE
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
@@ -6138,7 +6267,18 @@ def findings(settings: Settings) -> Iterator[Finding]:
     for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
         yield proved(f"space in {folder}", partial(has_space, folder))
     yield from bucket_findings(settings)
-    yield from api_findings(settings.api)
+    if settings.api.key_file and not settings.key_problem:
+        yield proved("api.key_file", partial(key_is_private, Path(settings.api.key_file).expanduser()))
+    yield from api_findings(settings)
+
+
+def key_is_private(path: Path) -> str:
+    """That only its owner can read a file. Raises Doubt if others can: in a container, there may be no others."""
+    # CTF_API_KEY comes before the file, which need not be there then.
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0
+    if os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise Doubt(f"others can read {path} (mode {mode:04o})", f"run: chmod 600 {path}")
+    return f"others cannot read {path}"
 
 
 def versions() -> str:
@@ -6152,7 +6292,7 @@ def versions() -> str:
     ]
     if old:
         wanted = " ".join(f"'{name}'" for name in old)
-        raise UserError(f"too old for {', '.join(old)}", f"type: {sys.executable} -m pip install {wanted}")
+        raise UserError(f"too old for {', '.join(old)}", f"run: {sys.executable} -m pip install {wanted}")
     return ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {version}" for name, version in found.items())])
 
 
@@ -6259,7 +6399,7 @@ def can_list(bucket: Bucket, prefix: str, listed: list[S3Object]) -> str:
     page = bucket.read_page(bucket.name, prefix).objects
     listed += page
     if not page:
-        raise Doubt("no key begins so", "check s3.bucket and s3.prefix")
+        raise Doubt("no key begins with this prefix", "check s3.bucket and s3.prefix")
     return f"{len(page)} objects{' and more' if len(page) == PAGE_KEYS else ''}"
 
 
@@ -6345,8 +6485,9 @@ def can_delete(bucket: Bucket, key: str, version: str) -> str:
     return "the probe is gone; a run deletes nothing"
 
 
-def api_findings(api: ApiOptions) -> Iterator[Finding]:
+def api_findings(settings: Settings) -> Iterator[Finding]:
     """What a run needs of the API."""
+    api = settings.api
     try:
         ahead = seconds_ahead(api.url)
     except UserError as error:
@@ -6354,6 +6495,9 @@ def api_findings(api: ApiOptions) -> Iterator[Finding]:
         yield Finding("FAIL", "API", f"{error.message}; {error.hint}")
         return
     yield proved("clock of the API", partial(clock_agrees, ahead))
+    if settings.key_problem:
+        yield Finding("FAIL", "API key", settings.key_problem)
+        return
     told: list[Usage] = []
     yield proved("API key", partial(key_is_accepted, api, told))
     for usage in told:
@@ -6400,14 +6544,24 @@ FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that does not repeat an API key that stands where it should not."""
+    """A parser that says little and to the point, and does not repeat an API key that stands where it should not."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and exit 2."""
-        super().error(redacted(message))
+        usage = f"usage: {self.prog} [-c FILE] [options], which --help names"
+        self.exit(ExitCode.USAGE, f"{usage}\n{self.prog}: error: {redacted(message)}\n")
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The command line. What is no option is named, with the one that was probably meant."""
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(f"--{name.lstrip('-').lower()}", self._option_string_actions, n=1)
+            self.error(f"{name} is not an option" + "".join(f"; did you mean {meant}?" for meant in near))
+        return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="s3_bulk_convert.py",
@@ -6423,7 +6577,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target", metavar="FORMAT", help="format to convert to (convert.target)")
     add("--workers", metavar="N", help="conversions at a time (run.workers)")
     add("--processes", metavar="N", help="processes that share the workers out (run.processes)")
-    add("--limit", metavar="N", help="conversions to pay for in this run (api.max_conversions)")
+    add("--limit", metavar="N", help="conversions to ask for, failed ones included (api.max_conversions)")
     add(
         "--shard",
         metavar="I/N",
@@ -6523,6 +6677,9 @@ def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
 
 def finish(report: Report, settings: Settings) -> ExitCode:
     """Say what the run came to."""
+    if report.is_whole and not report.counts["listed"]:
+        for warning in empty_listing_warnings(settings):
+            log.warning("%s", warning)
     if settings.log_format == "json":
         log_summary(report)
         text = json.dumps(without_secrets(report.summary()), ensure_ascii=False)
@@ -6534,6 +6691,16 @@ def finish(report: Report, settings: Settings) -> ExitCode:
     with contextlib.suppress(OSError):
         print(text, flush=True)
     return report.exit_code
+
+
+def empty_listing_warnings(settings: Settings) -> Iterator[str]:
+    """What may be wrong where a whole listing has nothing in it; a part of the work, or of the keys, may be empty."""
+    if settings.keys_from or settings.shard.count > 1:
+        return
+    for prefix in dict.fromkeys(job.prefix for job in settings.jobs):
+        meant = f'; keys rarely begin with "/": did you mean "{prefix.lstrip("/")}"?' if prefix.startswith("/") else ""
+        said = f"no key begins with {json.dumps(prefix, ensure_ascii=False)}" if prefix else "there is no object"
+        yield f"{said} in s3://{settings.s3.bucket}{meant}"
 
 
 def log_summary(report: Report) -> None:
@@ -6585,10 +6752,10 @@ def print_all(lines: Iterable[str], settings: Settings) -> ExitCode:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     give_streams()
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().read(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
-        is_free = arguments.status or arguments.dry_run or arguments.why is not None
+        is_free = arguments.check or arguments.status or arguments.dry_run or arguments.why is not None
         settings = load_settings(
             arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_free
         )

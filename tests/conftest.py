@@ -194,7 +194,7 @@ class Run:
     def _refuse_secrets(self) -> None:
         written = "".join(path.read_text() for path in self.workdir.glob("*.json*"))
         for text in (self.out, self.err, written):
-            assert self._environment.get("CTF_API_KEY", "no key") not in text
+            assert self._environment.get("CTF_API_KEY", "\0") not in text
             assert self._environment["AWS_SECRET_ACCESS_KEY"] not in text
             assert not re.search(r"X-Amz-Signature=(?!\.\.\.)", text)
 
