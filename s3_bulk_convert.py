@@ -2988,6 +2988,8 @@ ENTRY = re.compile(
     rf"<Contents>\s*<Key>([^<]*)</Key>{BETWEEN}<LastModified>([^<]*)</LastModified>{BETWEEN}"
     rf'<ETag>(?:W/)?"?([^<"]*)"?</ETag>{BETWEEN}<Size>(\d+)</Size>({BETWEEN})</Contents>'
 )
+# Ceph says where a page ends by a key, which may have characters that no parser takes.
+PLACE = re.compile(r"<(NextContinuationToken|ContinuationToken|StartAfter)>([^<]*)</\1>")
 
 
 def parse_page(xml: bytes) -> Page:
@@ -3001,12 +3003,13 @@ def parse_page(xml: bytes) -> Page:
         before, _, behind = text.partition("<Contents>")
         # Without its namespace every name is as the documentation has it.
         frame = re.sub(r' xmlns="[^"]*"', "", before + behind.rpartition("</Contents>")[2], count=1)
-        root = ElementTree.fromstring(frame)
+        places = dict(PLACE.findall(frame))
+        root = ElementTree.fromstring(PLACE.sub("", frame))
         count = int(root.findtext("KeyCount", "-1"))
     except (ElementTree.ParseError, ValueError) as error:
         raise BadListing(str(error)) from None
     folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
-    truncated, token = root.findtext("IsTruncated"), root.findtext("NextContinuationToken", "")
+    truncated, token = root.findtext("IsTruncated"), unescaped(places.get("NextContinuationToken", ""))
     # What does not add up is no page: a listing that ends early would leave objects out, unnoticed.
     is_whole = count in {-1, len(entries) + len(folders)} and root.find("Contents") is None
     is_whole &= text.count("<Contents>") == text.count("</Contents") == len(entries)
@@ -3028,14 +3031,18 @@ def parsed_objects(entries: Sequence[tuple[str, ...]], decode: Callable[[str], s
     return list(map(S3Object, keys, etags, map(int, sizes), dates, [is_archived(other) for other in others]))
 
 
-def unescaped(key: str) -> str:
-    """A key without XML's escapes, which are others than HTML's. Raises BadListing."""
-    if "&" not in key:
-        return key
+def unescaped(text: str) -> str:
+    """XML's text without its escapes, which are others than HTML's. Raises BadListing."""
+    if "&" not in text:
+        return text
+    # No parser takes a reference to a control character, but Ceph writes it.
+    pieces = re.split("&#x([01]?[0-9A-Fa-f]);", text)
     try:
-        return ElementTree.fromstring(f"<Key>{key}</Key>").text or ""
+        plain = [ElementTree.fromstring(f"<t>{piece}</t>").text or "" for piece in pieces[::2]]
     except ElementTree.ParseError as error:
         raise BadListing(str(error)) from None
+    control = [chr(int(code, 16)) for code in pieces[1::2]]
+    return "".join(part for pair in zip(plain, [*control, ""], strict=True) for part in pair)
 
 
 def is_archived(entry: str) -> bool:
