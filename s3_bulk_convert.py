@@ -1045,6 +1045,7 @@ def read_jobs(given: Sequence[Given], s3: S3Options, problems: list[str]) -> tup
         name = section.removeprefix("job ").strip() if own else "default"
         jobs.append(make_job(name, replace(s3, **placed), options))
         problems += [*template_problems(jobs[-1], s3), *size_problems(section, options)]
+    problems += crossing_problems(jobs, s3)
     return tuple(jobs)
 
 
@@ -1081,20 +1082,35 @@ def template_problems(job: Job, s3: S3Options) -> list[str]:
     return problems
 
 
+def crossing_problems(jobs: Sequence[Job], s3: S3Options) -> list[str]:
+    """Jobs whose sources are another job's outputs."""
+    literals = {job.name: literal_prefix(job.output_key) for job in jobs if s3.is_one_bucket}
+    return [
+        f"[job {job.name}] prefix = {job.prefix}: lies under the outputs of [job {other}] ({literal}), "
+        "and outputs are never converted"
+        for job, (other, literal) in itertools.product(jobs, literals.items())
+        if literal not in {"", literals[job.name]} and job.prefix.startswith(literal)
+    ]
+
+
 def literal_prefix(template: str) -> str:
     """What every key that a template makes begins with."""
     return template.partition("{")[0]
 
 
 def path_problems(run: RunOptions) -> list[str]:
-    """Files that would be written over each other."""
+    """A checkpoint without a name, and files that would be written over each other."""
+    problems = []
+    if not Path(run.checkpoint).name:
+        problems.append(f"[run] checkpoint = {run.checkpoint}: expected the path of a file")
     named = {"checkpoint": run.checkpoint, "failures": run.failures, "summary": run.summary, "metrics": run.metrics}
     paths = {name: Path(path).absolute() for name, path in named.items() if path}
-    return [
+    problems += [
         f"[run] {second} = {named[second]}: is the {first} file as well"
         for first, second in itertools.combinations(paths, 2)
         if paths[first] == paths[second]
     ]
+    return problems
 
 
 def size_problems(section: str, options: ConvertOptions) -> list[str]:
@@ -1685,6 +1701,8 @@ class Journal:
         self._db.execute("PRAGMA journal_mode = WAL")
         # A commit that a power cut can undo would be a request that was sent and is not known.
         self._db.execute("PRAGMA synchronous = FULL")
+        # On macOS a disk may otherwise say that it has written what it still holds.
+        self._db.execute("PRAGMA fullfsync = 1")
         self._db.execute("PRAGMA journal_size_limit = 67108864")
         if self._is_new():
             statements = list(filter(None, map(str.strip, re.split(r";\n(?=CREATE|$)", SCHEMA))))
@@ -2985,7 +3003,7 @@ def row_objects(lines: Iterable[str], name: str, columns: Sequence[str], bucket:
 
 
 def row_object(cells: Mapping[str, str], name: str, number: int) -> S3Object:
-    """The object of a row, which is a plain key where columns are missing. Raises ValueError, UserError for a bad key."""
+    """The object of a row; a plain key where columns are missing. Raises ValueError, or UserError for a bad key."""
     # S3 writes a space as + and a plus as %2B there. Without "strict", broken UTF-8 would become another key.
     named = named_object(urllib.parse.unquote_plus(cells["Key"], errors="strict"), name, number)
     if not all(cells.get(column) for column in ("ETag", "Size", "LastModifiedDate")):
@@ -5734,6 +5752,11 @@ def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str
     planner.counts.clear()
     planner.tasks_of([source], [route])
     reasons = [name for _, name in planner.counts if name not in {LISTED, RETRIED}]
+    if not reasons and route.job.fingerprint not in steps:
+        claim, count = claim_of(output_key(route.job, source.key)), planner.settings.shard.count
+        reasons = [
+            f"it belongs to shard {each}" for each in (Shard(i, count) for i in range(count)) if each.owns(claim)
+        ]
     return f"leave it: {', '.join(reasons)}" if reasons else steps[route.job.fingerprint]
 
 
@@ -6123,19 +6146,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def trimmed(name: str, value: str) -> str:
+    """A value of the command line; a space that a shell had to be told to keep is a part of the keys."""
+    return value.strip("\r\n") if name in {"prefix", "output_key"} else value.strip()
+
+
 def read_flags(arguments: argparse.Namespace) -> list[Given]:
     """The options given on the command line. Raises UserError if one has no name."""
     given = []
     for flag, (section, name) in FLAGS.items():
         value = getattr(arguments, flag)
         if value is not None:
-            given.append(Given(section, name, value.strip(), f"--{flag} ([{section}] {name})"))
+            given.append(Given(section, name, trimmed(name, value), f"--{flag} ([{section}] {name})"))
     for assignment in arguments.set:
         # The name of a job may hold dots and spaces: the option is what stands behind the last dot before the "=".
         match = re.fullmatch(r"\s*(?:(job [^=]*|[^.=\s]+)\.)([^.=\s]+)\s*=(.*)", assignment, re.DOTALL)
         if match is None:
             raise UserError(f"--set {assignment}: expected SECTION.OPTION=VALUE", "for example --set run.log_every=10")
-        given.append(Given(match[1], match[2].lower(), match[3].strip(), f"--set {match[1]}.{match[2]}"))
+        name = match[2].lower()
+        given.append(Given(match[1], name, trimmed(name, match[3]), f"--set {match[1]}.{match[2]}"))
     return given
 
 

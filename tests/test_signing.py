@@ -95,7 +95,7 @@ def test_credentials_that_are_lost_stop_the_run_and_are_no_bug(monkeypatch: pyte
         raise CredentialRetrievalError(provider="iam-role", error_msg="timed out")
 
     monkeypatch.setattr(signer_of(here)._credentials, "get_frozen_credentials", lost)
-    with pytest.raises(program.RunStopped, match="S3 could not be reached for signing a URL: .*timed out"):
+    with pytest.raises(program.RunStopped, match=r"S3 could not be reached for signing a URL: .*timed out"):
         here.presign("a.png")
 
 
