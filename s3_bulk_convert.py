@@ -208,7 +208,9 @@ TO_CONVERT, TO_RESUME, TO_COPY = "convert", "resume", "copy"
 # What a file of a format begins with: (offset, bytes). A format that is not here is judged by its media type alone.
 SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "jpg": [(0, b"\xff\xd8\xff")],
+    "jfif": [(0, b"\xff\xd8\xff")],
     "png": [(0, b"\x89PNG\r\n\x1a\n")],
+    "apng": [(0, b"\x89PNG\r\n\x1a\n")],
     "gif": [(0, b"GIF87a"), (0, b"GIF89a")],
     "webp": [(8, b"WEBP")],
     "avif": [(4, b"ftypavif"), (4, b"ftypavis")],
@@ -217,6 +219,7 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "bmp": [(0, b"BM")],
     "ico": [(0, b"\0\0\1\0")],
     "pdf": [(0, b"%PDF-")],
+    "ai": [(0, b"%PDF-"), (0, b"%!PS")],
     "zip": [(0, b"PK\3\4"), (0, b"PK\5\6")],
     "gz": [(0, b"\x1f\x8b")],
     "mp4": [(4, b"ftyp")],
@@ -231,7 +234,17 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "mkv": [(0, b"\x1a\x45\xdf\xa3")],
     "rtf": [(0, b"{\\rtf")],
 }
-ZIP_BASED = frozenset({"zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz"})
+ZIP_BASED = frozenset(
+    {
+        *("zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz", "xps", "oxps", "3mf"),
+        *("docm", "dotx", "dotm", "xlsm", "xlsb", "xltx", "xltm", "pptm", "ppsx", "ppsm", "potx", "potm", "vsdx"),
+        *("odg", "odf", "ott", "ots", "otp", "otg", "pages", "numbers", "key", "idml", "usdz"),
+    }
+)
+JSON_TYPES = frozenset({"application/json", "application/problem+json", "text/json"})
+JSON_FORMATS = frozenset({"json", "ndjson", "jsonl", "geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest"})
+ANY_JSON = frozenset({"json", "ndjson", "jsonl"})  # those of them that may begin as the API's error does
+GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
 STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
@@ -1295,12 +1308,17 @@ def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
     return wants
 
 
+def plain_type(media_type: str) -> str:
+    """A media type without its parameters."""
+    return media_type.partition(";")[0].strip()
+
+
 def media_kind(media_type: str) -> str:
     """The format that a media type names; empty if it says nothing."""
-    plain = media_type.partition(";")[0].strip().lower()
-    if plain.endswith("json"):  # application/problem+json as well
+    plain = plain_type(media_type).lower()
+    if plain in JSON_TYPES:
         return "json"
-    if plain in {"", "application/octet-stream", "binary/octet-stream"}:
+    if plain in GENERIC_TYPES:
         return ""
     for ext, extra in EXTRA_MEDIA_TYPES.items():
         if extra == plain:
@@ -1349,9 +1367,10 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
     if kind not in HTML_FORMATS and (declared == "html" or looks_like_html(head)):
         raise BadAnswer("html_answer", "the API answered with an HTML page instead of the file")
-    if kind != "json" and (declared == "json" or looks_like_json_error(head)):
+    is_error = looks_like_json_error(head) and kind not in ANY_JSON
+    if is_error or (declared == "json" and kind not in JSON_FORMATS):
         raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
-    if is_archive_of_pages(kind, declared, disposition, head):
+    if is_archive_of_pages(kind, media_type, disposition, head):
         return Identity("application/zip", ".zip")
     # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
     has_signature = kind in SIGNATURES or kind in ZIP_BASED
@@ -1361,15 +1380,17 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
     # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
-    plain = media_type.partition(";")[0].strip()
-    return Identity(
-        media_type_of(kind) if contradicts or not declared else media_type if kind in TEXT_FORMATS else plain
-    )
+    plain = plain_type(media_type)
+    says_nothing = contradicts or plain.lower() in GENERIC_TYPES
+    return Identity(media_type_of(kind) if says_nothing else media_type if kind in TEXT_FORMATS else plain)
 
 
-def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
+def is_archive_of_pages(kind: str, media_type: str, disposition: str, head: bytes) -> bool:
     """Whether the answer is a ZIP of one file a page, as for a PDF with several pages to jpg."""
-    said = declared in {"zip", ""} or disposition.lower().rstrip('"; ').endswith(".zip")
+    said = media_kind(media_type) == "zip" or disposition.lower().rstrip('"; ').endswith(".zip")
+    # Where nothing says it, a format that is known to begin otherwise cannot be anything else.
+    is_told_apart = kind in SIGNATURES or kind in TEXT_FORMATS
+    said |= is_told_apart and plain_type(media_type).lower() in GENERIC_TYPES
     return said and kind not in ZIP_BASED and begins_like("zip", head)
 
 
