@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo recording test test-slow test-all bench lint clean
+.PHONY: help demo recording test test-slow test-all test-real soak bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -28,6 +28,17 @@ test-slow: .venv/ready  ## the long proofs: random kills, many examples
 
 test-all: .venv/ready  ## all tests but the slow ones on each Python that is here, and with the oldest packages
 	$(BIN)/python -m tests.all_pythons
+
+.venv-ministack/ready: tests/servers/requirements.txt
+	$(PYTHON) -m venv .venv-ministack
+	.venv-ministack/bin/python -m pip install --quiet --disable-pip-version-check -r tests/servers/requirements.txt
+	@touch $@
+
+test-real: .venv/ready .venv-ministack/ready  ## against real S3 servers, also over TLS, and with real tools; ONLY=ceph one of them
+	$(BIN)/python -m tests.real_servers $(ONLY)
+
+soak: .venv/ready  ## an hour of faults, changes and kills: nothing paid twice, lost, wrong or growing; MINUTES=5 less
+	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),60)
 
 .venv/ready-bench: .venv/ready tests/bench/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt

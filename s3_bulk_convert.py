@@ -16,7 +16,7 @@ Memory does not depend on the size of the bucket: at most one page of the listin
 Files written: the checkpoint (SQLite, with its `-wal` and `-shm`, and a `.lock` beside it), the failures file (JSON
 lines, appended), a run summary (JSON) and metrics (Prometheus textfile) where `run.summary`, `run.metrics` name them.
 
-Exit codes: 0 every eligible object is converted; 1 finished, but some objects failed; 2 usage or configuration error,
+Exit codes: 0 nothing is left to do; 1 finished, but some objects failed; 2 usage or configuration error,
 nothing was started; 3 stopped early, work is left; 4 another run holds the checkpoint; 130, 143 interrupted.
 
 SIGINT, SIGTERM, SIGHUP: nothing new is sent, what is in flight gets `run.shutdown_grace` to finish. A second signal
@@ -98,6 +98,8 @@ try:
         MetadataRetrievalError,
         NoCredentialsError,
         PartialCredentialsError,
+        ProxyConnectionError,
+        SSLError,
         TokenRetrievalError,
         UnauthorizedSSOTokenError,
     )
@@ -127,10 +129,14 @@ log = logging.getLogger("s3_bulk_convert")
 ########################################################################################################################
 
 CONNECT_TIMEOUT_SECONDS = 10
+OUTAGE_SECONDS = 300  # as long as a router takes to start anew; after that, it is for the next run
+OUTAGE_PAUSE_SECONDS = 15  # between two attempts in it, at most: a network that is back is soon noticed
 BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
 SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
 SLOTS_REMEMBERED = 10_000  # of the last minute, while the API's limit is unknown
 SECONDS_TO_RECOVER_HALF = 60.0  # of what a 429 has taken off the pace
+SECONDS_TO_DOUBLE_GUESS = 300.0  # of a limit that nobody says; the next 429 takes a fifth off it
+SMALLEST_LIMIT = 10  # requests per minute, of the API's plans; no guess is lower
 MOST_EXCESS = 7.0  # an eighth of the pace is as slow as 429s make it
 FIRST_ANSWER_SECONDS = 5  # to wait for the first answer, which says what the API's limit is
 RETRY_AFTER_CAP_SECONDS = 300  # its windows last a minute: more is a mistake or an attack
@@ -139,17 +145,19 @@ IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer 
 URL_LIFE_SECONDS = IDEMPOTENCY_WINDOW_SECONDS  # a resumed request carries the same URL, so it lives as long
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 JOB_DEADLINE_SECONDS = 6 * 3600
+ROUNDING_SECONDS = 2  # of two times that the API tells in whole seconds
 TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
 PIPE_POLL_SECONDS = 0.01  # how soon an idle worker process gets a task
 DEATHS_ENDURED = 3  # of worker processes, over one object or without any result
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
-MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint within a day takes one
+MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint and each failed job within a day takes one
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
 MULTIPART_BYTES = 100 * 10**6  # a larger output is put in parts, each of which is in memory twice; one PUT is streamed
 PART_BYTES = 5 << 20  # the least that S3 takes
 S3_TIMEOUT_SECONDS = 60
+S3_ATTEMPTS = 5  # about 8 s, in all
 PAGE_KEYS = 1000  # what S3 lists at once
 LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes 160 ms
 PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
@@ -196,6 +204,17 @@ FORMAT_ALIASES = {
     "mpg": "mpeg",
     "yml": "yaml",
     "markdown": "md",
+}
+BUCKET_NAME = r"[A-Za-z0-9._-]{1,255}|arn:aws.*:s3.*:accesspoint[/:][A-Za-z0-9.-]+"  # what boto3 lets through
+# How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
+GLOB_MISTAKES = {
+    r".*,|.*,\*.*": "separate globs by spaces, without commas",
+    r".*\{.*,.*\}.*": "give a glob of its own for each, as in *.jpg *.png",
+    r"/.*": "keys do not begin with /",
+    r".*\\\..*": "expected globs such as *.png, and no regular expressions",
+    r"""(["']).*\1""": "expected globs such as *.png",
+    r"[^*?[]*/": "did you mean {}*?",
+    r"[^*?[./]+": "did you mean *.{}?",
 }
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
@@ -286,6 +305,11 @@ class Stop:
         return self.exit_code in {ExitCode.SIGINT, ExitCode.SIGTERM}
 
 
+def counted(count: int, noun: str) -> str:
+    """So many of something."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class UserError(Exception):
     """An expected failure: `hint` tells the person what to do, `exit_code` tells the shell."""
 
@@ -295,13 +319,14 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """Every problem of the configuration at once, one a line."""
+    """Every problem of the configuration at once, one a line. `path`: of the INI file, if any of them is in it."""
 
-    def __init__(self, origin: str, problems: Sequence[str]) -> None:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    def __init__(self, path: Path | None, problems: Sequence[str]) -> None:
         lines = "".join(f"\n  - {problem}" for problem in problems)
+        look = "compare it with config.example.ini" if path else "see --help and config.example.ini"
         super().__init__(
-            f"{origin} has {count}{lines}", "compare it with config.example.ini; nothing was listed or converted"
+            f"{path or 'the configuration'} has {counted(len(problems), 'problem')}{lines}",
+            f"{look}; nothing was listed or converted",
         )
 
 
@@ -323,6 +348,14 @@ class ObjectFailed(Exception):
     def __init__(self, code: str, message: str, *, permanent: bool, status: int = 0) -> None:
         super().__init__(code, message)
         self.code, self.message, self.permanent, self.status = code, message, permanent, status
+
+
+class JobFailed(ObjectFailed):
+    """A job of the API's came to nothing. `is_old`: it is older than the request that was answered with it."""
+
+    def __init__(self, code: str, message: str, *, permanent: bool, is_old: bool = False) -> None:
+        super().__init__(code, message, permanent=permanent)
+        self.is_old = is_old
 
 
 class BadAnswer(Exception):
@@ -397,6 +430,11 @@ class Task:
     look_first: bool = False  # its output may be there already: see whether it is this version's
     among_sources: bool = False  # outputs lie between sources, and must not overwrite one
     job_id: str = ""  # the API's, where it has accepted this as a job already
+
+    @property
+    def may_be_done(self) -> bool:
+        """Whether the API may have its result. It knows a job for longer than the key of the request that made it."""
+        return self.resumed or bool(self.job_id)
 
 
 class Sent(NamedTuple):
@@ -503,6 +541,8 @@ class Exchange:
     maybe_done: bool = False  # the API may have converted it, and this program does not have the answer
     replayed: bool = False
     maybe_paid_twice: bool = False
+    asked_at: float = -math.inf  # monotonic seconds; when the call in hand was first sent
+    failed_jobs: int = 0  # that may not fail again
     timeouts: int = 0  # 504s: the conversion takes longer than the API's synchronous call may
     remaining: int | None = None
 
@@ -551,9 +591,43 @@ def text(given: str) -> str:
     return given
 
 
-def words(given: str) -> tuple[str, ...]:
-    """Words separated by white space."""
-    return tuple(given.split())
+def bucket_name(option: str) -> Callable[[str], str]:
+    """A reader of a bucket's name, or the ARN of an access point; `option`: which one is read."""
+
+    def read(given: str) -> str:
+        address = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", given)
+        if address:
+            below = f" and prefix = {address[2]}/" if address[2] and option == "bucket" else ""
+            raise ValueError(f"expected a bucket's name; did you mean {option} = {address[1]}{below}?")
+        if given and not re.fullmatch(BUCKET_NAME, given):
+            raise ValueError("expected a bucket's name")
+        return given
+
+    return read
+
+
+def key_prefix(given: str) -> str:
+    """What keys begin with. Any text may be one, but not what is surely meant for another program."""
+    if given.startswith("s3://"):
+        raise ValueError("give only what follows the bucket")
+    if is_quoted(given):
+        raise ValueError("expected the beginning of a key")
+    return given
+
+
+def globs(given: str) -> tuple[str, ...]:
+    """Globs separated by white space. What can hardly match a key is refused: a run would silently convert nothing."""
+    patterns = tuple(given.split())
+    for pattern in patterns:
+        for mistake, said in GLOB_MISTAKES.items():
+            if re.fullmatch(mistake, pattern):
+                raise ValueError(said.format(pattern))
+    return patterns
+
+
+def is_quoted(given: str) -> bool:
+    """Whether a value stands in quotes, as other programs want it."""
+    return re.fullmatch(r"""(["']).*\1""", given, re.DOTALL) is not None
 
 
 def boolean(given: str) -> bool:
@@ -694,9 +768,9 @@ def shard(given: str) -> Shard:
 class S3Options:
     """The options of [s3]."""
 
-    bucket: str = option(text, "bucket to read from", default="", required=True)
-    prefix: str = option(text, "only keys that begin so", default="")
-    output_bucket: str = option(text, "bucket to write to, if it is another", default="")
+    bucket: str = option(bucket_name("bucket"), "bucket to read from", default="", required=True)
+    prefix: str = option(key_prefix, "only keys that begin so", default="")
+    output_bucket: str = option(bucket_name("output_bucket"), "bucket to write to, if it is another", default="")
     output_key: str = option(
         text,
         "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
@@ -728,8 +802,8 @@ class ConvertOptions:
     """The options of [convert], which a [job NAME] may override."""
 
     target: str = option(file_format, "format to convert to", default="", required=True)
-    include: tuple[str, ...] = option(words, "globs of what to convert", default=("*",))
-    exclude: tuple[str, ...] = option(words, "globs of what to leave out", default=())
+    include: tuple[str, ...] = option(globs, "globs of what to convert", default=("*",))
+    exclude: tuple[str, ...] = option(globs, "globs of what to leave out", default=())
     min_size: int | None = option(unless("none", size), "only objects of at least this size", default=None)
     max_size: int | None = option(unless("none", size), "only objects of at most this size", default=None)
     newer_than: float | None = option(unless("none", duration), "only objects changed within this time", default=None)
@@ -755,7 +829,9 @@ class ApiOptions:
     requests_per_minute: int | None = option(
         unless("auto", whole(1)), "cap on the rate; auto: what the API allows", default=None
     )
-    max_conversions: int | None = option(unless("none", whole(1)), "conversions to pay for in one run", default=None)
+    max_conversions: int | None = option(
+        unless("none", whole(1)), "conversions to ask for in one run, failed ones included", default=None
+    )
     keep_remaining: int = option(whole(0), "stop when the month has so many conversions left", default=0)
     timeout: float = option(duration, "how long to wait for an answer", default=150.0)
     retries: int = option(whole(0, 20), "transient failures that one object may have", default=5)
@@ -797,6 +873,7 @@ SHARDED_FILES = (
     "metrics",
 )  # options of [run] that name what one run alone may write
 JOB_OPTIONS = (*(part.name for part in fields(ConvertOptions)), "prefix", "output_key")
+NO_KEY = "[api] key is missing: set CTF_API_KEY, or api.key or api.key_file"
 ENVIRONMENT = {
     "CTF_API_KEY": ("api", "key"),
     "S3_BUCKET": ("s3", "bucket"),
@@ -880,6 +957,7 @@ class Settings:
     keys_from: str | None = None
     quiet: bool = False
     log_format: str = "text"
+    key_problem: str = ""  # why there is no API key, for commands that can do without
 
     def for_shard(self, shard: Shard) -> "Settings":
         """The same for one shard: with files of its own and its share of the cap, which may be 0.
@@ -918,12 +996,13 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
         if not required:
             return []
         raise UserError(f"{path} does not exist", "give the INI file with -c, or copy config.example.ini") from None
-    except (OSError, UnicodeDecodeError, configparser.Error) as problem:
-        # configparser's own message may quote the line, and the line may be the one with the key.
-        what = type(problem).__name__ if isinstance(problem, configparser.Error) else str(problem)
-        line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), None)
-        where = f" in line {line}" if line else ""
-        raise UserError(f"{path} cannot be read: {what}{where}", "compare it with config.example.ini") from None
+    except configparser.Error as problem:
+        line, what = syntax_problem(problem)
+        raise UserError(f"{path}, line {line}: {what}", "compare it with config.example.ini") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory", "give the INI file with -c, or copy config.example.ini") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(f"{path} cannot be read: {problem}", "compare it with config.example.ini") from None
     # A section counts without options too: it may be misspelt, or a job that overrides nothing.
     return [
         Given(section, name, value.strip(), f"[{section}] {name}")
@@ -932,12 +1011,24 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
     ]
 
 
+def syntax_problem(problem: configparser.Error) -> tuple[int, str]:
+    """Where an INI file is none, and why: never the line itself, which may be the one with the key."""
+    line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), 0)
+    if isinstance(problem, configparser.DuplicateOptionError):
+        return line, f"[{problem.section}] {problem.option} is given twice"
+    if isinstance(problem, configparser.DuplicateSectionError):
+        return line, f"[{problem.section}] is there twice"
+    if isinstance(problem, configparser.MissingSectionHeaderError):
+        return line, "no [section] above it; begin with [s3]"
+    return line, "expected NAME = VALUE"
+
+
 def refuse_exposed_key(path: Path, mode: int, parser: configparser.ConfigParser) -> None:
     """Raise UserError if the file holds the API key and others can read it."""
     if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
         raise UserError(
             f"{path} holds the API key and others can read it (mode {stat.S_IMODE(mode):04o})",
-            f"type: chmod 600 {path}",
+            f"run: chmod 600 {path}",
         )
 
 
@@ -1007,14 +1098,16 @@ def unknown_name_problem(given: Given) -> str | None:
         names = list(specs_of(given.section))
     else:
         return f"[{given.section}] is not a section{did_you_mean(given.section, [*SECTIONS, 'job NAME'])}"
-    if given.name and given.name not in names:
-        return f"[{given.section}] {given.name} is not an option{did_you_mean(given.name, names)}"
-    return None
+    if not given.name or given.name in names:
+        return None
+    elsewhere = [f"[{section}] {given.name}" for section in SECTIONS if given.name in specs_of(section)]
+    meant = f"; did you mean {elsewhere[0]}?" if elsewhere else did_you_mean(given.name, names)
+    return f"{given.named} is not an option{meant}"
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """The rest of a sentence that names what is probably meant."""
-    near = difflib.get_close_matches(name, known, n=1)
+    """The rest of a sentence that names what is probably meant, in whatever case it was written."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
@@ -1025,7 +1118,14 @@ def noting_problem(problems: list[str], given: Given, spec: OptionSpec) -> Itera
         yield
     except ValueError as expected:
         shown = "(not shown)" if spec.secret else given.value
-        problems.append(f"{given.named} = {shown}: {expected}")
+        problems.append(f"{given.named} = {shown}: {expected}{what_to_take_away(given.value)}")
+
+
+def what_to_take_away(value: str) -> str:
+    """The rest of a sentence about what stands around a value in other programs' files."""
+    if is_quoted(value):
+        return "; take the quotes away"
+    return "; comments stand on lines of their own" if re.search(r"\s[;#]", value) else ""
 
 
 def read_values(specs: Mapping[str, OptionSpec], given: Iterable[Given], problems: list[str]) -> dict[str, Any]:
@@ -1035,6 +1135,12 @@ def read_values(specs: Mapping[str, OptionSpec], given: Iterable[Given], problem
         with noting_problem(problems, entry, specs[name]):
             values[name] = specs[name].reader(entry.value)
     return values
+
+
+def from_its_place(problem: str, named: Mapping[str, str]) -> str:
+    """A problem under the name of the place where its option was given: a variable, a flag, the INI file."""
+    option, equals, rest = problem.partition(" = ")
+    return named.get(option, option) + equals + rest
 
 
 def in_section(section: str, given: Iterable[Given]) -> list[Given]:
@@ -1138,17 +1244,28 @@ def read_key(api: ApiOptions, problems: list[str]) -> ApiOptions:
     key = api.key
     if not key and api.key_file:
         try:
-            key = Path(api.key_file).read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as problem:
-            problems.append(
-                f"[api] key_file = {api.key_file}: {getattr(problem, 'strerror', None) or 'not a text file'}"
-            )
+            key = read_key_file(api.key_file)
+        except ValueError as problem:
+            problems.append(f"[api] key_file = {api.key_file}: {problem}")
             return api
     if not key:
-        problems.append("[api] key is missing: set CTF_API_KEY, or api.key or api.key_file")
+        problems.append(NO_KEY)
     elif not re.fullmatch(r"[!-~]+", key):
         problems.append("[api] key = (not shown): expected printable ASCII without spaces")
     return replace(api, key=key)
+
+
+def read_key_file(path: str) -> str:
+    """The key in a file. Raises ValueError with what is wrong."""
+    try:
+        found = Path(path).expanduser().read_text(encoding="ascii").split()
+    except OSError as problem:
+        raise ValueError(problem.strerror) from None
+    except (UnicodeDecodeError, RuntimeError):
+        raise ValueError("not a text file") from None
+    if len(found) != 1:
+        raise ValueError("expected the key and nothing else" if found else "the file is empty")
+    return found[0]
 
 
 def load_settings(
@@ -1170,18 +1287,21 @@ def load_settings(
     problems = [problem for problem in map(unknown_name_problem, given) if problem]
     sections = {name: read_values(specs_of(name), in_section(name, given), problems) for name in ("s3", "api", "run")}
     s3, api, run = S3Options(**sections["s3"]), ApiOptions(**sections["api"]), RunOptions(**sections["run"])
-    if not s3.bucket:
+    if not any(entry.name == "bucket" and entry.value for entry in in_section("s3", given)):
         problems.insert(0, "[s3] bucket is missing")
     problems += path_problems(run)
     if run.processes > run.workers:
         problems.append(f"[run] processes = {run.processes}: more than the {run.workers} workers that they share")
     jobs = read_jobs(given, s3, problems)
-    api = read_key(api, problems if needs_key else [])
+    key_problems: list[str] = []
+    api = read_key(api, problems if needs_key else key_problems)
     own_shard = read_shard(shard_flag, environ, problems)
     if problems:
-        origin = str(path or "config.ini") if ini else "the configuration"
-        raise ConfigError(origin, list(dict.fromkeys(problems)))
-    return Settings(s3, api, run, jobs).for_shard(own_shard)
+        named = {f"[{entry.section}] {entry.name}": entry.named for entry in given}
+        told = list(dict.fromkeys(from_its_place(problem, named) for problem in problems))
+        is_in_file = any(problem.startswith("[") for problem in told)
+        raise ConfigError((path or Path("config.ini")) if ini and is_in_file else None, told)
+    return Settings(s3, api, run, jobs, key_problem="".join(key_problems)).for_shard(own_shard)
 
 
 ########################################################################################################################
@@ -1394,29 +1514,45 @@ def is_archive_of_pages(kind: str, media_type: str, disposition: str, head: byte
     return said and kind not in ZIP_BASED and begins_like("zip", head)
 
 
-def judge_reply(status: int, code: str, *, looks_up: bool = False) -> Verdict:
-    """What an error reply means (docs/errors). The status comes first, then the code.
-
-    `looks_up`: the request asked for a job or its result, so that 403, 404 and 410 are about that one thing.
-    """
-    if looks_up and status in {403, 404, 410}:
-        return Verdict.GIVE_UP
+def judge_reply(status: int, code: str) -> Verdict:
+    """What an error reply means (docs/errors). The status comes first, then the code."""
     if status == 409 or (status == 429 and code != "quota_exceeded"):
         return Verdict.WAIT
     if status == 422 and code == "bad_request":
         return Verdict.NEW_KEY
     # A redirect, a 404 or a 405 for the endpoint itself is about the address, not about the object.
-    if status in {401, 402, 403, 404, 405, 429} or 300 <= status < 400:
+    if status in {401, 402, 403, 404, 405, 407, 429} or 300 <= status < 400:
         return Verdict.STOP_RUN
     if status in {408, 425} or status >= 500 or status < 300:
         return Verdict.RETRY
     return Verdict.GIVE_UP
 
 
+def judge_poll(status: int, code: str) -> Verdict:
+    """What an error reply to the question for a job means. GIVE_UP: the job is lost; nothing else is about the job."""
+    if status in {404, 410}:
+        return Verdict.GIVE_UP
+    if status in {401, 403} or code == "quota_exceeded":
+        return Verdict.STOP_RUN
+    return Verdict.WAIT if status == 429 else Verdict.RETRY
+
+
+def judge_download(status: int, _code: str) -> Verdict:
+    """What an error reply to the request for a result means. GIVE_UP: the link is stale, whoever says so and why."""
+    if status == 429:
+        return Verdict.WAIT
+    return Verdict.GIVE_UP if 300 <= status < 500 and status not in {408, 425} else Verdict.RETRY
+
+
+def read_json(body: bytes) -> Any:
+    """What JSON says; `?` for half of a surrogate pair, which no file takes. Raises ValueError, RecursionError."""
+    return json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def parse_error(body: bytes) -> tuple[str, str]:
     """Code and message of an error body; empty where it is HTML, cut, or in another form."""
     try:
-        error = json.loads(body).get("error")
+        error = read_json(body).get("error")
     except (ValueError, AttributeError, RecursionError):
         return "", ""
     if isinstance(error, str):
@@ -1424,6 +1560,17 @@ def parse_error(body: bytes) -> tuple[str, str]:
     if not isinstance(error, dict):
         return "", ""
     return str(error.get("code") or ""), str(error.get("message") or "")
+
+
+def age_of_job(job: Mapping[str, Any], now: str) -> float:
+    """For how many seconds there has been a job, by the API's own clock (an HTTP date); 0 where it does not say."""
+    try:
+        made = datetime.fromisoformat(str(job.get("created_at")).replace("Z", "+00:00"))
+        # A time without a zone must not be taken for this machine's.
+        age = email.utils.parsedate_to_datetime(now) - made.replace(tzinfo=made.tzinfo or timezone.utc)
+    except (TypeError, ValueError):
+        return 0.0
+    return age.total_seconds()
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:
@@ -1490,12 +1637,13 @@ class StopFlag:
         """Whether the run is to end."""
         return self._event.is_set()
 
-    def request(self, stop: Stop) -> None:
-        """Ask the run to end."""
+    def request(self, stop: Stop, *, is_told: bool = False) -> None:
+        """Ask the run to end. `is_told`: whoever would be told has said it."""
         if not self._event.is_set():
             self.stop, self.since = stop, time.monotonic()
             self._event.set()
-            self._tell(stop)
+            if not is_told:
+                self._tell(stop)
 
     def sleep(self, seconds: float) -> None:
         """Wait. Raises Interrupted as soon as the run is to end."""
@@ -1515,6 +1663,95 @@ class StopFlag:
             os._exit(code)
         name = signal.Signals(number).name
         self.request(Stop(f"interrupted by {name}", "run it again: it goes on where this run ended", code))
+
+
+########################################################################################################################
+# Outages. What cannot be reached at all meets every object, and none is to blame.
+#   - What has not answered in this run yet is a wrong address, or a machine without a network: some attempts, no more.
+#   - What has answered before is waited for, and waiting costs no object an attempt.
+#   - A proxy that the environment names is on the way to everything, so the words for it name it.
+########################################################################################################################
+
+PROXY_HINT = "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again"
+
+
+class Reach:
+    """Whether the API, or S3, can be reached, as all threads of a process find out together."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._lock = name, threading.Lock()
+        self._missed_since: float | None = None  # monotonic seconds; None while it can be reached
+        self.has_answered = False
+
+    def found(self) -> None:
+        """It has answered, whatever it said."""
+        self.has_answered = True
+        # Looked at without the lock, because this is called for every answer.
+        if self._missed_since is not None:
+            with self._lock:
+                was_missed, self._missed_since = self._missed_since is not None, None
+            if was_missed:
+                fields = told("outage", name=self._name, is_over=True)
+                log.warning("%s can be reached again", self._name, extra=fields)
+
+    def may_come_back(self) -> bool:
+        """Note that no connection could be made; whether to wait for one."""
+        now = time.monotonic()
+        with self._lock:
+            is_new = self._missed_since is None
+            self._missed_since = since = now if self._missed_since is None else self._missed_since
+        if is_new and self.has_answered:
+            fields = told("outage", name=self._name, is_over=False)
+            log.warning("%s cannot be reached; waiting up to %d s for it", self._name, OUTAGE_SECONDS, extra=fields)
+        return self.has_answered and now - since < OUTAGE_SECONDS
+
+
+def outage_pause(attempt: int) -> float:
+    """How long to wait before the next attempt to connect, in seconds."""
+    return min(seconds_to_wait(attempt, None, random.random()), OUTAGE_PAUSE_SECONDS)
+
+
+def proxy_for(address: str) -> str:
+    """Host and port of the proxy that the environment names for an address; empty if it names none."""
+    named = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)) or ""
+    # It may hold a password, which is nobody's to read.
+    return urllib.parse.urlsplit(named if "//" in named else f"//{named}").netloc.rpartition("@")[2]
+
+
+def connection_problem(error: Any) -> str:
+    """What a failed connection's error says, without the names of Python's objects."""
+    # requests and urllib3 wrap the error that says what happened, each in its own way.
+    if isinstance(error, requests.RequestException):
+        wrapped = error.args[0] if error.args else None
+        return connection_problem(getattr(wrapped, "reason", None) or wrapped or type(error).__name__)
+    if isinstance(error, urllib3.exceptions.ProxyError):
+        error = error.original_error
+    said = str(error.args[-1]) if isinstance(error, Exception) and error.args else str(error)
+    return re.sub(r"^.*?: (?=Failed )", "", said)
+
+
+def certificate_problem(error: Exception) -> str:
+    """Why a certificate is not trusted; empty if that is not the problem."""
+    # The second is urllib3's own, which boto3 has it look for.
+    found = re.search(r"certificate verify failed: ([^(]*[^(. ])|(hostname '.*' doesn't match [^)]*)", str(error))
+    return found.group(found.lastindex or 0) if found else ""
+
+
+def never_sent(error: Any) -> bool:
+    """Whether no connection was made, so that the server cannot have seen the request."""
+    # urllib3 takes whatever breaks on the way through a proxy for a ProxyError, after the request was sent as well.
+    cause = error.original_error if isinstance(error, urllib3.exceptions.ProxyError) else error
+    failed = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
+    return isinstance(cause, failed) or "Tunnel connection failed" in str(cause)
+
+
+def api_unreachable(address: str, error: Exception) -> RunStopped:
+    """The end of the run where no connection to the API can be made."""
+    why, proxy = redacted(connection_problem(error)), proxy_for(address)
+    if proxy:
+        return RunStopped(f"the API cannot be reached through the proxy {proxy}: {why}", PROXY_HINT)
+    host = urllib.parse.urlsplit(address).netloc
+    return RunStopped(f"the API cannot be reached at {host}: {why}", "check api.url and the network, and run it again")
 
 
 ########################################################################################################################
@@ -2209,27 +2446,55 @@ REFUSED_BY_S3 = frozenset(
     {
         *("401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException"),
         *("InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidTokenId", "NoSuchBucket", "NotSignedUp"),
-        *("RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
+        *("407", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
     }
 )
 
 
+# About how outputs are to be written (s3.storage_class, s3.sse, s3.acl), which is the same for all of them.
+REFUSED_OPTIONS = frozenset(
+    {
+        *("AccessControlListNotSupported", "InvalidArgument", "InvalidEncryptionAlgorithmError"),
+        *("InvalidStorageClass", "NotImplemented"),
+    }
+)
+NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
 FOR_ALL_OBJECTS = (
     *(NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, MetadataRetrievalError),
-    *(TokenRetrievalError, UnauthorizedSSOTokenError, EndpointConnectionError, ConnectTimeoutError),
+    *(TokenRetrievalError, UnauthorizedSSOTokenError, *NO_CONNECTION, SSLError),
 )
 
 
 def refused(error: Exception, doing: str) -> RunStopped:
     """The end of the run for an S3 error that would meet every object."""
     if not isinstance(error, ClientError):
-        because = redacted(f"S3 could not be reached for {doing}: {error}")
-        return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
+        return s3_unreachable(error, doing)
     said = error.response.get("Error", {})
+    if said.get("Code") == "407":
+        # Only to an http address a proxy answers itself.
+        because = f"the proxy {proxy_for('http://s3')} wants a password: 407 {said.get('Message', '')}".rstrip()
+        return RunStopped(because, PROXY_HINT)
     return RunStopped(
         redacted(f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()),
         "check the bucket's name, the AWS credentials and their permissions, and run it again",
     )
+
+
+def s3_unreachable(error: Exception, doing: str) -> RunStopped:
+    """The end of the run where S3 gives no answer."""
+    untrusted = certificate_problem(error)
+    if untrusted:
+        return RunStopped(
+            f"S3's certificate is not trusted: {untrusted}",
+            "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock",
+        )
+    # Of a failed connection, boto3 says where to, and keeps why to itself.
+    cause = error.kwargs.get("error") if isinstance(error, NO_CONNECTION) else None
+    why = f": {connection_problem(cause)}" if cause else ""
+    because = redacted(f"S3 could not be reached for {doing}: {error}{why}")
+    if isinstance(error, ProxyConnectionError):
+        return RunStopped(because, PROXY_HINT)
+    return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
 
 
 def error_code(error: Exception) -> str:
@@ -2259,6 +2524,18 @@ def open_session(address: str, connections: int, ca_bundle: str | None = None) -
     return session
 
 
+def is_amazon(address: str) -> bool:
+    """Whether an S3 is Amazon's own."""
+    return f".{urllib.parse.urlsplit(address).hostname}".endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def without_trailers() -> botocore.config.Config:
+    """What other S3 servers want: several refuse the checksums that boto3 sends behind a body, unless told not to."""
+    names = ("request_checksum_calculation", "response_checksum_validation")
+    told: Any = {name: "when_required" for name in names if f"AWS_{name.upper()}" not in os.environ}
+    return botocore.config.Config(**told)
+
+
 def make_s3_client(
     options: S3Options, region: str | None, connections: int
 ) -> tuple["S3Client", botocore.credentials.Credentials]:
@@ -2266,21 +2543,13 @@ def make_s3_client(
 
     Raises UserError if the profile does not exist or there are no credentials at all.
     """
-    # Other S3 servers refuse boto3's default integrity trailers; on Amazon they stay.
-    lenient = bool(options.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"))
-    checksums: Any = {
-        name: "when_required"
-        for name in ("request_checksum_calculation", "response_checksum_validation")
-        if lenient and f"AWS_{name.upper()}" not in os.environ
-    }
     config = botocore.config.Config(
         signature_version="s3v4",
-        retries={"mode": "standard", "total_max_attempts": 5},
+        retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
         max_pool_connections=connections,
         connect_timeout=CONNECT_TIMEOUT_SECONDS,
         read_timeout=S3_TIMEOUT_SECONDS,
         user_agent_extra=f"s3_bulk_convert/{__version__}",
-        **checksums,
     )
     try:
         session = boto3.session.Session(profile_name=options.profile, region_name=region or options.region)
@@ -2289,7 +2558,11 @@ def make_s3_client(
             raise UserError(
                 "there are no AWS credentials", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
             )
-        return session.client("s3", endpoint_url=options.endpoint_url, config=config), credentials
+        client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
+        # The address may come from the AWS configuration as well: only a client knows it.
+        if not is_amazon(client.meta.endpoint_url):
+            client = session.client("s3", endpoint_url=options.endpoint_url, config=config.merge(without_trailers()))
+        return client, credentials
     except (BotoCoreError, ValueError) as problem:
         raise UserError(
             f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
@@ -2353,23 +2626,35 @@ class UrlSigner:
 
 
 class Bucket:
-    """The source bucket and the output bucket."""
+    """The source bucket and the output bucket. With a `stop`, an outage of S3 is waited for until the run is to end."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, stop: StopFlag | None = None) -> None:
+        self._stop, self._reach = stop, Reach("S3")
         self.options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.written_bucket
         # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
         self._connections = settings.run.workers + HEADS_AT_A_TIME
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._connect(None)
-        self._has_read = False
+        self._has_read = self._has_written = False
         self.pages_asked = 0  # of listings
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
+
+    def _ride_out(self, caught_exception: Exception | None, attempts: int, **_: Any) -> Any:
+        """Have boto3 try again, beyond its own few attempts, while an S3 that has answered before is away."""
+        if caught_exception is None:
+            self._reach.found()
+        elif self._stop and isinstance(caught_exception, NO_CONNECTION) and self._reach.may_come_back():
+            self._stop.sleep(outage_pause(attempts - 1))
+            return 0
+        return None
 
     def _connect(self, region: str | None) -> None:
         self.client, credentials = make_s3_client(self.options, region, self._connections)
         # As Amazon says for URLs of requester-pays buckets.
         payer = {"x-amz-request-payer": "requester"} if self._payer else {}
+        if self._stop:
+            self.client.meta.events.register_first("needs-retry.s3", self._ride_out)
         try:
             self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
         except BotoCoreError as error:
@@ -2388,6 +2673,8 @@ class Bucket:
                     raise RunStopped(
                         f"the bucket {name} does not exist", "correct s3.bucket or s3.output_bucket"
                     ) from None
+                if error_code(error) == "407":
+                    raise refused(error, f"access to the bucket {name}") from None
             except BotoCoreError as error:
                 raise refused(error, f"access to the bucket {name}") from None
             self._use_region(headers.get("x-amz-bucket-region"), name)
@@ -2413,6 +2700,9 @@ class Bucket:
         if self._fast_failures < FAST_FAILURES_ENDURED:
             try:
                 return functools.partial(self._parse, self._fetch_xml(request), request)
+            except requests.ConnectionError as error:
+                # A network that fails fails boto3 as well; what boto3 alone trusts, or goes around, does not.
+                self._fast_failures += isinstance(error, requests.exceptions.SSLError | requests.exceptions.ProxyError)
             except (BadListing, BotoCoreError, requests.RequestException, urllib3.exceptions.HTTPError):
                 self._fast_failures += 1
         page = self._ask_boto3(request)
@@ -2444,6 +2734,7 @@ class Bucket:
             headers["x-amz-request-payer"] = "requester"
         timeout = (CONNECT_TIMEOUT_SECONDS, S3_TIMEOUT_SECONDS)
         with self._lister.get(address, headers=headers, timeout=timeout, allow_redirects=False, stream=True) as reply:
+            self._reach.found()
             if reply.status_code != 200:
                 raise BadListing(f"status {reply.status_code}")
             # In one piece: what requests does in pieces of 10 KB takes as long as all the rest of a request.
@@ -2533,7 +2824,7 @@ class Bucket:
                 return None
             if error_code(error) in {"403", "AccessDenied"}:
                 return UNSEEN
-            if is_refusal(error):
+            if is_refusal(error) or isinstance(error, BotoCoreError):
                 raise refused(error, f"looking at objects of {bucket}") from None
             # What was not seen must not count as absent: it might be overwritten.
             raise ObjectFailed("look_failed", f"S3: {error}", permanent=False) from None
@@ -2698,12 +2989,25 @@ class Bucket:
     def _explaining_writes(self, key: str) -> Iterator[None]:
         try:
             yield
+            self._has_written = True
         except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
             # upload_fileobj wraps the error that says what happened.
             cause = error.__context__ if isinstance(error, boto3.exceptions.S3UploadFailedError) else error
-            if isinstance(cause, Exception) and is_refusal(cause):
-                raise refused(cause, f"writing to {self.output_name}") from None
+            if isinstance(cause, Exception):
+                self._refuse_to_write_on(cause)
             raise ObjectFailed("store_failed", f"S3: {error}", permanent=False) from None
+
+    def _refuse_to_write_on(self, error: Exception) -> None:
+        """Raise RunStopped for an error that would meet every output, before the next one is paid for."""
+        if is_refusal(error):
+            raise refused(error, f"writing to {self.output_name}")
+        code = error_code(error)
+        # Where others can be written, it is about this one.
+        if not self._has_written and (code in REFUSED_OPTIONS or code.startswith("KMS.")):
+            raise RunStopped(
+                redacted(f"S3 does not take outputs as they are to be written: {error}"),
+                "correct s3.storage_class, s3.sse, s3.sse_kms_key_id or s3.acl, and run it again",
+            )
 
 
 UNSEEN = {"unseen": "403"}  # in place of the metadata of an object that this run may not look at
@@ -3040,7 +3344,8 @@ def row_object(cells: Mapping[str, str], name: str, number: int) -> S3Object:
 ########################################################################################################################
 # Pace. One pace for all workers of all processes, kept by the feeder: it takes a slot for each object, and what a
 # worker sends beside that (a retry, a poll) is taken off the next slots. A pause that one worker hears of is for all.
-#   - The rate is the smaller of what the user allows and what the API says it allows; unknown, there is none.
+#   - The rate is the smaller of what the user allows and what the API says it allows; unknown, there is none until a
+#     429 lets it be guessed. A guess grows until the next 429: others' requests may have been to blame for the last.
 #   - Slots are evenly spaced: a burst at the start of a minute would end in 429s at its end.
 #   - Each process has a Gate, which its workers ask and tell; the Pacer is in the parent alone.
 ########################################################################################################################
@@ -3053,6 +3358,7 @@ class Pacer:
         self._cap, self._parts = requests_per_minute, parts
         self._lock = threading.Lock()
         self._interval = 60 * parts / requests_per_minute if requests_per_minute else 0.0
+        self._guessed_at: float | None = None  # monotonic seconds; None: the interval is no guess
         # How much slower than that, as a share; a 429 raises it, time brings it back.
         self._excess, self._slowed_at = 0.0, 0.0
         self._next = 0.0
@@ -3089,7 +3395,7 @@ class Pacer:
         with self._lock:
             if heard.limit:
                 allowed = min(heard.limit, self._cap or heard.limit)
-                self._interval = 60 * self._parts / (allowed * SHARE_OF_LIMIT)
+                self._interval, self._guessed_at = 60 * self._parts / (allowed * SHARE_OF_LIMIT), None
             if heard.throttled_seconds:
                 self._slow_down(heard.throttled_seconds, time.monotonic())
         for _ in range(heard.slots):
@@ -3102,21 +3408,31 @@ class Pacer:
             slot = max(self._next, now)
             if not self._interval:
                 self._taken.append(slot)
-            self._next = slot + self._interval * (1 + self._excess_at(now))
+            self._next = slot + self._interval_at(now) * (1 + self._excess_at(now))
         return slot
+
+    def _interval_at(self, now: float) -> float:
+        grown = max(0.0, now - self._guessed_at) if self._guessed_at is not None else 0.0
+        return self._interval * math.pow(0.5, grown / SECONDS_TO_DOUBLE_GUESS)
 
     def _excess_at(self, now: float) -> float:
         return self._excess * math.pow(0.5, (now - self._slowed_at) / SECONDS_TO_RECOVER_HALF)
 
     def _slow_down(self, seconds: float, now: float) -> None:
-        if not self._interval:
-            recent = sum(taken > now - 60 for taken in self._taken)
-            self._interval = 60 / max(1, recent)
         # Many workers hear of one and the same limit: only the first slows the pace down.
         if now >= self.paused_until:
+            if not self._interval or self._guessed_at is not None:
+                self._interval, self._guessed_at = self._guess(now), now + seconds
             self._excess, self._slowed_at = min(self._excess_at(now) * 1.25 + 0.1, MOST_EXCESS), now
         self.paused_until = max(self.paused_until, now + seconds)
         self._next = max(self._next, self.paused_until)
+
+    def _guess(self, now: float) -> float:
+        """The interval that a 429 lets be guessed: as many as there were within a minute were too many."""
+        if self._interval:
+            return self._interval_at(now) * 1.25
+        recent = sum(taken > now - 60 for taken in self._taken)
+        return 60 / max(recent, SMALLEST_LIMIT / self._parts)
 
 
 class Gate:
@@ -3217,29 +3533,37 @@ class Shared:
     bucket: Bucket
     url_trust: UrlTrust
     tell: Callable[["Note"], None]  # the recorder, or the way to it
+    reach: Reach = field(default_factory=lambda: Reach("the API"))
 
 
 class RetryPolicy(Retry):
     """The one retry policy: which reply means what, how long to wait, when to give up.
 
     It never changes; `increment` returns the next one, or raises ObjectFailed or RunStopped. `total` is the number of
-    transient failures left. Waiting for 429 and 409 leaves it alone, but `deadline` (monotonic seconds) holds.
+    transient failures left. Waiting for 429, 409 and a connection leaves it alone, but `deadline` (monotonic seconds)
+    holds. `judge` says what a reply means; `is_elsewhere`: it is that of a download host, which speaks for nobody but
+    itself.
     """
+
+    OWN = ("shared", "exchange", "deadline", "judge", "is_elsewhere", "is_unsent", "attempt", "wait_seconds")
 
     def __init__(self, total: Any, *, shared: Shared, exchange: Exchange, deadline: float, **more: Any) -> None:
         self.shared, self.exchange, self.deadline = shared, exchange, deadline
-        self.looks_up: bool = more.pop("looks_up", False)
+        self.judge: Callable[[int, str], Verdict] = more.pop("judge", judge_reply)
+        self.is_elsewhere: bool = more.pop("is_elsewhere", False)
+        self.is_unsent: bool = more.pop("is_unsent", False)  # the last attempt made no connection
         self.attempt: int = more.pop("attempt", 0)
         self.wait_seconds: float = more.pop("wait_seconds", 0.0)
         super().__init__(total, **{**more, "allowed_methods": None, "redirect": False})
 
     def new(self, **changes: Any) -> "RetryPolicy":
         """A copy with some fields replaced; urllib3 does not know this class's own."""
-        own = {
-            name: getattr(self, name)
-            for name in ("shared", "exchange", "deadline", "looks_up", "attempt", "wait_seconds")
-        }
-        return super().new(**{**own, **changes})
+        return super().new(**{**{name: getattr(self, name) for name in self.OWN}, **changes})
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it is for a question after what was asked for before: a job, or its result."""
+        return self.judge is not judge_reply
 
     def is_retry(self, method: str, status_code: int, *_: Any, **__: Any) -> bool:
         """Every reply that is no answer goes to `increment`, which reads its body; most end there."""
@@ -3251,68 +3575,108 @@ class RetryPolicy(Retry):
         """The policy for the next attempt, after an error reply or a broken exchange."""
         if response is None:
             return self._after_broken_exchange(error)
+        if not self.is_elsewhere:
+            self.shared.reach.found()
         asked = retry_after_seconds(response.headers.get("Retry-After"), time.time())
-        # A refusal may say what the limit is as well; a download host speaks for nobody but itself.
+        # A refusal may say what the limit is as well.
         if "X-RateLimit-Limit" in response.headers and not self.looks_up:
             self.shared.gate.learn(response.headers, time.time())
         code, message = parse_error(error_body(response))
-        verdict = judge_reply(response.status, code, looks_up=self.looks_up)
-        # A refusal is proof that nothing was made. A 5xx may come from a gateway that lost patience, a 409 says that
-        # an earlier attempt is at work, a 429 is said before the key is looked up.
-        if response.status != 429 and not self.looks_up:
-            self.exchange.maybe_done = verdict in {Verdict.RETRY, Verdict.WAIT}
+        verdict = self.judge(response.status, code)
+        self._note_refusal(response.status, code, verdict)
         if verdict is Verdict.STOP_RUN:
-            raise refusal_by_api(response.status, code, message)
+            raise refusal_by_api(response.status, code, message, self.shared.settings.api.url)
         status: int = response.status
         failure = ObjectFailed(
             code or f"http_{status}",
             message,
-            permanent=verdict is Verdict.GIVE_UP,
+            permanent=verdict is Verdict.GIVE_UP and not self.exchange.maybe_done,
             status=status,
         )
         self.exchange.timeouts += status == 504
-        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status):
+        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status, str(url)):
             raise failure
-        return self._again(failure, costs_attempt=verdict is Verdict.RETRY, asked=asked)
+        return self._again(failure, costs_attempt=verdict is Verdict.RETRY or self.is_elsewhere, asked=asked)
 
-    def _is_for_jobs(self, status: int) -> bool:
-        return status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS and not self.looks_up
+    def _note_refusal(self, status: int, code: str, verdict: Verdict) -> None:
+        # A 5xx may come from a gateway that lost patience, a 409 says that an earlier attempt is at work, a 429 is said
+        # before the key is looked up.
+        if self.looks_up or status == 429:
+            return
+        if verdict in {Verdict.RETRY, Verdict.WAIT}:
+            self.exchange.maybe_done = True
+        # The API's own word on the object is proof that nothing was made: else it would have repeated that. A gateway's
+        # page is none, nor is a word on the account, the address or the key: an earlier attempt may be paid.
+        elif verdict is Verdict.GIVE_UP and code:
+            self.exchange.maybe_done = False
+
+    def _is_for_jobs(self, status: int, url: str) -> bool:
+        may_be_job = url.endswith(CONVERT_PATH) and self.shared.settings.api.jobs_above is not None
+        return may_be_job and status == 504 and self.exchange.timeouts == TIMEOUTS_BEFORE_JOBS
 
     def _after_broken_exchange(self, error: Exception) -> "RetryPolicy":
         if isinstance(error, BadAnswer):
             failure = ObjectFailed(error.code, error.message, permanent=error.permanent, status=200)
+            if failure.permanent:
+                # The API repeats its answers, so that asking again brings the same.
+                raise failure
             return self._again(failure, costs_attempt=True, asked=None)
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise RunStopped(
-                "the API's certificate is not trusted", "for a private CA, set REQUESTS_CA_BUNDLE to its file"
-            )
-        # When no connection was made, the server cannot have seen the request; else it may have done the work.
-        if not isinstance(error, urllib3.exceptions.ConnectTimeoutError | urllib3.exceptions.NewConnectionError):
-            self.exchange.maybe_done = True
         failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
+        untrusted = certificate_problem(error)
+        if untrusted and self.is_elsewhere:
+            raise failure
+        if untrusted:
+            raise RunStopped(
+                f"the API's certificate is not trusted: {untrusted}",
+                "for a private CA, set REQUESTS_CA_BUNDLE to its file; else check api.url and this machine's clock",
+            )
+        is_unsent = never_sent(error)
+        # Else it may have done the work.
+        if not is_unsent:
+            self.exchange.maybe_done = True
+        # Before the first answer, TLS that fails is a wrong address as well; after it, a connection that broke.
+        is_mute = isinstance(error, urllib3.exceptions.SSLError) and not self.shared.reach.has_answered
+        if (is_unsent or is_mute) and not self.is_elsewhere:
+            return self._without_connection(error)
         return self._again(failure, costs_attempt=True, asked=None)
 
-    def _again(self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None) -> "RetryPolicy":
+    def _without_connection(self, error: Exception) -> "RetryPolicy":
+        """Wait for a connection: what all objects need, none is to blame for."""
+        if self.shared.reach.may_come_back():
+            return self.new(attempt=self.attempt + 1, wait_seconds=outage_pause(self.attempt), is_unsent=True)
+        # A proxy that says no will not say yes to the next object.
+        is_refused = "Tunnel connection failed: 4" in str(error)
+        if is_refused or self.shared.reach.has_answered or not self.total:
+            raise api_unreachable(self.shared.settings.api.url, error)
+        failure = ObjectFailed("network", str(error), permanent=False)
+        return self._again(failure, costs_attempt=True, asked=None, is_unsent=True)
+
+    def _again(
+        self, failure: ObjectFailed, *, costs_attempt: bool, asked: float | None, is_unsent: bool = False
+    ) -> "RetryPolicy":
         left = cast(int, self.total) - costs_attempt
         seconds = seconds_to_wait(self.attempt, asked, random.random())
         is_late = time.monotonic() + seconds > self.deadline
-        if failure.status == 429:
+        if failure.status == 429 and not self.is_elsewhere:
             self.exchange.throttled += 1
             self.shared.gate.throttled(seconds)
-            if is_late:
+            # A job's deadline may be over soon after the first of them.
+            if is_late and not self.looks_up:
                 raise RunStopped(
                     f"the API has answered 429 for {WAIT_DEADLINE_SECONDS // 60} minutes",
                     "run it again later, or set a lower api.requests_per_minute",
                 )
         if left < 0 or is_late:
             raise failure
-        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds)
+        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds, is_unsent=is_unsent)
 
     def sleep(self, response: Any = None) -> None:
         """Wait before the next attempt. Raises Interrupted at once when the run is to end."""
         self.shared.stop.sleep(self.wait_seconds)
         self.shared.gate.wait(self.shared.stop)
-        self.shared.gate.spend()
+        # What was not sent has its place in the pace still.
+        if not self.is_unsent:
+            self.shared.gate.spend()
         self.shared.gate.count(self.exchange)
         # From here on an answer may be a replay of one that was made before.
         self.exchange.replayed = self.exchange.maybe_done
@@ -3328,9 +3692,11 @@ def error_body(response: urllib3.BaseHTTPResponse) -> bytes:
         response.close()
 
 
-def refusal_by_api(status: int, code: str, message: str) -> RunStopped:
+def refusal_by_api(status: int, code: str, message: str, address: str = "") -> RunStopped:
     """The end of the run for a reply that every object would get."""
     said = f"{status} {code} {message}".strip()
+    if status == 407:
+        return RunStopped(f"the proxy {proxy_for(address)} wants a password: {said}", PROXY_HINT)
     if code == "quota_exceeded" or status == 402:
         return RunStopped(f"the quota is used up: {said}", "run it again next month, or after an upgrade of the plan")
     if status == 401:
@@ -3363,8 +3729,8 @@ class FormBody(io.RawIOBase):
         self._call = call
         fields: list[Any] = list(call.fields)
         if call.open_file:
-            media_type = media_type_of(source_format(call.filename) or "bin")
-            fields.append(("file", (call.filename, b"", media_type)))
+            # The API goes by the file's name; the usual type is another on a machine with other tables.
+            fields.append(("file", (call.filename, b"", "application/octet-stream")))
         boundary = "s3bc-" + call.idempotency_key.replace(":", "-")
         form, self.content_type = encode_multipart_formdata(fields, boundary)
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
@@ -3458,33 +3824,60 @@ class ConvertClient:
         With a URL first, if the task has one; if that is refused, the bytes are uploaded under a successor key, because
         a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
-        if task.job_id:
-            with suppressing_lost_job():
-                return self._finish_job(task.job_id, task, exchange)
         trust = self.shared.url_trust
-        if not task.url or (trust.is_lost and not task.resumed):
-            return self._exchange(self._upload_call(task), task, exchange)
+        by_url = bool(task.url) and (task.resumed or not trust.is_lost)
         try:
-            result = self._exchange(self._url_call(task), task, exchange)
+            return self._result_of_known_job(task, exchange) or self._send(task, exchange, by_url=by_url)
         except ObjectFailed as refusal:
-            if not self._is_worth_an_upload(refusal):
+            is_about_url = by_url and self._may_be_about_url(refusal)
+            if is_about_url and self._api.transfer == "url" and not isinstance(refusal, JobFailed):
+                return self._exchange_again(task, exchange)
+            # Another body would pay a second time for what may be done.
+            if not is_about_url or exchange.maybe_done or self._api.transfer == "url":
                 # The URL of an earlier run may have died with its credentials: the next run signs another one.
-                refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+                refusal.permanent &= not (is_about_url and task.resumed)
                 raise
-            result = self._exchange(self._upload_call(task), task, exchange)
-            # A refusal leaves open what became of the request that an earlier run sent.
+            # A refusal leaves open what became of what an earlier run sent, which may have come as far as this upload.
+            exchange.maybe_done = task.resumed
+            result = self._send(task, exchange, by_url=False)
             exchange.maybe_paid_twice |= task.resumed
             trust.refused()
             return result
-        trust.accepted()
+
+    def _send(self, task: Task, exchange: Exchange, *, by_url: bool) -> Result:
+        result = self._exchange(self._url_call(task) if by_url else self._upload_call(task), task, exchange)
+        if by_url:
+            self.shared.url_trust.accepted()
         return result
 
-    def _is_worth_an_upload(self, failure: ObjectFailed) -> bool:
-        return self._api.transfer != "url" and self._may_be_about_url(failure)
+    def _exchange_again(self, task: Task, exchange: Exchange) -> Result:
+        """Send a refused URL once more, now that S3 is seen to serve the object: it may have been away in between."""
+        self.shared.bucket.open_source(task).close()
+        try:
+            return self._send(task, exchange, by_url=True)
+        except ObjectFailed as refusal:
+            # The URL of an earlier run may have died with its credentials: the next run signs another one.
+            refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
+            raise
+
+    def _result_of_known_job(self, task: Task, exchange: Exchange) -> Result | None:
+        """What has come of the job that an earlier run has started; None if there is none, or none any more."""
+        if task.job_id:
+            try:
+                return self._finish_job(task.job_id, task, exchange)
+            except ObjectFailed as failure:
+                may_not_fail_again = isinstance(failure, JobFailed) and not failure.permanent
+                if failure.code != JOB_LOST and not may_not_fail_again:
+                    raise
+        exchange.maybe_paid_twice = task.overdue
+        exchange.maybe_done = exchange.replayed = task.resumed
+        return None
 
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
         if failure.code in {"unsupported_route", "file_too_large"}:
             return False
+        if isinstance(failure, JobFailed):
+            return failure.permanent
         # A 5xx may come after the work: another body would pay for it a second time.
         return 400 <= failure.status < 500
 
@@ -3515,28 +3908,45 @@ class ConvertClient:
         for number in itertools.count(2):
             try:
                 result = self._answer(call, task, exchange)
-                # Both kinds of successor leave open whether the first key's work was done.
                 exchange.maybe_paid_twice |= has_predecessor
                 return result
             except ObjectFailed as failure:
-                successor = self._successor(call, failure, number)
+                successor = self._successor(call, failure, number, exchange)
                 if successor is None:
                     raise
-            call, has_predecessor = successor, True
+                # All but a job that failed leave open whether the first key's work was done.
+                has_predecessor |= not isinstance(failure, JobFailed)
+            call = successor
         raise AssertionError("unreachable: the numbers do not end")
 
-    def _successor(self, call: Call, failure: ObjectFailed, number: int) -> Call | None:
+    def _successor(self, call: Call, failure: ObjectFailed, number: int, exchange: Exchange) -> Call | None:
         # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
         is_taken = judge_reply(failure.status, failure.code) is Verdict.NEW_KEY
-        # Under its own key the API would only tell of the same lost job again (docs/errors: resubmit).
-        if (is_taken or failure.code == JOB_LOST) and number <= MOST_SUCCESSORS:
+        # Under its own key the API would only tell of the same job again (docs/errors: resubmit).
+        is_spent = failure.code == JOB_LOST or self._is_worth_another_job(failure, exchange)
+        if (is_taken or is_spent) and number <= MOST_SUCCESSORS:
             return replace(call, idempotency_key=f"{call.idempotency_key}:{number}")
         if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
             return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
         return None
 
+    def _is_worth_another_job(self, failure: ObjectFailed, exchange: Exchange) -> bool:
+        """Whether a job failed that another one may not fail as; waits before that one, and uses up an attempt."""
+        if not isinstance(failure, JobFailed):
+            return False
+        if failure.is_old or failure.permanent:
+            # The answer to an earlier run's request; what is permanent is tried once more if the user wants that.
+            return failure.is_old and (self.shared.settings.retry_failed or not failure.permanent)
+        exchange.failed_jobs += 1
+        if exchange.failed_jobs > self._api.retries:
+            return False
+        self.shared.stop.sleep(seconds_to_wait(exchange.failed_jobs - 1, None, random.random()))
+        self.shared.gate.spend()
+        return True
+
     def _answer(self, call: Call, task: Task, exchange: Exchange) -> Result:
-        deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
+        exchange.asked_at = time.monotonic()
+        deadline = exchange.asked_at + WAIT_DEADLINE_SECONDS
         policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline)
         while True:
             response = self._post(call, policy)
@@ -3561,10 +3971,7 @@ class ConvertClient:
         link, said_size = download_link(json_body(response))
         if not link:
             raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
-        result = self._download(link, said_size, task.target, exchange, deadline)
-        if result is None:
-            raise BadAnswer("stale_link", "the API answered with a link to the file, and the link does not work")
-        return result
+        return self._download(link, said_size, task.target, exchange, deadline)
 
     def _post(self, call: Call, policy: RetryPolicy) -> requests.Response:
         self.shared.gate.wait(self.shared.stop)
@@ -3585,6 +3992,7 @@ class ConvertClient:
         return response
 
     def _note_success(self, response: requests.Response, exchange: Exchange) -> None:
+        self.shared.reach.found()
         exchange.maybe_done = True
         self.shared.gate.learn(response.headers, time.time())
         remaining = response.headers.get("X-CTF-Remaining", "")
@@ -3633,68 +4041,80 @@ class ConvertClient:
     def _finish_job(self, job_id: str, task: Task, exchange: Exchange) -> Result:
         """Wait for a job and fetch its result. An unknown state counts as running (docs/conversions/async)."""
         deadline = time.monotonic() + JOB_DEADLINE_SECONDS
-        links_left = 3
+        results_left = 3
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
             self.shared.stop.sleep(pause)
-            job = self._poll(job_id, exchange, deadline)
-            link, said_size = download_link(job)
-            if job.get("status") == "completed" and link:
-                result = self._download(link, said_size, task.target, exchange, deadline)
+            try:
+                result = self._result_of_job(self._poll(job_id, exchange, deadline), task.target, exchange, deadline)
                 if result:
                     return result
-                links_left -= 1
-            if not links_left or time.monotonic() > deadline:
+            except BadAnswer as bad:
+                results_left -= 1
+                if bad.permanent or not results_left:
+                    raise ObjectFailed(bad.code, bad.message, permanent=bad.permanent, status=200) from None
+            if time.monotonic() > deadline:
                 break
         raise ObjectFailed("job_not_finished", f"the job {job_id} gave no result in time", permanent=False)
+
+    def _result_of_job(self, job: Mapping[str, Any], target: str, exchange: Exchange, deadline: float) -> Result | None:
+        """What a job has come to; None while it runs. Raises BadAnswer."""
+        if job.get("status") != "completed":
+            return None
+        link, said_size = download_link(job)
+        if not link:
+            raise BadAnswer("no_link", "the job is completed, and the API does not say where its result is")
+        return self._download(link, said_size, target, exchange, deadline)
 
     def _poll(self, job_id: str, exchange: Exchange, deadline: float) -> dict[str, Any]:
         self.shared.gate.spend()
         try:
-            response = self._get(
-                f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}", exchange, deadline
-            )
+            address = f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}"
+            response = self._get(address, judge_poll, exchange, deadline)
         except ObjectFailed as failure:
-            if failure.status != 404:
-                raise
-            raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
+            if failure.status in {404, 410}:
+                raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
+            # Its status is an answer to this question; nobody must take it for one to the request that made the job.
+            said = f"asked for the job {job_id}: {failure.code} {failure.message}".rstrip()
+            raise ObjectFailed("job_not_finished", said, permanent=False) from failure
         with contextlib.closing(response):
             job = json_body(response)
         if job.get("status") == "failed":
             exchange.maybe_done = False
-            raise job_failure(job)
+            age = age_of_job(job, response.headers.get("Date", ""))
+            raise job_failure(job, is_old=age > time.monotonic() - exchange.asked_at + ROUNDING_SECONDS)
         return job
 
-    def _get(self, address: str, exchange: Exchange, deadline: float) -> requests.Response:
-        self._adapter.max_retries = RetryPolicy(
-            self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, looks_up=True
-        )
+    def _get(
+        self, address: str, judge: Callable[[int, str], Verdict], exchange: Exchange, deadline: float
+    ) -> requests.Response:
+        is_own = self._is_own(address)
+        policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline, judge=judge)
+        self._adapter.max_retries = policy.new(is_elsewhere=not is_own)
         timeout = (CONNECT_TIMEOUT_SECONDS, self._api.timeout)
         self.shared.gate.count(exchange)
-        session = self._session if self._is_own(address) else self._elsewhere
-        return session.get(address, stream=True, allow_redirects=False, timeout=timeout)
+        session = self._session if is_own else self._elsewhere
+        response = session.get(address, stream=True, allow_redirects=False, timeout=timeout)
+        if is_own:
+            self.shared.reach.found()
+        return response
 
-    def _download(
-        self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float
-    ) -> Result | None:
-        """The file behind a download link; None if it is stale or the file came cut."""
-        # The link may be relative, and may point to another host, which then gets no key.
-        response = None
+    def _download(self, link: str, said_size: int | None, target: str, exchange: Exchange, deadline: float) -> Result:
+        """The file behind a download link. Raises BadAnswer if the link is stale, or the file cut or another one."""
         try:
-            response = self._get(urllib.parse.urljoin(self._api.url + "/", link), exchange, deadline)
-            result = self._receive(response, target, deadline)
-        except BadAnswer as answer:
-            if answer.permanent:
-                raise ObjectFailed(answer.code, answer.message, permanent=True, status=200) from None
-            return None
-        except (ObjectFailed, urllib3.exceptions.HTTPError, OSError):
-            return None
-        finally:
-            if response is not None:
-                response.close()
+            # The link may be relative, and may point to another host, which then gets no key.
+            response = self._get(urllib.parse.urljoin(self._api.url + "/", link), judge_download, exchange, deadline)
+        except (ObjectFailed, urllib3.exceptions.HTTPError, OSError) as problem:
+            said = f"{problem.code} {problem.message}" if isinstance(problem, ObjectFailed) else type(problem).__name__
+            raise BadAnswer("stale_link", f"the API's link to the file does not work: {said}".rstrip()) from None
+        with contextlib.closing(response):
+            try:
+                result = self._receive(response, target, deadline)
+            except (urllib3.exceptions.HTTPError, OSError) as error:
+                raise as_bad_answer(error) from None
         # A whole body of the wrong size is a body of something else.
         if said_size is not None and said_size != result.size:
             result.body.close()
-            return None
+            raise BadAnswer("cut_answer", f"the file has {result.size} bytes, and the API says {said_size}")
         return result
 
 
@@ -3718,9 +4138,12 @@ def asking(address: str, **request: Any) -> Iterator[requests.Response]:
         with requests.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
             yield answer
     except requests.RequestException as error:
-        host = urllib.parse.urlsplit(address).netloc
+        host, proxy = urllib.parse.urlsplit(address).netloc, proxy_for(address)
+        why = certificate_problem(error) or connection_problem(error)
+        if proxy:
+            raise UserError(f"{host} cannot be reached through the proxy {proxy}: {why}", PROXY_HINT) from None
         hint = "check its address and the network; for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
-        raise UserError(f"{host} cannot be reached: {type(error).__name__}", hint) from None
+        raise UserError(f"{host} cannot be reached: {why}", hint) from None
 
 
 def ask_usage(api: ApiOptions) -> Usage:
@@ -3735,7 +4158,7 @@ def ask_usage(api: ApiOptions) -> Usage:
     code, message = parse_error(json.dumps(body).encode())
     # An API that has no such page says nothing of the key.
     if status not in {404, 405} and judge_reply(status, code) is Verdict.STOP_RUN:
-        raise refusal_by_api(status, code, message)
+        raise refusal_by_api(status, code, message, api.url)
     # No retry: whoever asks wants to know how it is now.
     if status >= 500 or status == 429:
         raise UserError(f"the API answered {status} {code}".rstrip(), "try it again later")
@@ -3786,16 +4209,6 @@ def first_number(told: Mapping[str, Any], pattern: str) -> int | None:
 
 
 @contextlib.contextmanager
-def suppressing_lost_job() -> Iterator[None]:
-    """Let a job that the API has forgotten be sent anew."""
-    try:
-        yield
-    except ObjectFailed as failure:
-        if failure.code != JOB_LOST:
-            raise
-
-
-@contextlib.contextmanager
 def no_space_stops_the_run() -> Iterator[None]:
     """Raise RunStopped where a temporary file cannot be written: every object would meet that."""
     try:
@@ -3820,7 +4233,7 @@ def as_bad_answer(error: Exception) -> BadAnswer:
 def json_body(response: requests.Response) -> dict[str, Any]:
     """The JSON object in an answer; empty if there is none."""
     try:
-        found = json.loads(response.raw.read(ERROR_BODY_BYTES))
+        found = read_json(response.raw.read(ERROR_BODY_BYTES))
     except (ValueError, RecursionError, urllib3.exceptions.HTTPError, OSError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -3844,13 +4257,14 @@ def download_link(job: Mapping[str, Any]) -> tuple[str, int | None]:
     return str(link), said if isinstance(said, int) else None
 
 
-def job_failure(job: Mapping[str, Any]) -> ObjectFailed | RunStopped:
+def job_failure(job: Mapping[str, Any], *, is_old: bool) -> JobFailed | RunStopped:
     """What a failed job means. Its `error` may be an object, a text, or absent."""
     code, message = parse_error(json.dumps(dict(job)).encode())
     if code == "quota_exceeded":
         return refusal_by_api(429, code, message)
     is_passing = code in {"service_unavailable", "rate_limited"}
-    return ObjectFailed(code or "job_failed", message or "the API says that the job failed", permanent=not is_passing)
+    said = message or "the API says that the job failed"
+    return JobFailed(code or "job_failed", said, permanent=not is_passing, is_old=is_old)
 
 
 ########################################################################################################################
@@ -4121,13 +4535,13 @@ class Planner:
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
+            job_id=earlier.job_id if earlier else "",
             traced=candidate.is_known or source.key in sent,
             look_first=earlier is not None,
             among_sources=self.settings.puts_among_sources(job),
         )
         if earlier and not is_overdue:
-            _, key, url, _, job_id = earlier
-            return replace(task, idempotency_key=key, url=url, job_id=job_id, resumed=True)
+            return replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, resumed=True)
         return task
 
     def _sendable(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -4321,8 +4735,8 @@ class Feeder:
             return None
         settings = self.shared.settings
         return Stop(
-            f"the cap of {settings.api.max_conversions} conversions{settings.shard.named} is reached",
-            "run it again to go on, or raise api.max_conversions (--limit)",
+            f"the cap of {counted(settings.api.max_conversions or 0, 'conversion')}{settings.shard.named} is reached",
+            "run it again to go on, or raise api.max_conversions (--limit); failed ones count, for they may be charged",
         )
 
     def _within_budget(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -4363,7 +4777,7 @@ class Feeder:
     def _leave(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
             # The row of one that is overdue is all that tells the next run that it may be paid twice.
-            self.tell(Outcome(task, Event.LEFT, unsettled=task.resumed or task.overdue))
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done or task.overdue))
 
     def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
@@ -4388,7 +4802,7 @@ class TotalCount(threading.Thread):
         """Count, if there is something to wait for; tell the recorder once it is all counted."""
         self._feeder.is_ahead.wait()
         shared = self._feeder.shared
-        with contextlib.suppress(RunStopped, UserError), self._own_journal() as journal:
+        with contextlib.suppress(RunStopped, UserError, Interrupted), self._own_journal() as journal:
             planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
             total, began = 0, time.thread_time()
             for page, routes in planner.pages(lambda: 1):
@@ -4415,7 +4829,7 @@ class TotalCount(threading.Thread):
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     # An earlier run may have sent it: until the API says otherwise, the work may be done.
-    exchange = Exchange(maybe_done=task.resumed, replayed=task.resumed)
+    exchange = Exchange(maybe_done=task.may_be_done, replayed=task.may_be_done)
     # Whatever the API has repeated, no secret gets further than this function: all that it hands on goes through here.
     hide = shared.settings.hide
     started = time.monotonic()
@@ -4464,7 +4878,6 @@ def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchang
     if task.copy:
         shared.bucket.copy(task)
         return Outcome(task, Event.CONVERTED, output_key=task.output_key, bytes_out=task.size)
-    exchange.maybe_paid_twice = task.overdue
     result = client.convert(task, exchange)
     with contextlib.closing(result.body):
         key = shared.bucket.store(task, result)
@@ -4507,7 +4920,8 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
         with sending:
             connection.send(note)
 
-    shared = Shared(settings, StopFlag(tell), Gate(tell), Bucket(settings), UrlTrust(tell), tell)
+    stop = StopFlag(tell)
+    shared = Shared(settings, stop, Gate(tell), Bucket(settings, stop), UrlTrust(tell), tell)
     tasks: queue.Queue[Task | None] = queue.Queue()
     threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
     with ThreadPoolExecutor(workers) as pool:
@@ -4529,7 +4943,8 @@ def listen_to_parent(
         if isinstance(told, GateClosed):
             shared.gate.close(told.until)
         elif isinstance(told, Stop):
-            shared.stop.request(told)
+            # Told back, it could meet a parent that is sending as well: neither would read what fills the other's pipe.
+            shared.stop.request(told, is_told=True)
         else:
             for _ in range(1 if told else workers):
                 tasks.put(told)
@@ -4641,7 +5056,7 @@ class WorkerProcess:
         """Leave to the next run what no process is there for."""
         queued = () if self._is_fed else iter(self.tasks.get, None)
         for task in itertools.chain(self._again, queued):
-            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.resumed))
+            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
 
 
 @contextlib.contextmanager
@@ -4704,6 +5119,8 @@ def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
 ########################################################################################################################
 
 Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None  # None: a worker, or a process of them, has left
+# Failures that cost nothing and say nothing of the API: they do not count for run.max_failure_rate.
+FREE_FAILURES = ("output_collision", "output_key_too_long", "too_large", "source_gone")
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
 
 
@@ -4716,6 +5133,7 @@ class Report:
         self.failed: Counter[str] = Counter()
         self.latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it
+        self.maybe_paid_twice = ""  # the first key that the API may have been paid for twice
         self.remaining: int | None = None
         self.total: int | None = None  # what `eligible` will come to, if a counting pass has said so
         self.stop: Stop | None = None
@@ -4732,6 +5150,8 @@ class Report:
         self.counts["throttled"] += outcome.throttled
         self.counts["replays"] += outcome.replayed
         self.counts["possible_double_charges"] += outcome.maybe_paid_twice
+        if outcome.maybe_paid_twice and not self.maybe_paid_twice:
+            self.maybe_paid_twice = outcome.task.key
         # Answers come out of order: the smallest number is the newest.
         if outcome.remaining is not None:
             self.remaining = min(outcome.remaining, outcome.remaining if self.remaining is None else self.remaining)
@@ -4807,6 +5227,11 @@ class Report:
             "exit_code": int(self.exit_code),
             "stopped_because": self.stop.because if self.stop else None,
         }
+
+
+def costly(failed: Mapping[str, int]) -> Counter[str]:
+    """Of failures by code, those that count for the failure rate."""
+    return Counter({code: count for code, count in failed.items() if code not in FREE_FAILURES})
 
 
 def told(event: str, **fields: Any) -> dict[str, Any]:
@@ -4956,6 +5381,7 @@ COUNTERS = {
 }
 # Of the last run that ended, and kept in the file while the next one is at work, and when that one fails.
 LAST_SUCCESS, LAST_EXIT_CODE = "last_success_timestamp_seconds", "last_exit_code"
+FAILED_FOR_GOOD = "failed_for_good_objects"
 
 
 def gauge(name: str, value: float | None, about: str) -> Metric:
@@ -4999,6 +5425,7 @@ class Metrics:
         self._workers, self._clock, self._due, self._has_warned = settings.run.workers, clock, 0.0, False
         # The checkpoint is what sets one run apart from another whose file the same node_exporter reads.
         self._labels = {"bucket": settings.s3.bucket, "checkpoint": settings.run.checkpoint}
+        self._sees_all = not settings.keys_from
         self._kept = self._read_kept()
 
     def _read_kept(self) -> dict[str, float]:
@@ -5007,7 +5434,7 @@ class Metrics:
             old = self._path.read_text(encoding="utf-8") if self._path else ""
         except (OSError, UnicodeDecodeError):
             return {}
-        pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE})\{{.*\}} ([0-9.]+)$"
+        pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE}|{FAILED_FOR_GOOD})\{{.*\}} ([0-9.]+)$"
         return {name: float(value) for name, value in re.findall(pattern, old, re.MULTILINE)}
 
     def refresh(self, report: Report) -> None:
@@ -5019,6 +5446,11 @@ class Metrics:
     def finish(self, report: Report) -> None:
         """Write what the run has come to."""
         self._kept[LAST_EXIT_CODE] = report.exit_code
+        for_good = report.counts["failed_for_good"] + report.counts[FAILED_BEFORE]
+        # A run that has not seen everything does not know that there are fewer than before.
+        self._kept[FAILED_FOR_GOOD] = (
+            for_good if self._sees_all and report.is_whole else max(for_good, self._kept.get(FAILED_FOR_GOOD, 0))
+        )
         if report.exit_code is ExitCode.DONE:
             self._kept[LAST_SUCCESS] = time.time()
         self._write(report, is_running=False)
@@ -5028,7 +5460,8 @@ class Metrics:
         metrics = [
             *metrics_of(report, self._workers),
             gauge("running", is_running, "Whether a run is at work."),
-            gauge(LAST_SUCCESS, kept.get(LAST_SUCCESS), "When a run last ended with everything converted."),
+            gauge(LAST_SUCCESS, kept.get(LAST_SUCCESS), "When a run last ended with nothing left to do."),
+            gauge(FAILED_FOR_GOOD, kept.get(FAILED_FOR_GOOD), "Objects that only --retry-failed tries again."),
             gauge(LAST_EXIT_CODE, kept.get(LAST_EXIT_CODE), "Exit code of the last run that has ended."),
         ]
         try:
@@ -5126,17 +5559,12 @@ class Recorder:
         }
 
     def _watch_results(self) -> None:
-        most = self.run.max_failure_rate
-        failed = self.report.failed.total()
-        if (
-            most is not None
-            and self.report.finished >= FAILURES_BEFORE_RATE_COUNTS
-            and failed > most * self.report.finished
-        ):
-            reasons = ", ".join(f"{code} {count}" for code, count in self.report.failed.most_common(3))
-            because = (
-                f"{failed} of {self.report.finished} failed ({reasons}), more than run.max_failure_rate = {most:.3g}"
-            )
+        most, failed = self.run.max_failure_rate, costly(self.report.failed)
+        tried = self.report.counts["converted"] + failed.total()
+        if most is not None and tried >= FAILURES_BEFORE_RATE_COUNTS and failed.total() > most * tried:
+            reasons = ", ".join(f"{code} {count}" for code, count in failed.most_common(3))
+            share = f"run.max_failure_rate = {100 * most:.3g}%"
+            because = f"{failed.total()} of {tried} failed ({reasons}), more than {share}"
             hint = f"see {self.run.failures}; then run it again, or raise run.max_failure_rate"
             self.shared.stop.request(Stop(because, hint))
 
@@ -5215,7 +5643,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
         pacer = Pacer(settings.api.requests_per_minute, settings.shard.count)
         gate = Gate(pacer.hear)
-        shared = Shared(settings, stop, gate, Bucket(settings), UrlTrust(), notes.put)
+        shared = Shared(settings, stop, gate, Bucket(settings, stop), UrlTrust(), notes.put)
         report, progress = Report(), Progress(settings)
         say_start(settings, journal)
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
@@ -5249,10 +5677,8 @@ def say_start(settings: Settings, journal: Journal) -> None:
     log.info("converting %s with %d workers", about, workers, extra=told("start", **fields))
     if settings.retry_failed:
         count = journal.failed_for_good(settings.jobs)
-        objects = "1 object" if count == 1 else f"{count} objects"
-        log.info(
-            "--retry-failed: %s that failed for good will be tried again", objects, extra=told("retry", count=count)
-        )
+        said = f"--retry-failed: {counted(count, 'object')} that failed for good will be tried again"
+        log.info("%s", said, extra=told("retry", count=count))
 
 
 def describe(settings: Settings) -> str:
@@ -5335,6 +5761,7 @@ REMEDIES = {
     "no_length": "a proxy on the way hides where answers end: go around it",
     "slow_answer": "the answer took too long: raise api.timeout",
     "stale_link": "the API's link to the result did not work: run it again, it is asked for anew",
+    "no_link": "the API has done the job and did not say where the result is: run it again, it is asked for anew",
     "no_job_id": "the API started a job and did not say which: run it again",
     "job_not_finished": "the job took too long: run it again, it goes on with the same job",
     "job_lost": "the API has forgotten the job: run it again",
@@ -5343,12 +5770,18 @@ REMEDIES = {
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
     "look_failed": "S3 did not say whether something lies under the output key: run it again",
-    "store_failed": "S3 did not take the output: allow s3:PutObject on s3.output_key, and run it again",
+    "store_failed": "S3 did not take it: allow s3:PutObject on s3.output_key, check the network, and run it again",
     "output_collision": "another source has this output: put {ext} into s3.output_key",
     "output_key_too_long": "shorten s3.output_key",
     "worker_died": "its size may need more memory than there is: give each process fewer workers, and run it again",
     "bug": "a bug of this program: run it again with -v, and report what it prints",
 }
+
+
+PAID_TWICE_HINT = (
+    "the API has seen the request before, from a run that this checkpoint does not know; "
+    "compare with your account's usage page"
+)
 
 
 def remedy(code: str) -> str:
@@ -5389,6 +5822,8 @@ def next_steps(report: Report, settings: Settings) -> Iterator[str]:
         yield f"next: the next run tries {passing} of the failures again"
     if for_good:
         yield f"next: {for_good} failed for good; when the cause is removed, run it with --retry-failed"
+    if before := report.counts[FAILED_BEFORE]:
+        yield f"next: {before} failed for good in an earlier run; --status counts them, --retry-failed tries them again"
     if report.failed:
         yield f"failures are in {settings.run.failures}"
 
@@ -5406,21 +5841,27 @@ def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
     yield f"time          {found['seconds']:.1f} s, {found['per_second']:.1f} files/s"
     if found["p50_seconds"] is not None:
         yield f"latency       p50 {found['p50_seconds']:.2f} s, p95 {found['p95_seconds']:.2f} s"
-    yield f"requests      {found['requests']} ({found['throttled']} throttled, {found['replays']} replays)"
+    replays = counted(found["replays"], "replay")
+    yield f"requests      {found['requests']} ({found['throttled']} throttled, {replays})"
     if found["possible_double_charges"]:
-        yield f"warning       {found['possible_double_charges']} conversions may have been charged twice"
+        twice = counted(found["possible_double_charges"], "conversion")
+        yield f"warning       {twice} may have been charged twice, for example {shown(report.maybe_paid_twice)}"
+        yield f"              {PAID_TWICE_HINT}"
     if found["remaining"] is not None:
-        yield f"quota         {found['remaining']} conversions remain"
+        yield f"quota         {counted(found['remaining'], 'conversion')} left"
     yield from next_steps(report, settings)
 
 
 def summary_line(report: Report) -> str:
     """The end of a run in one line."""
     found = report.summary()
-    skipped, failed = sum(found["skipped"].values()), report.failed.total()
+    before = report.counts[FAILED_BEFORE]
+    # Outputs between the sources are nothing that anybody would have converted.
+    skipped = sum(found["skipped"].values()) - before - report.counts[OWN_OUTPUT]
     return (
         f"converted {found['converted']} in {found['seconds']:.1f} s, already done {found['already_done']}, "
-        f"skipped {skipped}, failed {failed}, left {found['left']}"
+        f"skipped {skipped}, {f'failed before {before}, ' if before else ''}failed {report.failed.total()}, "
+        f"left {found['left']}"
     )
 
 
@@ -5444,7 +5885,7 @@ class Forecast:
     def plan(self, tasks: Sequence[Task], planner: Planner) -> None:
         """Count a page: what is for workers to do, and what needs none, a failure or an output that is there."""
         for task in tasks:
-            kind = TO_COPY if task.copy else TO_RESUME if task.resumed else TO_CONVERT
+            kind = TO_COPY if task.copy else TO_RESUME if task.may_be_done else TO_CONVERT
             self.counts[task.job, kind] += 1
             self.counts[task.job, "bytes"] += task.size if kind == TO_CONVERT else 0
         for outcome in planner.settled:
@@ -5536,8 +5977,11 @@ class Forecast:
 
     def warnings(self) -> Iterator[str]:
         """What a person should know before the run."""
+        if not self.total(LISTED):
+            yield from empty_listing_warnings(self.settings)
         yield from quota_warnings(self.in_one_run, self.usage, self.usage_problem, self.settings.api)
-        most, failed = self.settings.run.max_failure_rate, self.failed.total()
+        most = self.settings.run.max_failure_rate
+        failed = sum(costly({code: count}).total() for (_, code), count in self.failed.items())
         tried = self.conversions + failed
         if most is not None and failed > most * tried and tried >= FAILURES_BEFORE_RATE_COUNTS:
             yield f"{failed} of {tried} would fail, more than run.max_failure_rate: the run would stop early"
@@ -5793,7 +6237,7 @@ def step_for(task: Task, bucket: Bucket) -> str:
         return f"fail: {failure.code}, {shown(failure.message)}"
     if task.copy:
         return "copy it, at no charge"
-    if task.resumed:
+    if task.may_be_done:
         return "send the request in flight again, which the API answers free of charge if it has done the work"
     return f"convert it to {task.target}, which is paid for"
 
@@ -5839,12 +6283,16 @@ def say(line: str) -> None:
 
 def check(settings: Settings) -> ExitCode:
     """Prove what a run needs, one line each."""
-    is_ready = True
+    verdicts: Counter[str] = Counter()
     for finding in findings(settings):
         # Each line as soon as it is known: the next one may have to wait for the network.
-        is_ready &= finding.verdict != "FAIL"
-        say(settings.hide(str(finding)))
-    return ExitCode.DONE if is_ready else ExitCode.USAGE
+        verdicts[finding.verdict] += 1
+        if not (settings.quiet and finding.verdict == "OK"):
+            say(settings.hide(str(finding)))
+    named = ("FAIL", "WARN") if verdicts["FAIL"] else ("OK", "WARN")
+    counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in named if verdicts[verdict])
+    say(f"not ready: {counts}" if verdicts["FAIL"] else f"ready: {counts}")
+    return ExitCode.USAGE if verdicts["FAIL"] else ExitCode.DONE
 
 
 def findings(settings: Settings) -> Iterator[Finding]:
@@ -5860,7 +6308,18 @@ def findings(settings: Settings) -> Iterator[Finding]:
     for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
         yield proved(f"space in {folder}", partial(has_space, folder))
     yield from bucket_findings(settings)
-    yield from api_findings(settings.api)
+    if settings.api.key_file and not settings.key_problem:
+        yield proved("api.key_file", partial(key_is_private, Path(settings.api.key_file).expanduser()))
+    yield from api_findings(settings)
+
+
+def key_is_private(path: Path) -> str:
+    """That only its owner can read a file. Raises Doubt if others can: in a container, there may be no others."""
+    # CTF_API_KEY comes before the file, which need not be there then.
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0
+    if os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+        raise Doubt(f"others can read {path} (mode {mode:04o})", f"run: chmod 600 {path}")
+    return f"others cannot read {path}"
 
 
 def versions() -> str:
@@ -5874,7 +6333,7 @@ def versions() -> str:
     ]
     if old:
         wanted = " ".join(f"'{name}'" for name in old)
-        raise UserError(f"too old for {', '.join(old)}", f"type: {sys.executable} -m pip install {wanted}")
+        raise UserError(f"too old for {', '.join(old)}", f"run: {sys.executable} -m pip install {wanted}")
     return ", ".join([f"Python {sys.version.split()[0]}", *(f"{name} {version}" for name, version in found.items())])
 
 
@@ -5981,7 +6440,7 @@ def can_list(bucket: Bucket, prefix: str, listed: list[S3Object]) -> str:
     page = bucket.read_page(bucket.name, prefix).objects
     listed += page
     if not page:
-        raise Doubt("no key begins so", "check s3.bucket and s3.prefix")
+        raise Doubt("no key begins with this prefix", "check s3.bucket and s3.prefix")
     return f"{len(page)} objects{' and more' if len(page) == PAGE_KEYS else ''}"
 
 
@@ -6067,8 +6526,9 @@ def can_delete(bucket: Bucket, key: str, version: str) -> str:
     return "the probe is gone; a run deletes nothing"
 
 
-def api_findings(api: ApiOptions) -> Iterator[Finding]:
+def api_findings(settings: Settings) -> Iterator[Finding]:
     """What a run needs of the API."""
+    api = settings.api
     try:
         ahead = seconds_ahead(api.url)
     except UserError as error:
@@ -6076,6 +6536,9 @@ def api_findings(api: ApiOptions) -> Iterator[Finding]:
         yield Finding("FAIL", "API", f"{error.message}; {error.hint}")
         return
     yield proved("clock of the API", partial(clock_agrees, ahead))
+    if settings.key_problem:
+        yield Finding("FAIL", "API key", settings.key_problem)
+        return
     told: list[Usage] = []
     yield proved("API key", partial(key_is_accepted, api, told))
     for usage in told:
@@ -6122,14 +6585,24 @@ FLAGS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that does not repeat an API key that stands where it should not."""
+    """A parser that says little and to the point, and does not repeat an API key that stands where it should not."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and exit 2."""
-        super().error(redacted(message))
+        usage = f"usage: {self.prog} [-c FILE] [options], which --help names"
+        self.exit(ExitCode.USAGE, f"{usage}\n{self.prog}: error: {redacted(message)}\n")
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """The command line. What is no option is named, with the one that was probably meant."""
+        arguments, unknown = self.parse_known_args(argv)
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(f"--{name.lstrip('-').lower()}", self._option_string_actions, n=1)
+            self.error(f"{name} is not an option" + "".join(f"; did you mean {meant}?" for meant in near))
+        return arguments
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="s3_bulk_convert.py",
@@ -6145,7 +6618,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--target", metavar="FORMAT", help="format to convert to (convert.target)")
     add("--workers", metavar="N", help="conversions at a time (run.workers)")
     add("--processes", metavar="N", help="processes that share the workers out (run.processes)")
-    add("--limit", metavar="N", help="conversions to pay for in this run (api.max_conversions)")
+    add("--limit", metavar="N", help="conversions to ask for, failed ones included (api.max_conversions)")
     add(
         "--shard",
         metavar="I/N",
@@ -6251,6 +6724,9 @@ def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
 
 def finish(report: Report, settings: Settings) -> ExitCode:
     """Say what the run came to."""
+    if report.is_whole and not report.counts["listed"]:
+        for warning in empty_listing_warnings(settings):
+            log.warning("%s", warning)
     if settings.log_format == "json":
         log_summary(report)
         text = json.dumps(without_secrets(report.summary()), ensure_ascii=False)
@@ -6262,6 +6738,16 @@ def finish(report: Report, settings: Settings) -> ExitCode:
     with contextlib.suppress(OSError):
         print(text, flush=True)
     return report.exit_code
+
+
+def empty_listing_warnings(settings: Settings) -> Iterator[str]:
+    """What may be wrong where a whole listing has nothing in it; a part of the work, or of the keys, may be empty."""
+    if settings.keys_from or settings.shard.count > 1:
+        return
+    for prefix in dict.fromkeys(job.prefix for job in settings.jobs):
+        meant = f'; keys rarely begin with "/": did you mean "{prefix.lstrip("/")}"?' if prefix.startswith("/") else ""
+        said = f"no key begins with {json.dumps(prefix, ensure_ascii=False)}" if prefix else "there is no object"
+        yield f"{said} in s3://{settings.s3.bucket}{meant}"
 
 
 def log_summary(report: Report) -> None:
@@ -6313,10 +6799,10 @@ def print_all(lines: Iterable[str], settings: Settings) -> ExitCode:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
     give_streams()
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().read(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
-        is_free = arguments.status or arguments.dry_run or arguments.why is not None
+        is_free = arguments.check or arguments.status or arguments.dry_run or arguments.why is not None
         settings = load_settings(
             arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_free
         )

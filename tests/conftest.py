@@ -1,6 +1,6 @@
 """Fixtures: the real S3 server, a bucket in it, and the strict stand-in of the API. Tools only, no assertions."""
 
-import itertools
+import functools
 import json
 import os
 import re
@@ -18,11 +18,11 @@ import pytest
 
 from tests.conversion_api import ConversionApi
 from tests.s3_server import S3Server
+from tests.servers.kinds import KINDS
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
-NUMBERS = itertools.count(1)
 # Under nohup, or in the background of a script, signals are ignored, and the programs under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -58,19 +58,92 @@ class TestBucket:
         return found
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Say what `pytest` takes in addition."""
+    parser.addoption(
+        "--s3", choices=sorted(KINDS), help="run the tests that need an S3, and no other, against this one"
+    )
+    parser.addoption("--tls", action="store_true", help="speak TLS with the S3 server, by a private CA")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to let several processes empty one bucket."""
+    several = config.getoption("numprocesses", default=None)
+    if config.getoption("--s3") == "external" and os.environ.get("S3_TEST_BUCKET") and several:
+        raise pytest.UsageError("S3_TEST_BUCKET is for one process at a time: leave out -n")
+
+
+def chosen_kind(config: pytest.Config) -> type[S3Server]:
+    """The kind of S3 server that the tests are run against."""
+    return KINDS[config.getoption("--s3") or "swift"]
+
+
+LEFT_OUT = pytest.StashKey[list[str]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the chosen S3 server cannot do, and say so; with --s3, what needs none."""
+    chosen, lacks = config.getoption("--s3"), chosen_kind(config).lacks
+    kept, left_out = [], []
+    for item in items:
+        fixtures = getattr(item, "fixturenames", [])
+        needed = [*fixtures, *(name for mark in item.iter_markers("needs") for name in mark.args)]
+        if missing := [lacks[name] for name in needed if name in lacks]:
+            left_out.append(f"{item.nodeid}: {missing[0]}")
+        elif not chosen or "new_server" in fixtures:
+            kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+    config.stash[LEFT_OUT] = left_out
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what was left out to the process that prints the summary, if it is another one."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["left_out"] = session.config.stash.get(LEFT_OUT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take it from there."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Name each test that was left out, and why."""
+    for line in config.stash.get(LEFT_OUT, []):
+        terminalreporter.write_line(f"left out: {line}")
+
+
 @pytest.fixture(scope="session")
-def s3() -> Iterator[S3Server]:
+def new_server(request: pytest.FixtureRequest) -> Callable[..., S3Server]:
+    """Makes an S3 server of the chosen kind."""
+    return functools.partial(chosen_kind(request.config), tls=request.config.getoption("--tls"))
+
+
+@pytest.fixture(scope="session")
+def s3(new_server: Callable[..., S3Server]) -> Iterator[S3Server]:
     """A real S3 server."""
-    with S3Server() as server:
+    with new_server() as server:
         yield server
 
 
 @pytest.fixture
-def bucket(s3: S3Server) -> TestBucket:
+def bucket(s3: S3Server) -> Iterator[TestBucket]:
     """An empty bucket."""
-    created = TestBucket(f"test-{next(NUMBERS)}", s3.client())
-    created.client.create_bucket(Bucket=created.name)
-    return created
+    client = s3.client()
+    created = TestBucket(s3.new_bucket(client), client)
+    yield created
+    s3.drop_bucket(client, created.name)
+
+
+@pytest.fixture
+def other_bucket(s3: S3Server, bucket: TestBucket) -> Iterator[TestBucket]:
+    """A second one."""
+    created = TestBucket(s3.new_bucket(bucket.client), bucket.client)
+    yield created
+    s3.drop_bucket(bucket.client, created.name)
 
 
 @pytest.fixture
@@ -121,7 +194,7 @@ class Run:
     def _refuse_secrets(self) -> None:
         written = "".join(path.read_text() for path in self.workdir.glob("*.json*"))
         for text in (self.out, self.err, written):
-            assert self._environment.get("CTF_API_KEY", "no key") not in text
+            assert self._environment.get("CTF_API_KEY", "\0") not in text
             assert self._environment["AWS_SECRET_ACCESS_KEY"] not in text
             assert not re.search(r"X-Amz-Signature=(?!\.\.\.)", text)
 
@@ -159,6 +232,7 @@ def launch(
         "TARGET_FORMAT": "jpg",
     }
     changed = {name: value for name, value in {**environment, **changes}.items() if value is not None}
+    api.behaviour.ca_bundle = s3.ca_bundle
     given = ["--set", f"api.url={api.url}", "--set", "run.summary=summary.json", *arguments]
     return Run([PYTHON, *command, *given], workdir, changed, stdin, terminal)
 

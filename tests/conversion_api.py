@@ -183,6 +183,7 @@ class Behaviour:
 
     accept_file_url: bool = True  # False: 400, as the reference pages have it
     fetch_failure_status: int = 422  # with the code "fetch_failed"
+    ca_bundle: str = ""  # a file to trust when it fetches, in place of the usual authorities
     max_size: int | None = None  # bytes that the plan allows, else 413
 
     compare_raw_body: bool = False  # True: another multipart boundary is another body
@@ -920,6 +921,7 @@ class ConversionApi(Books):
         # Without a proxy from the environment, and closed at once: each fetch is a stranger to the last one.
         with requests.Session() as session:
             session.trust_env = False
+            session.verify = self.behaviour.ca_bundle or True
             try:
                 reply = session.get(url, timeout=SECONDS_FOR_A_FETCH)
                 reply.raise_for_status()

@@ -1,23 +1,28 @@
-"""What the stand-in converts with: Pillow for images, LibreOffice for documents, and a cheap marker for big counts."""
+"""What the stand-in converts with: Pillow for images, and a cheap marker for big counts.
+
+Where they are installed, also LibreOffice for documents, Poppler for the pages of a PDF, FFmpeg for films and sound.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import io
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pillow_heif
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-SECONDS_FOR_A_DOCUMENT = 120
+SECONDS_FOR_AN_ENGINE = 300  # a bound on what hangs, not a wish: a busy machine may be slow
 
 MEDIA_TYPES = {
     "jpg": "image/jpeg",
@@ -28,6 +33,16 @@ MEDIA_TYPES = {
     "tiff": "image/tiff",
     "pdf": "application/pdf",
     "zip": "application/zip",
+    "mov": "video/quicktime",
+    "mp4": "video/mp4",
+    "mkv": "video/x-matroska",
+    "webm": "video/webm",
+    "avi": "video/x-msvideo",
+    "mp3": "audio/mpeg",
+    "m4a": "audio/mp4",
+    "wav": "audio/x-wav",
+    "flac": "audio/flac",
+    "ogg": "audio/ogg",
 }
 
 # Spellings of one format. Both sides of a route are looked up here, in lower case.
@@ -46,7 +61,41 @@ READABLE_IMAGES = {
 WRITABLE_IMAGES = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "pdf": "PDF"}
 LOSSY_TARGETS = frozenset({"jpg", "webp"})
 
-DOCUMENTS = frozenset({"docx", "doc", "odt", "rtf", "xlsx", "xls", "ods", "csv", "pptx", "ppt", "odp", "txt", "html"})
+# LibreOffice's own names. Told none, it takes a damaged document for plain text and prints its bytes.
+OFFICE_FILTERS = {
+    "docx": "MS Word 2007 XML",
+    "doc": "MS Word 97",
+    "odt": "writer8",
+    "rtf": "Rich Text Format",
+    "html": "HTML (StarWriter)",
+    "txt": "Text (encoded):UTF8",
+    "xlsx": "Calc MS Excel 2007 XML",
+    "xls": "MS Excel 97",
+    "ods": "calc8",
+    "csv": "Text - txt - csv (StarCalc):44,34,76",  # comma, double quote, UTF-8
+    "pptx": "Impress MS PowerPoint 2007 XML",
+    "ppt": "MS PowerPoint 97",
+    "odp": "impress8",
+}
+
+PAGE_FLAGS = {"jpg": "-jpeg", "png": "-png"}
+PAGE_DPI = 150
+
+# FFmpeg's own names of what reads a format.
+DEMUXERS = {
+    "mov": "mov",
+    "mp4": "mov",
+    "mkv": "matroska",
+    "webm": "matroska",
+    "avi": "avi",
+    "mp3": "mp3",
+    "m4a": "mov",
+    "wav": "wav",
+    "flac": "flac",
+    "ogg": "ogg",
+}
+FILMS = frozenset({"mov", "mp4", "mkv", "webm", "avi"})
+SOUNDS = frozenset({"mp3", "m4a", "wav", "flac", "ogg"})
 
 # Two LibreOffice processes with a profile each work side by side, but a test machine has no memory for ten of them.
 ONE_OFFICE_AT_A_TIME = threading.Lock()
@@ -111,8 +160,12 @@ def convert(conversion: Conversion) -> Converted:
     source_format, target = format_name(conversion.source_format), format_name(conversion.target)
     if source_format in READABLE_IMAGES and target in WRITABLE_IMAGES:
         return convert_image(conversion.source, source_format, target, conversion.quality)
-    if source_format in DOCUMENTS and target == "pdf" and shutil.which("soffice"):
+    if source_format in OFFICE_FILTERS and target == "pdf" and shutil.which("soffice"):
         return convert_document(conversion.source, source_format)
+    if source_format == "pdf" and target in PAGE_FLAGS and shutil.which("pdftoppm"):
+        return convert_pages(conversion.source, target, conversion.quality)
+    if target in routes_of_film(source_format) and shutil.which("ffmpeg"):
+        return convert_film(conversion.source, source_format, target)
     raise UnsupportedRouteError(f"{source_format} to {target}")
 
 
@@ -126,10 +179,7 @@ def convert_image(source: bytes, source_format: str, target: str, quality: int |
     pages = read_pages(source, source_format)
     if target == "pdf":
         return Converted(written_pdf(pages), MEDIA_TYPES["pdf"], "pdf")
-    images = [written_image(page, target, quality) for page in pages]
-    if len(images) == 1:
-        return Converted(images[0], MEDIA_TYPES[target], target)
-    return zip_of_pages(images, target)
+    return one_or_zip([written_image(page, target, quality) for page in pages], target)
 
 
 def read_pages(source: bytes, source_format: str) -> list[Image.Image]:
@@ -184,6 +234,13 @@ def with_plain_mode(image: Image.Image) -> Image.Image:
     return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
+def one_or_zip(pages: list[bytes], extension: str) -> Converted:
+    """Answer a single page as it is, and several as an archive."""
+    if len(pages) == 1:
+        return Converted(pages[0], MEDIA_TYPES[extension], extension)
+    return zip_of_pages(pages, extension)
+
+
 def zip_of_pages(pages: list[bytes], extension: str) -> Converted:
     """Pack one file per page, the way the API answers for a multi-page source."""
     packed = io.BytesIO()
@@ -194,23 +251,76 @@ def zip_of_pages(pages: list[bytes], extension: str) -> Converted:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Documents
+# Engines: programs of this machine
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def convert_document(source: bytes, source_format: str) -> Converted:
-    """Convert a document to PDF with LibreOffice, in a profile of its own so that a desktop session is left alone."""
-    with ONE_OFFICE_AT_A_TIME, tempfile.TemporaryDirectory() as folder:
-        document = Path(folder, f"document.{source_format}")
-        document.write_bytes(source)
-        profile = f"-env:UserInstallation={Path(folder, 'profile').as_uri()}"
-        command = ["soffice", profile, "--headless", "--convert-to", "pdf", "--outdir", folder, str(document)]
-        subprocess.run(command, capture_output=True, check=False, timeout=SECONDS_FOR_A_DOCUMENT)
-        written = document.with_suffix(".pdf")
-        # LibreOffice exits 0 even when it could not read the document: only the file tells.
-        if not written.exists():
-            raise UnconvertibleError(f"not a readable {source_format}")
-        return Converted(written.read_bytes(), MEDIA_TYPES["pdf"], "pdf")
+    """Convert a document to PDF with LibreOffice."""
+    command = ["soffice", "--headless", f"--infilter={OFFICE_FILTERS[source_format]}", "--convert-to", "pdf"]
+    with ONE_OFFICE_AT_A_TIME:
+        (pdf,) = written_by([*command, "--outdir", "written", f"source.{source_format}"], source, source_format)
+    return Converted(pdf, MEDIA_TYPES["pdf"], "pdf")
+
+
+def convert_pages(source: bytes, target: str, quality: int | None) -> Converted:
+    """Draw the pages of a PDF with Poppler."""
+    wanted = ["-jpegopt", f"quality={quality}"] if quality is not None and target in LOSSY_TARGETS else []
+    command = ["pdftoppm", PAGE_FLAGS[target], *wanted, "-r", str(PAGE_DPI), "source.pdf", "written/page"]
+    return one_or_zip(written_by(command, source, "pdf"), target)
+
+
+def routes_of_film(source_format: str) -> frozenset[str]:
+    """The formats to which FFmpeg converts a film, or a sound: a film has a sound, a sound has no film."""
+    if source_format not in DEMUXERS:
+        return frozenset()
+    return FILMS | SOUNDS if source_format in FILMS else SOUNDS
+
+
+def convert_film(source: bytes, source_format: str, target: str) -> Converted:
+    """Convert a film or a sound with FFmpeg, in the codecs that it takes by itself for the target."""
+    # Without the first, any error in the middle leaves a shorter film; without the last, most players show none.
+    reading = ["-nostdin", "-v", "error", "-xerror", "-f", DEMUXERS[source_format], "-i", f"source.{source_format}"]
+    writing = ["-vn"] if target in SOUNDS else ["-pix_fmt", "yuv420p"]
+    (film,) = written_by(["ffmpeg", *reading, *writing, f"written/film.{target}"], source, source_format)
+    return Converted(film, MEDIA_TYPES[target], target)
+
+
+def written_by(command: Sequence[str], source: bytes, source_format: str) -> list[bytes]:
+    """Run an engine over `source.FORMAT` in a folder of its own, and return what it puts into `written`, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, f"source.{source_format}").write_bytes(source)
+        Path(folder, "written").mkdir()
+        exit_code, said = run_engine(command, folder)
+        written = sorted(Path(folder, "written").iterdir())
+        # LibreOffice exits 0 even when it could not read the document, and FFmpeg leaves half a film when it exits 1.
+        if exit_code or not written:
+            raise UnconvertibleError(f"not a readable {source_format}: {''.join(said.splitlines()[-1:])}")
+        return [path.read_bytes() for path in written]
+
+
+def run_engine(command: Sequence[str], folder: str) -> tuple[int, str]:
+    """Run an engine to its end; return its exit code and what it complained of."""
+    # A home of its own, so that the profile of a desktop session is left alone; a session of its own, because what
+    # is called soffice is only a script that waits for the true one.
+    home = {**os.environ, "HOME": folder, "XDG_CONFIG_HOME": folder}
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=home,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            said = process.communicate(timeout=SECONDS_FOR_AN_ENGINE)[1]
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,31 +5,36 @@ It checks signatures and their expiry, keeps its objects on disk, and needs neit
     with S3Server() as server:
         server.client().create_bucket(Bucket="photos")
 
-    python -m tests.s3_server DIRECTORY [PORT]     the same in the foreground, until SIGTERM or Ctrl-C
+    python -m tests.s3_server DIRECTORY [PORT [CERTIFICATE]]    the same in the foreground, until SIGTERM or Ctrl-C
 
-A suite that has an S3 of its own sets S3_TEST_ENDPOINT, S3_TEST_KEY and S3_TEST_SECRET: then no server is started.
+CERTIFICATE is a PEM file with the private key in it: then the server speaks TLS. Other servers are in tests/servers.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import http.client
 import json
 import logging
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from urllib.parse import urlsplit
 
 import boto3
+import trustme
 from botocore.config import Config
 
 if TYPE_CHECKING:
@@ -81,18 +86,24 @@ WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 class S3Server:
     """A running S3 server, from `with` or `start()` to `stop()`; its objects outlive a stop and a new start.
 
+    This one is Swift; those in tests/servers are kinds of it, which run another module.
     Call `start()` in a thread that lives as long as the server: Linux ends the server with the thread that started it.
     """
 
+    name = "swift"
+    module = "tests.s3_server"  # run with directory, port and certificate; says READY and its address when it serves
     region = REGION
+    access_key, secret_key = ACCESS_KEY, SECRET_KEY
+    start_seconds: float = START_SECONDS
+    stop_seconds: float = STOP_SECONDS
+    is_external = False
+    lacks: ClassVar[Mapping[str, str]] = {}  # what tests may need -> why this server cannot give it
 
-    def __init__(self, directory: Path | None = None, port: int = 0) -> None:
-        theirs = {name: os.environ.get(f"S3_TEST_{name}", "") for name in ("ENDPOINT", "KEY", "SECRET")}
-        self.is_external = all(theirs.values())
-        self.endpoint = theirs["ENDPOINT"] if self.is_external else ""
-        self.access_key = theirs["KEY"] if self.is_external else ACCESS_KEY
-        self.secret_key = theirs["SECRET"] if self.is_external else SECRET_KEY
-        self._port = port
+    def __init__(self, directory: Path | None = None, port: int = 0, *, tls: bool = False) -> None:
+        """`tls`: with a certificate that only those trust who are told of `ca_bundle`."""
+        self.endpoint = ""
+        self.ca_bundle = ""
+        self._port, self._tls = port, tls
         self._process: subprocess.Popen[str] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if directory is None and not self.is_external:
@@ -109,24 +120,48 @@ class S3Server:
         if self._temporary:
             self._temporary.cleanup()
 
+    @classmethod
+    def version(cls) -> str:
+        """What it is, and which."""
+        return f"OpenStack Swift {metadata.version('swift')}"
+
+    @classmethod
+    def missing(cls) -> str:
+        """What is to be installed before it can start; empty if all is there."""
+        return ""
+
     def start(self) -> None:
         """Start the server, on the port it had before if there was one, and return when it serves."""
         if self.directory is None or self._process:
             return
+        if missing := self.missing():
+            raise RuntimeError(missing)
         self.directory.mkdir(parents=True, exist_ok=True)
         log = self.directory / "server.log"  # a file, because a pipe that nobody reads would block the server
-        command = [sys.executable, "-m", "tests.s3_server", str(self.directory.resolve()), str(self._port)]
+        command = [sys.executable, "-m", self.module, str(self.directory.resolve()), str(self._port)]
+        if self._tls:
+            command.append(str(self._certificate(self.directory.resolve())))
         with log.open("w") as stderr:
             process = subprocess.Popen(
                 command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
             )
         self._process = process
         try:
-            self.endpoint = endpoint_of(process, log)
+            self.endpoint = endpoint_of(process, log, self.start_seconds)
         except BaseException:
             self.stop()
             raise
         self._port = int(self.endpoint.rpartition(":")[2])
+
+    def _certificate(self, directory: Path) -> Path:
+        """The server's certificate and key, made with the first start."""
+        certificate, bundle = directory / "server.pem", directory / "ca.pem"
+        if not certificate.exists():
+            authority = trustme.CA()
+            authority.cert_pem.write_to_path(str(bundle))
+            authority.issue_cert(HOST).private_key_and_cert_chain_pem.write_to_path(str(certificate))
+        self.ca_bundle = str(bundle)
+        return certificate
 
     def stop(self) -> None:
         """Stop the server if it runs."""
@@ -135,10 +170,17 @@ class S3Server:
             return
         process.terminate()
         try:
-            process.communicate(timeout=STOP_SECONDS)
+            process.communicate(timeout=self.stop_seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
+
+    def kill(self) -> None:
+        """End it as SIGKILL does, with all of its processes."""
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+            process.communicate()  # to the end of its output, which is that of its last process
 
     @property
     def pid(self) -> int | None:
@@ -153,6 +195,7 @@ class S3Server:
             region_name=self.region,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=secret_key or self.secret_key,
+            verify=self.ca_bundle or None,
             config=Config(
                 signature_version="s3v4",  # without it boto3 presigns for an endpoint like ours in the old way
                 s3={"addressing_style": "path"},
@@ -170,19 +213,37 @@ class S3Server:
             "AWS_DEFAULT_REGION": self.region,
             "AWS_ENDPOINT_URL_S3": self.endpoint,
             "AWS_EC2_METADATA_DISABLED": "true",
+            **({"AWS_CA_BUNDLE": self.ca_bundle} if self.ca_bundle else {}),
         }
 
+    def connection(self) -> http.client.HTTPConnection:
+        """A connection to it, for requests that go exactly as they are written."""
+        there = urlsplit(self.endpoint)
+        if there.scheme == "http":
+            return http.client.HTTPConnection(there.netloc, timeout=30)
+        context = ssl.create_default_context(cafile=self.ca_bundle or None)
+        return http.client.HTTPSConnection(there.netloc, timeout=30, context=context)
 
-def endpoint_of(process: subprocess.Popen[str], log: Path) -> str:
+    def new_bucket(self, client: S3Client) -> str:
+        """The name of an empty bucket."""
+        name = f"test-{uuid.uuid4().hex}"
+        client.create_bucket(Bucket=name)
+        return name
+
+    def drop_bucket(self, client: S3Client, name: str) -> None:
+        """Take a bucket back; nothing to do, because it goes with the server."""
+
+
+def endpoint_of(process: subprocess.Popen[str], log: Path, seconds: float) -> str:
     """The address a starting server reports; if it ends or stays silent, a RuntimeError with its own words."""
-    timer = threading.Timer(START_SECONDS, process.kill)  # ends the read below
+    timer = threading.Timer(seconds, process.kill)  # ends the read below
     timer.start()
     try:
         line = process.stdout.readline() if process.stdout else ""
     finally:
         timer.cancel()
     if not line.startswith("READY "):
-        raise RuntimeError(f"the S3 server did not start (it has {START_SECONDS} s); it said:\n{log.read_text()}")
+        raise RuntimeError(f"the S3 server did not start (it has {seconds} s); it said:\n{log.read_text()}")
     return line.split()[1]
 
 
@@ -358,7 +419,7 @@ def log_to_stderr() -> None:
             logger.handlers[:] = [logging.StreamHandler()]
 
 
-def serve(root: Path, port: int) -> NoReturn:
+def serve(root: Path, port: int, certificate: str) -> NoReturn:
     """Run the three storage servers and the proxy as green threads of this process."""
     etc = write_files(root)
     make_threads_green(etc)
@@ -366,10 +427,12 @@ def serve(root: Path, port: int) -> NoReturn:
     sockets = {kind: eventlet.listen((HOST, 0), backlog=BACKLOG) for kind in STORAGE_SERVERS}
     for kind, listener in sockets.items():
         write_ring(kind, listener.getsockname()[1], etc)
-    sockets["proxy"] = eventlet.listen((HOST, port), backlog=BACKLOG)
+    listener = eventlet.listen((HOST, port), backlog=BACKLOG, reuse_port=False)
+    tls: dict[str, object] = {"server_side": True, "certfile": certificate, "keyfile": certificate}
+    sockets["proxy"] = eventlet.wrap_ssl(listener, **tls) if certificate else listener
     spawn_servers(sockets, etc)
     log_to_stderr()
-    print(f"READY http://{HOST}:{sockets['proxy'].getsockname()[1]}", flush=True)
+    print(f"READY {'https' if certificate else 'http'}://{HOST}:{sockets['proxy'].getsockname()[1]}", flush=True)
     while True:
         eventlet.sleep(3600)
 
@@ -402,15 +465,16 @@ def spawn_servers(sockets: Mapping[str, socket.socket], etc: Path) -> None:
 
 def main(arguments: list[str]) -> NoReturn:
     """Serve the directory that the command line names, until a signal comes."""
-    if len(arguments) not in {1, 2}:
-        raise SystemExit("usage: python -m tests.s3_server DIRECTORY [PORT]")
+    if len(arguments) not in {1, 2, 3}:
+        raise SystemExit("usage: python -m tests.s3_server DIRECTORY [PORT [CERTIFICATE]]")
     end_with_parent()
     end_on_signals()
     os.environ.setdefault("EVENTLET_NO_GREENDNS", "yes")  # names are never looked up here; saves a start-up import
-    root = Path(arguments[0]).resolve()
+    directory, port, certificate = (*arguments, *("", "0", "")[len(arguments) :])
+    root = Path(directory).resolve()
     root.mkdir(parents=True, exist_ok=True)
     refuse_disk_without_attributes(root)
-    serve(root, int(arguments[1]) if len(arguments) == 2 else 0)
+    serve(root, int(port), certificate)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""Real picture files for the tests and the demo, each with a number that can be read back after a conversion.
+"""Real files for the tests and the demo: pictures, documents, films, so made that an output tells its source.
 
-The number stands in the middle of the picture as a grid of dark and light blocks: large, and told apart by lightness
-alone, so that it survives JPEG, a palette, and a change of size. A checksum in it tells a number from a chance.
+A picture shows a number that can be read back after a conversion. It stands in the middle of the picture as a grid of
+dark and light blocks: large, and told apart by lightness alone, so that it survives JPEG, a palette, and a change of
+size. A checksum in it tells a number from a chance.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
+from xml.sax.saxutils import escape
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import pillow_heif
 from PIL import Image, ImageDraw
@@ -31,6 +36,7 @@ PIL_NAMES = {
     "bmp": "BMP",
     "tiff": "TIFF",
     "heic": "HEIF",
+    "pdf": "PDF",
 }
 SAVE_OPTIONS: dict[str, dict[str, object]] = {
     "tiff": {"compression": "tiff_adobe_deflate"},  # as scanners do; a third of LZW's size here
@@ -40,6 +46,9 @@ SAVE_OPTIONS: dict[str, dict[str, object]] = {
 }
 
 SCANNED = ("contract", "invoice", "Überweisung", "letter to Müller & Söhne")
+PAGE_POINTS = (360, 540)  # of a document; no paper that a converter would take by itself
+FRAMES_PER_SECOND = 25
+
 ALBUMS = ("2023/summer", "2024/Café am See", "2024/Österreich, Tag 1", "2025/50% + more")
 
 
@@ -118,6 +127,113 @@ def encoded(pages: list[Image.Image], fmt: str) -> bytes:
     more: dict[str, object] = {"save_all": True, "append_images": pages[1:]} if len(pages) > 1 else {}
     pages[0].save(file, PIL_NAMES[fmt], **SAVE_OPTIONS.get(fmt, {}), **more)
     return file.getvalue()
+
+
+########################################################################
+# One document
+########################################################################
+
+OOXML = "http://schemas.openxmlformats.org"
+DOCX_PARTS = {
+    "[Content_Types].xml": f"""\
+<Types xmlns="{OOXML}/package/2006/content-types">
+  <Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>
+  <Override PartName="/word/document.xml"
+    ContentType="application/vnd.openxmlformats-officedocument.wordprocessingml.document.main+xml"/>
+</Types>""",
+    "_rels/.rels": f"""\
+<Relationships xmlns="{OOXML}/package/2006/relationships">
+  <Relationship Id="r" Type="{OOXML}/officeDocument/2006/relationships/officeDocument" Target="word/document.xml"/>
+</Relationships>""",
+}
+# A point is 20 of Word's units.
+DOCX_DOCUMENT = f"""\
+<w:document xmlns:w="{OOXML}/wordprocessingml/2006/main"><w:body>{{pages}}
+  <w:sectPr><w:pgSz w:w="{PAGE_POINTS[0] * 20}" w:h="{PAGE_POINTS[1] * 20}"/></w:sectPr>
+</w:body></w:document>"""
+DOCX_PAGE = "<w:p><w:pPr><w:pageBreakBefore/></w:pPr><w:r><w:t>{text}</w:t></w:r></w:p>"
+
+OASIS = "urn:oasis:names:tc:opendocument:xmlns"
+ODT_TYPE = "application/vnd.oasis.opendocument.text"
+ODT_NAMES = " ".join(
+    f'xmlns:{short}="{OASIS}:{name}:1.0"'
+    for short, name in {"o": "office", "s": "style", "t": "text", "fo": "xsl-fo-compatible"}.items()
+)
+ODT_PARTS = {
+    "META-INF/manifest.xml": f"""\
+<m:manifest xmlns:m="{OASIS}:manifest:1.0" m:version="1.3">
+  <m:file-entry m:full-path="/" m:media-type="{ODT_TYPE}"/>
+  <m:file-entry m:full-path="content.xml" m:media-type="text/xml"/>
+  <m:file-entry m:full-path="styles.xml" m:media-type="text/xml"/>
+</m:manifest>""",
+    "styles.xml": f"""\
+<o:document-styles {ODT_NAMES} o:version="1.3">
+  <o:automatic-styles><s:page-layout s:name="paper">
+    <s:page-layout-properties fo:page-width="{PAGE_POINTS[0]}pt" fo:page-height="{PAGE_POINTS[1]}pt"/>
+  </s:page-layout></o:automatic-styles>
+  <o:master-styles><s:master-page s:name="Standard" s:page-layout-name="paper"/></o:master-styles>
+</o:document-styles>""",
+}
+ODT_DOCUMENT = f"""\
+<o:document-content {ODT_NAMES} o:version="1.3">
+  <o:automatic-styles><s:style s:name="page" s:family="paragraph">
+    <s:paragraph-properties fo:break-before="page"/>
+  </s:style></o:automatic-styles>
+  <o:body><o:text>{{pages}}</o:text></o:body>
+</o:document-content>"""
+ODT_PAGE = '<t:p t:style-name="page">{text}</t:p>'
+
+
+def docx(pages: Sequence[str]) -> bytes:
+    """A Word document with a line of text on each page."""
+    content = DOCX_DOCUMENT.format(pages="".join(DOCX_PAGE.format(text=escape(text)) for text in pages))
+    return packed({**DOCX_PARTS, "word/document.xml": content})
+
+
+def odt(pages: Sequence[str]) -> bytes:
+    """An OpenDocument text with a line of text on each page."""
+    content = ODT_DOCUMENT.format(pages="".join(ODT_PAGE.format(text=escape(text)) for text in pages))
+    return packed({"mimetype": ODT_TYPE, **ODT_PARTS, "content.xml": content})
+
+
+def packed(parts: Mapping[str, str]) -> bytes:
+    """The parts of an office document in a ZIP; one called `mimetype` is not compressed, as OpenDocument has it."""
+    file = BytesIO()
+    with ZipFile(file, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content, ZIP_STORED if name == "mimetype" else ZIP_DEFLATED)
+    return file.getvalue()
+
+
+########################################################################
+# One film, one sound
+########################################################################
+
+
+def film(path: Path, size: tuple[int, int], seconds: float) -> bytes:
+    """A moving test picture with a tone, made by FFmpeg in the format that the ending of the path names.
+
+    In a MOV, in the codecs of a camera rather than of a player, so that to convert it is more than to pack it anew.
+    """
+    moving = f"testsrc=size={size[0]}x{size[1]}:rate={FRAMES_PER_SECOND}:duration={seconds}"
+    codecs = ["-c:v", "mjpeg", "-c:a", "pcm_s16le"] if path.suffix == ".mov" else []
+    return made_by_ffmpeg(path, "-f", "lavfi", "-i", moving, *tone(seconds), *codecs)
+
+
+def sound(path: Path, seconds: float) -> bytes:
+    """A tone, in the format that the ending of the path names."""
+    return made_by_ffmpeg(path, *tone(seconds))
+
+
+def tone(seconds: float) -> list[str]:
+    """A tone as one of FFmpeg's inputs."""
+    return ["-f", "lavfi", "-i", f"sine=duration={seconds}"]
+
+
+def made_by_ffmpeg(path: Path, *arguments: str) -> bytes:
+    """The bytes of what FFmpeg writes."""
+    subprocess.run(["ffmpeg", "-nostdin", "-v", "error", *arguments, str(path)], check=True)
+    return path.read_bytes()
 
 
 ########################################################################

@@ -13,6 +13,7 @@ import getpass
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 PACKAGES = "slurmctld slurmd slurm-client munge"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "sinfo", "scancel", "squeue")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "scancel", "squeue")
 START_SECONDS = 60
 STOP_SECONDS = 10
+REQUEUE_SECONDS = (
+    5  # that a task waits which is to run again: the life of its credentials, and the least that Slurm takes
+)
 CPUS = 4  # so many tasks run at a time, however many CPUs there are
 SBIN = "/usr/sbin:/sbin"  # where Debian has the daemons; not on everyone's PATH
 
@@ -39,7 +43,7 @@ SlurmUser={user}
 SlurmdUser={user}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 AuthType=auth/munge
-AuthInfo=socket={directory}/munge.socket
+AuthInfo=socket={directory}/munge.socket,cred_expire={requeue_seconds}
 CredType=cred/munge
 StateSaveLocation={directory}/state
 SlurmdSpoolDir={directory}/spool
@@ -75,12 +79,18 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def parent_of(pid: int) -> int:
+    """The parent of a process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 class Slurm:
     """The three daemons. Raises TimeoutError with their last words if they do not come up."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._daemons: list[subprocess.Popen[bytes]] = []
+        self._host = socket.gethostname().partition(".")[0]
         self.environment = {"SLURM_CONF": str(directory / "slurm.conf"), "PATH": f"{os.environ['PATH']}:{SBIN}"}
 
     def __enter__(self) -> Self:
@@ -88,27 +98,27 @@ class Slurm:
             self._configure()
             self._start_munge()
             self._start("slurmctld", "-D")
-            self._start("slurmd", "-D", "-N", socket.gethostname().partition(".")[0])
-            self._wait_for(lambda: self._said("sinfo", "--noheader", "--format=%T").startswith("idle"))
+            self._start_slurmd("idle")
         except BaseException:
             self.stop()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._said("scancel", f"--user={getpass.getuser()}")
-        self._wait_for(lambda: not self._said("squeue", "--noheader"))
+        self.said("scancel", f"--user={getpass.getuser()}")
+        self._wait_for(lambda: not self.said("squeue", "--noheader"))
         self.stop()
 
     def _configure(self) -> None:
         for name in ("state", "spool"):
             (self._directory / name).mkdir(parents=True)
         text = CONFIGURATION.format(
-            host=socket.gethostname().partition(".")[0],
+            host=self._host,
             ports=free_ports(2),
             user=getpass.getuser(),
             directory=self._directory,
             cpus=CPUS,
+            requeue_seconds=REQUEUE_SECONDS,
         )
         (self._directory / "slurm.conf").write_text(text, encoding="utf-8")
 
@@ -127,6 +137,33 @@ class Slurm:
         )
         self._wait_for(socket_path.exists)
 
+    def _start_slurmd(self, state: str) -> None:
+        """Start the node's daemon, and wait until it answers and the node is in a state."""
+        self._start("slurmd", "-D", "-N", self._host)
+        self._wait_for_node(state)
+
+    def _wait_for_node(self, state: str) -> None:
+        self._wait_for(lambda: self.said("sinfo", "--noheader", "--responding", "--format=%T") == state)
+
+    def kill_node(self) -> None:
+        """End the node as a power cut does, and tell Slurm, as what watches over nodes would."""
+        tasks = [int(line.split()[0]) for line in self.said("scontrol", "listpids").splitlines()[1:]]
+        # Slurm's own process of each task is its parent.
+        stepds = {parent_of(pid) for pid in tasks} - set(tasks)
+        slurmd = self._daemons.pop()
+        slurmd.kill()
+        slurmd.wait()
+        for pid in (*stepds, *tasks):
+            os.kill(pid, signal.SIGKILL)
+        self.said("scontrol", "update", f"NodeName={self._host}", "State=DOWN", "Reason=killed")
+
+    def start_node(self) -> None:
+        """Start the node that was killed; what was requeued runs on it."""
+        # A task that is sent to a node before its daemon answers is held for ever.
+        self._start_slurmd("down")
+        self.said("scontrol", "update", f"NodeName={self._host}", "State=RESUME")
+        self._wait_for_node("idle")
+
     def _start(self, *command: str) -> None:
         with (self._directory / f"{command[0]}.out").open("wb") as out:
             program = shutil.which(command[0], path=self.environment["PATH"]) or command[0]
@@ -137,7 +174,8 @@ class Slurm:
                 )
             )
 
-    def _said(self, *command: str) -> str:
+    def said(self, *command: str) -> str:
+        """What a command of Slurm's prints."""
         run = subprocess.run(
             command, capture_output=True, text=True, check=False, env={**os.environ, **self.environment}
         )

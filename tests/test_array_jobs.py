@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 
 from tests import slurm
 from tests.conftest import SCRIPT
-from tests.conversion_api import ConversionApi
+from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
+from tests.test_processes import wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 Cli = Callable[..., Any]
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = 60
@@ -35,7 +37,13 @@ if is_the_one and not pathlib.Path("s3_bulk_convert.2-of-4.sqlite3").exists():
 crashing.program.leave(crashing.program.main(sys.argv[1:]))
 """
 WITH_PARALLEL = 'seq 0 3 | parallel -j4 "$@" --shard {}/4'
-WITH_SLURM = 'sbatch --wait --array=0-3 --output=task-%a.out --wrap "$*"'
+# A task that Slurm has started before says so. `exec`, because this Slurm loses sight of the children of a dead shell.
+RUN_BY_SLURM = 'test -z "$SLURM_RESTART_COUNT" || touch ran-again-$SLURM_ARRAY_TASK_ID; exec'
+WITH_SLURM = f"sbatch --wait --array=0-3 --output=task-%a.out --wrap '{RUN_BY_SLURM}'\" $*\""
+SQUEUE = ("squeue", "--array", "--noheader")
+WORKERS = 5  # of each shard: fewer than it has pictures
+LIMIT = 300  # requests a minute
+SECONDS_FOR_SLURM = 120  # it takes a few; a busy machine may need many
 
 
 @pytest.fixture
@@ -46,13 +54,19 @@ def parallel() -> None:
 
 
 @pytest.fixture(scope="module")
-def slurm_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """What the commands of a running Slurm need in their environment."""
+def running_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Slurm]:
+    """A Slurm of this module's own."""
     if missing := slurm.missing_programs():
         packages = f"apt-get install -y --no-install-recommends {slurm.PACKAGES}"
         pytest.fail(f"{', '.join(missing)} not installed; type: {packages}")
     with slurm.Slurm(tmp_path_factory.mktemp("slurm")) as running:
-        yield running.environment
+        yield running
+
+
+@pytest.fixture
+def slurm_environment(running_slurm: slurm.Slurm) -> dict[str, str]:
+    """What the commands of a running Slurm need in their environment."""
+    return running_slurm.environment
 
 
 @pytest.fixture
@@ -74,11 +88,18 @@ def sources(bucket: Any, api: ConversionApi) -> None:
         bucket.put(f"in/{number}.jpg", b"\xff\xd8\xff")
 
 
+def start_array(
+    start: Cli, shell: str, *program: str, options: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> Any:
+    """Start an array job of the program or of something in its place."""
+    given = (shell, sys.executable, *(program or (str(SCRIPT),)), "--prefix", "in/", *options)
+    changes = {"PYTHONPATH": str(SCRIPT.parent), **(environment or {})}
+    return start(command=("-c", SHELL, *given), **changes)
+
+
 def run_array(start: Cli, shell: str, *program: str, environment: dict[str, str] | None = None) -> Any:
     """Run an array job to its end, of the program or of something in its place."""
-    given = (shell, sys.executable, *(program or (str(SCRIPT),)), "--prefix", "in/")
-    changes = {"PYTHONPATH": str(SCRIPT.parent), **(environment or {})}
-    return start(command=("-c", SHELL, *given), **changes).wait(120)
+    return start_array(start, shell, *program, environment=environment).wait(120)
 
 
 def summaries(run: Any) -> Counter[str]:
@@ -155,6 +176,100 @@ def test_a_slurm_task_that_was_killed_is_run_again_alone_and_finishes(
     assert api.replays > 0
     assert_everything_is_converted_once(bucket, api)
     assert summaries(run)["files"] == 4
+
+
+########################################################################
+# Tasks that Slurm itself runs again
+########################################################################
+
+
+def start_tasks_that_hang(start: Cli, api: ConversionApi, release: threading.Event, running: slurm.Slurm) -> Any:
+    """Start an array; it comes back when each worker of each task waits for the API, which answers at the release."""
+    hung = api.faults.add(Fault.hang_until(release, times=None))
+    # With a rate of its own, no task waits for a first answer that tells it one.
+    options = ("--workers", str(WORKERS), "--set", "api.requests_per_minute=60000")
+    again = WITH_SLURM.replace("sbatch", "sbatch --requeue")
+    run = start_array(start, again, options=options, environment=running.environment)
+    wait_until(lambda: hung.struck == 4 * WORKERS, SECONDS_FOR_SLURM)
+    return run
+
+
+def assert_all_was_done_by_tasks_that_ran_again(run: Any, bucket: Any, api: ConversionApi, restarted: set[str]) -> None:
+    assert run.wait(240).exit_code == 0, tasks_said(run)
+    assert {path.name for path in run.workdir.glob("ran-again-*")} == restarted
+    assert api.replays > 0
+    assert_everything_is_converted_once(bucket, api)
+    assert summaries(run)["files"] == 4
+    assert summaries(run)["left"] == 0
+
+
+def test_a_slurm_task_that_is_requeued_while_it_runs_pays_nothing_twice(
+    start: Cli, bucket: Any, api: ConversionApi, running_slurm: slurm.Slurm, release: threading.Event
+) -> None:
+    run = start_tasks_that_hang(start, api, release, running_slurm)
+    [task] = [task for task in running_slurm.said(*SQUEUE, "--format=%F_%K").split() if task.endswith("_2")]
+    running_slurm.said("scontrol", "requeue", task)
+    wait_until(lambda: running_slurm.said(*SQUEUE, "--format=%T", f"--jobs={task}") == "PENDING", SECONDS_FOR_SLURM)
+    release.set()
+    assert_all_was_done_by_tasks_that_ran_again(run, bucket, api, {"ran-again-2"})
+
+
+def test_tasks_whose_node_dies_run_again_and_pay_nothing_twice(
+    start: Cli, bucket: Any, api: ConversionApi, running_slurm: slurm.Slurm, release: threading.Event
+) -> None:
+    run = start_tasks_that_hang(start, api, release, running_slurm)
+    running_slurm.kill_node()
+    wait_until(lambda: set(running_slurm.said(*SQUEUE, "--format=%T").split()) == {"PENDING"}, SECONDS_FOR_SLURM)
+    release.set()
+    running_slurm.start_node()
+    assert_all_was_done_by_tasks_that_ran_again(run, bucket, api, {f"ran-again-{index}" for index in range(4)})
+
+
+########################################################################
+# One limit for all shards
+########################################################################
+
+
+@pytest.fixture(params=["parallel", "slurm"])
+def engine(request: pytest.FixtureRequest) -> tuple[str, dict[str, str]]:
+    """How an engine starts an array, and what that needs in its environment."""
+    if request.param == "slurm":
+        return WITH_SLURM, request.getfixturevalue("slurm_environment")
+    request.getfixturevalue("parallel")
+    return WITH_PARALLEL, {}
+
+
+def test_four_shards_together_keep_a_limit_per_minute_and_fill_it(
+    start: Cli, bucket: Any, api: ConversionApi, engine: tuple[str, dict[str, str]]
+) -> None:
+    shell, environment = engine
+    api.behaviour.per_minute = LIMIT
+    for number in range(PICTURES, 2 * LIMIT):
+        bucket.put(f"in/{number:03}.png", PNG + str(number).encode())
+    run = start_array(start, shell, environment=environment).wait(500)
+    assert run.exit_code == 0, tasks_said(run)
+    assert len(api.paid) == len(bucket.keys("converted/")) == 2 * LIMIT
+    posts = sorted(request.started for request in api.requests if request.is_conversion)
+    throttled = sum(request.status == 429 for request in api.requests)
+    windows = requests_by_minute(posts)
+    print(
+        f"\n{shell.split()[0]}: {len(posts)} requests in {posts[-1] - posts[0]:.0f} s, {throttled} times 429, ", end=""
+    )
+    print(f"by minute {windows}, where {LIMIT} are allowed")
+    assert throttled <= 0.01 * len(posts)
+    assert 0.9 * LIMIT <= max(windows) <= LIMIT
+
+
+def requests_by_minute(moments: Sequence[float]) -> list[int]:
+    """How many fall into each of the API's windows, which begins with the first that is in none before it."""
+    began: list[float] = []
+    counts: list[int] = []
+    for moment in moments:
+        if not began or moment >= began[-1] + 60:
+            began.append(moment)
+            counts.append(0)
+        counts[-1] += 1
+    return counts
 
 
 def tasks_said(run: Any) -> str:

@@ -760,7 +760,7 @@ def office(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put a LibreOffice on the path that knows one document."""
     program = tmp_path / "soffice"
     program.write_text(
-        '#!/bin/sh\nfor last; do :; done\ngrep -q readable "$last" && printf %%PDF-1.7 > "${last%.*}.pdf"\nexit 0\n'
+        '#!/bin/sh\nfor last; do :; done\ngrep -q readable "$last" && printf %%PDF-1.7 > written/source.pdf\nexit 0\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -773,10 +773,11 @@ def test_documents_go_through_libreoffice() -> None:
         converters.convert(Conversion(b"broken", "docx", "pdf"))
 
 
-def test_without_libreoffice_there_is_no_route_for_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("source_format", "target"), [("docx", "pdf"), ("pdf", "jpg"), ("mov", "mp4"), ("wav", "mp3")])
+def test_without_its_engine_there_is_no_route(source_format: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(converters.UnsupportedRouteError):
-        converters.convert(Conversion(b"readable", "docx", "pdf"))
+        converters.convert(Conversion(b"readable", source_format, target))
 
 
 @pytest.mark.parametrize("target", ["jpg", "png", "webp", "pdf"])

@@ -37,6 +37,20 @@ def test_readme_shows_the_true_help() -> None:
     )
 
 
+def test_each_block_of_readme_is_closed_before_the_next_heading() -> None:
+    # A fence that is lost turns text into code, and the next heading into a part of it.
+    blocks = re.findall(r"^```\w+$.*?^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(re.findall(r"^```", README, re.MULTILINE)) == 2 * len(blocks)
+    assert [block for block in blocks if re.search(r"^## ", block, re.MULTILINE)] == []
+
+
+def test_what_help_refers_to_readme_for_is_there() -> None:
+    options = program.build_parser()._option_string_actions.items()
+    referred = [name for name, action in options if "see README" in str(action.help)]
+    assert referred == ["--keys-from"]
+    assert re.search(rf"^## Keys from a file\n\n`{referred[0]} FILE` ", README, re.MULTILINE)
+
+
 @pytest.mark.parametrize(("section", "option"), OPTIONS, ids=lambda value: str(getattr(value, "name", value)))
 def test_readme_has_a_row_for_each_option(section: str, option: dataclasses.Field[object]) -> None:
     purpose = re.escape(option.metadata["spec"].purpose)

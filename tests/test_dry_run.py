@@ -20,7 +20,7 @@ from tests.test_looking import kill_with_one_in_flight, left_in, picture
 
 Cli = Callable[..., Any]
 JSON = ("--log-format", "json")
-# More of these objects collide than the 2 % at which a run would stop.
+# More of these objects fail than the 2 % at which a run would stop.
 ANY_RATE = ("--set", "run.max_failure_rate=never")
 
 
@@ -215,20 +215,40 @@ def test_the_time_is_bound_by_the_rate_or_by_the_workers(
         assert forecast.seconds == pytest.approx(seconds)
 
 
-def test_more_failures_than_the_limit_are_foreseen(run_cli: Cli, bucket: Any) -> None:
+def test_failures_that_cost_nothing_do_not_stop_a_run_and_no_stop_is_foreseen(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
     put_all(bucket, *(f"{number:02}.{ext}" for number in range(30) for ext in ("png", "heic")))
     found = foreseen(run_cli)
-    assert "30 of 60 would fail, more than run.max_failure_rate: the run would stop early" in found["warnings"]
+    assert [warning for warning in found["warnings"] if "max_failure_rate" in warning] == []
     example = found["examples"]["output_collision"]
     assert (example["key"], "belongs to 00.heic" in example["said"]) == ("00.png", True)
     assert "{ext}" in example["remedy"]
+    run = run_cli()
+    assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 30}, 30)
+
+
+def test_a_prefix_that_matches_nothing_is_warned_of(run_cli: Cli, bucket: Any) -> None:
+    put_all(bucket, "uploads/a.png")
+    said = f'no key begins with "/uploads" in s3://{bucket.name}; keys rarely begin with "/": did you mean "uploads"?'
+    assert foreseen(run_cli, "--prefix", "/uploads")["warnings"][0] == said
+    run = run_cli("-q", "--prefix", "/uploads")
+    assert (run.exit_code, run.err.partition(" ")[2]) == (0, f"{said}\n")
+    assert run.out.startswith("converted 0 in ")
+    assert run_cli("-q", "--prefix", "/uploads", "--shard", "0/2").err == ""
+    assert run_cli("-q", "--prefix", "uploads").err == ""
 
 
 @pytest.mark.parametrize(
     ("changes", "exit_code", "said"),
     [
         ({"S3_BUCKET": "no-such-bucket"}, 3, "error: the bucket no-such-bucket does not exist\nhint: "),
-        ({"AWS_SECRET_ACCESS_KEY": "not-the-secret"}, 3, "error: S3 refused the listing of "),
+        pytest.param(
+            {"AWS_SECRET_ACCESS_KEY": "not-the-secret"},
+            3,
+            "error: S3 refused the listing of ",
+            marks=pytest.mark.needs("secrets"),
+        ),
         ({"TARGET_FORMAT": None}, 2, "error: the configuration has 1 problem\n  - [convert] target is missing"),
     ],
 )

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.conversion_api import ConversionApi, Fault
+from tests.conversion_api import ConversionApi, Fault, Request
 from tests.converters import Conversion, marking
+from tests.test_resume import until_next_second
 
 Cli = Callable[..., Any]
 SOURCE = b"\x89PNG\r\n\x1a\n" + b"a picture " * 50
@@ -27,6 +28,7 @@ class Row:
     permanent: bool = False
     paid: int = 1  # after the first run
     double: int = 0  # possible double charges, both runs together
+    first_requests: int | None = None  # of the first run, for a conversion; None: as many as it takes
     second_requests: int | None = 0
 
     @property
@@ -76,6 +78,7 @@ ROWS = [
     refused("422 unsupported_route", 422, "unsupported_route", "unsupported_route"),
     refused("422 with another code", 422, "password_protected", "password_protected"),
     refused("422 without JSON", 422, None, "http_422"),
+    refused("422 in words that no file takes", 422, "\ud83d", "?"),
     stopped("401 invalid_api_key", reply(401, "invalid_api_key")),
     stopped("403 without a code", reply(403)),
     stopped("404 for the endpoint itself", reply(404, "not_found")),
@@ -95,6 +98,8 @@ ROWS = [
     survived("502 service_unavailable once", reply(502, "service_unavailable")),
     survived("503 with an HTML page", lambda: Fault.html_page(503)),
     survived("504 once", lambda: Fault.work_lost(504)),
+    Row("three 504s, and no jobs", (lambda: Fault.work_lost(504, times=3),), options=("api.jobs_above=never",)),
+    Row("three 504s from the queue of jobs", (lambda: Fault.work_lost(504, times=3),), options=("api.jobs_above=1",)),
     survived("408", reply(408)),
     survived("connection cut before the work", Fault.cut_before_work),
     survived("connection cut after the work", Fault.cut_after_work),
@@ -103,7 +108,6 @@ ROWS = [
     survived("an empty 200, once", Fault.empty_answer),
     survived("half of the answer", Fault.truncated_answer),
     survived("half of a chunked answer", lambda: Fault.truncated_answer(chunked=True)),
-    survived("another format, once", lambda: Fault.other_file(OTHER_KINDS, "image/png")),
     survived("stale rate headers", stale_rate_headers=True),
     survived("no rate headers", rate_headers=False),
     survived("a JSON envelope with file_url", Fault.json_envelope),
@@ -114,6 +118,7 @@ ROWS = [
     survived("202 and a job in an unknown state", Fault.accepted_as_job, job_states=("dreaming", "completed")),
     survived("202 and a stale link", Fault.accepted_as_job, job_states=("completed",), stale_links=1),
     survived("202, another host", Fault.accepted_as_job, job_states=("completed",), separate_download_host=True),
+    Row("202 and a job with half a letter", (lambda: Fault(status=202, body=b'{"job_id": "\\ud83d"}'),), double=1),
     Row("two 504s: a job instead", (lambda: Fault.work_lost(504, times=2),), {"job_states": ("completed",)}, double=1),
     given_up("an error text in a 200, always", lambda: Fault.json_in_200(times=None), "json_answer"),
     given_up("502 always", reply(502, "service_unavailable", times=None), "service_unavailable"),
@@ -122,9 +127,9 @@ ROWS = [
     given_up("connection cut after the work, always", lambda: Fault.cut_after_work(times=None), "network", paid=1),
     given_up("half of the answer, always", lambda: Fault.truncated_answer(times=None), "cut_answer", paid=1),
     Row(
-        "another format, always",
+        "another format",
         (lambda: Fault.other_file(OTHER_KINDS, "image/png", kept=True, times=None),),
-        options=("api.retries=1",),
+        first_requests=1,
         exit_code=1,
         code="wrong_type",
         permanent=True,
@@ -134,6 +139,7 @@ ROWS = [
             f"a job that failed, {shape}",
             (Fault.accepted_as_job,),
             {"job_states": ("failed",), "job_error": shape},
+            ("api.transfer=upload",),
             exit_code=1,
             code=code,
             permanent=True,
@@ -187,9 +193,10 @@ def test_each_fault_has_its_consequence(row: Row, run_cli: Cli, bucket: Any, api
     assert_recorded(first, row)
     assert_stored(bucket, is_stored=row.is_stored)
     assert len(api.paid) == row.paid
+    sent = len([request for request in api.requests if request.is_conversion])
+    assert row.first_requests in {None, sent}
     api.faults.clear()
     api.behaviour.job_states = ("completed",)
-    sent = len([request for request in api.requests if request.is_conversion])
     second = run_cli(*options)
     assert len([request for request in api.requests if request.is_conversion]) - sent == row.second_requests
     assert second.summary["skipped"].get("failed_before", 0) == int(row.permanent)
@@ -239,3 +246,53 @@ def test_a_secret_that_the_api_repeats_gets_no_further(run_cli: Cli, bucket: Any
     bucket.put("a.png", SOURCE)
     run = run_cli("--set", "api.transfer=upload")
     assert run.failures[0]["code"] == "X-Amz-Signature=... ..."
+
+
+def is_conversion_number(wanted: int) -> Callable[[Request], bool]:
+    """Picks one request for a conversion, by its number."""
+    seen: list[Request] = []
+
+    def is_it(request: Request) -> bool:
+        if request.is_conversion and request not in seen:
+            seen.append(request)
+        return len(seen) == wanted and request is seen[-1]
+
+    return is_it
+
+
+NO_WORD_ON_THE_OBJECT = [
+    pytest.param(reply(401, "invalid_api_key"), 3, id="the key"),
+    pytest.param(reply(403), 3, id="the account"),
+    pytest.param(lambda: Fault.redirect("http://127.0.0.1:9/elsewhere", 302), 3, id="the address"),
+    pytest.param(reply(400), 1, id="a gateway's 400"),
+    pytest.param(lambda: Fault.html_page(413), 1, id="a gateway's 413"),
+]
+
+
+@pytest.mark.parametrize(("refusal", "exit_code"), NO_WORD_ON_THE_OBJECT)
+def test_what_is_no_word_on_the_object_does_not_forget_what_is_paid(
+    refusal: Callable[[], Fault], exit_code: int, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", SOURCE)
+    api.behaviour.convert = marking
+    api.faults.add(Fault.cut_after_work())
+    api.faults.add(refusal().at(is_conversion_number(2)))
+    first = run_cli()
+    assert (first.exit_code, len(api.paid), len(first.rows("in_flight"))) == (exit_code, 1, 1)
+    api.faults.add(refusal())
+    until_next_second()  # in which a presigned URL is another one
+    assert run_cli().exit_code == exit_code
+    until_next_second()
+    last = run_cli()
+    assert (last.exit_code, len(api.paid), last.summary["replays"]) == (0, 1, 1)
+
+
+def test_the_api_s_word_on_the_object_settles_what_a_broken_attempt_left_open(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", SOURCE)
+    api.faults.add(Fault.cut_before_work())
+    api.faults.add(Fault.status_reply(422, "password_protected"))
+    run = run_cli("--set", "api.transfer=upload")
+    assert [(line["code"], line["permanent"]) for line in run.failures] == [("password_protected", True)]
+    assert run.rows("in_flight") == []

@@ -1,6 +1,5 @@
 """Promises seen from outside, where S3, the terminal or the user's own words are the trouble."""
 
-import http.client
 import io
 import re
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -32,9 +31,9 @@ class Relay(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, s3: S3Server) -> None:
         super().__init__(("127.0.0.1", 0), Relayed)
-        self.host = urlsplit(endpoint).netloc
+        self.s3 = s3
         self.refuse: Callable[[str, str], bool] = lambda *_: False
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
@@ -57,7 +56,7 @@ class Relayed(BaseHTTPRequestHandler):
         if self.server.refuse(self.command, self.path):
             self.answer(403, [], self.server.refusal)
             return
-        connection = http.client.HTTPConnection(self.server.host)
+        connection = self.server.s3.connection()
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
             connection.putheader(name, value)
@@ -91,7 +90,7 @@ class Relayed(BaseHTTPRequestHandler):
 @pytest.fixture
 def relay(s3: S3Server) -> Iterator[Relay]:
     """A running relay."""
-    with Relay(s3.endpoint) as server:
+    with Relay(s3) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         yield server
         server.shutdown()
@@ -144,11 +143,10 @@ def test_archived_objects_are_skipped_and_restored_ones_are_not(
 
 
 def test_keys_of_any_length_and_shape_are_converted_and_named_in_the_metadata(
-    run_cli: Cli, bucket: Any, api: ConversionApi
+    run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi
 ) -> None:
     api.behaviour.convert = marking
-    other = f"{bucket.name}-outputs"
-    bucket.client.create_bucket(Bucket=other)
+    other = other_bucket.name
     keys = ["k" * 1020 + ".png", "..", "a/../../b.png", "x//y.png", "//z.png", "no extension", "tab\tand\nline.png"]
     put_pngs(bucket, *keys)
     run = run_cli("--set", f"s3.output_bucket={other}", "--set", "s3.output_key={dir}{stem}.jpg")
@@ -160,11 +158,10 @@ def test_keys_of_any_length_and_shape_are_converted_and_named_in_the_metadata(
 
 @pytest.mark.parametrize("output_key", ["{key}", "{dir}{stem}.{target}"])
 def test_in_another_bucket_an_output_may_have_the_key_of_a_source(
-    output_key: str, run_cli: Cli, bucket: Any, api: ConversionApi
+    output_key: str, run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi
 ) -> None:
     api.behaviour.convert = marking
-    other = f"{bucket.name}-outputs"
-    bucket.client.create_bucket(Bucket=other)
+    other = other_bucket.name
     put_pngs(bucket, "a.png")
     bucket.put("a.jpg", photo(1, "jpg"))
     run = run_cli("--set", f"s3.output_bucket={other}", "--set", f"s3.output_key={output_key}")
@@ -277,6 +274,20 @@ def test_what_s3_does_not_let_us_store_is_stored_by_the_next_run_for_free(
     relay.refuse = lambda *_: False
     assert run_cli(AWS_ENDPOINT_URL_S3=relay.url).exit_code == 0
     assert len(bucket.outputs()) == len(api.paid) == 6
+
+
+def test_a_storage_class_that_s3_does_not_have_stops_the_run_before_more_is_paid(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = marking
+    put_pngs(bucket, *(f"{number:02}.png" for number in range(12)))
+    run = run_cli("--workers", "2", "--set", "s3.storage_class=NONSENSE")
+    assert (run.exit_code, run.failures, run.summary["left"]) == (3, [], 12)
+    assert "S3 does not take outputs as they are to be written" in run.summary["stopped_because"]
+    assert len(api.paid) <= 2
+    assert run_cli().exit_code == 0
+    assert len(bucket.outputs()) == len(api.paid) == 12
+    assert api.paid_twice() == []
 
 
 @pytest.mark.parametrize(("status", "code"), [(429, "rate_limited"), (503, "service_unavailable")])

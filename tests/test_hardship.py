@@ -1,10 +1,11 @@
 """Full disks and servers that go away: the run stops once, says why, and the next one goes on."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from tests.conftest import SCRIPT, Run, TestBucket, launch
+import pytest
+
+from tests.conftest import SCRIPT, Run
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
 from tests.s3_server import S3Server
@@ -17,9 +18,10 @@ sys.argv[0] = {str(SCRIPT)!r}
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 WITH_SMALL_FILES = ("-c", LIMITED)
+SHORT_PAGES = "program.PAGE_KEYS, program.OUTAGE_SECONDS = 4, 1"
 WITH_SHORT_PAGES = (
     "-c",
-    "import sys; import s3_bulk_convert as program; program.PAGE_KEYS = 4; program.leave(program.main(sys.argv[1:]))",
+    f"import sys; import s3_bulk_convert as program; {SHORT_PAGES}; program.leave(program.main(sys.argv[1:]))",
 )
 
 
@@ -58,18 +60,19 @@ def test_a_failures_file_that_cannot_be_written_stops_the_run(run_cli: Cli, buck
     assert run_cli().summary["failed"] == {"conversion_failed": 3}
 
 
-def test_a_listing_that_breaks_off_is_no_end_of_the_work(api: ConversionApi, tmp_path: Path) -> None:
+@pytest.mark.needs("restart")
+def test_a_listing_that_breaks_off_is_no_end_of_the_work(
+    start: Cli, api: ConversionApi, bucket: Any, s3: S3Server
+) -> None:
     api.behaviour.convert = marking
-    with S3Server(tmp_path / "s3") as s3:
-        bucket = TestBucket("breaks", s3.client())
-        bucket.client.create_bucket(Bucket=bucket.name)
-        put_some(bucket, 30)
-        servers: Any = {"workdir": tmp_path, "s3": s3, "api": api, "bucket": bucket}
-        api.on("request_received", lambda _: s3.stop() if len(api.requests) == 3 else None)
-        run = launch("--workers", "1", command=WITH_SHORT_PAGES, PYTHONPATH=str(SCRIPT.parent), **servers).wait(110)
-        assert_stopped_without_blame(run)
-        assert "S3 could not be reached for " in run.summary["stopped_because"]
+    put_some(bucket, 30)
+    api.on("request_received", lambda _: s3.kill() if len(api.requests) == 3 else None)
+    try:
+        run = start("--workers", "1", command=WITH_SHORT_PAGES, PYTHONPATH=str(SCRIPT.parent)).wait(110)
+    finally:
         s3.start()
-        assert launch(**servers).wait().exit_code == 0
-        assert len(bucket.outputs()) == 30
-        assert api.paid_twice() == []
+    assert_stopped_without_blame(run)
+    assert "S3 could not be reached for " in run.summary["stopped_because"]
+    assert start().wait().exit_code == 0
+    assert len(bucket.outputs()) == 30
+    assert api.paid_twice() == []

@@ -389,7 +389,7 @@ def relayed(
 ) -> Iterator[tuple[Relay, program.Bucket]]:
     """A relay before the S3 server, and the program's bucket behind it, with a.png in it."""
     source.client.put_object(Bucket=bucket.name, Key="a.png", Body=b"a")
-    with Relay(s3.endpoint) as relay:
+    with Relay(s3) as relay:
         threading.Thread(target=relay.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", relay.url)
         yield relay, make_bucket(bucket.name)

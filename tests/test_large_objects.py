@@ -53,6 +53,17 @@ def test_a_large_object_comes_out_whole(script: tuple[str, ...], run_cli: Cli, b
     assert ("-5" in etag) is (script[0] == "-c")
 
 
+def test_a_large_object_in_the_target_format_is_copied_whole(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    large = source(21 * MB)
+    bucket.put("large.jpg", large)
+    run = run_cli("--set", "convert.same_format=copy")
+    assert (run.exit_code, api.requests) == (0, []), run.err
+    body, media_type, metadata = bucket.outputs()["converted/large.jpg"]
+    assert (body, media_type, metadata["source-key"]) == (large, "image/jpeg", "large.jpg")
+    etag = bucket.client.head_object(Bucket=bucket.name, Key="converted/large.jpg")["ETag"]
+    assert "-3" in etag
+
+
 def measured(size: int, files: int, workers: int) -> float:
     """The peak memory in MB of a run over some objects of a size, up and down."""
     command = [sys.executable, "-c", MEASURE, *map(str, (size, files, workers))]

@@ -6,6 +6,7 @@ import bisect
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 
 import s3_bulk_convert as program
 from s3_bulk_convert import Listing, Page, S3Object
+from tests.test_keys_from import make_bucket
+from tests.test_s3_server import DOTTED_KEYS, ODD_KEYS
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
 <ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>{truncated}</IsTruncated>
@@ -314,16 +317,53 @@ def test_what_is_not_a_whole_page_is_never_taken_for_one(xml: bytes) -> None:
         program.parse_page(xml)
 
 
-def test_a_page_is_the_same_whoever_parses_it(bucket: Any, monkeypatch: pytest.MonkeyPatch, s3: Any) -> None:
-    for key in ("a b/ü+%.png", "a b/x.png", "c//d.png", "e.png"):
-        bucket.put(key, b"x")
+########################################################################
+# A real server
+########################################################################
+
+LAYOUTS = {
+    "flat": [f"{number:04}.png" for number in range(120)],
+    "flat with a long beginning in common": [f"IMG_2026_{number:04}.png" for number in range(120)],
+    "folders": [f"{number % 12:02}/{number}.png" for number in range(120)],
+    "folders in a folder": [f"all/{number % 12:02}/{number}.png" for number in range(120)],
+    "odd keys": [
+        f"{folder}{key}" for folder in ("", "ü b/", "c%2F+/", "\U0001f600/") for key in [*ODD_KEYS, *DOTTED_KEYS]
+    ]
+    + [f"\uffee{number}" for number in range(40)],
+}
+
+
+@pytest.fixture
+def reader(bucket: Any, monkeypatch: pytest.MonkeyPatch, s3: Any) -> program.Bucket:
+    """The program's bucket on the real S3 server."""
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)
-    assignments = (f"s3.bucket={bucket.name}", "convert.target=jpg", "api.key=k")
-    flags = [part for assignment in assignments for part in ("--set", assignment)]
-    reader = program.Bucket(
-        program.load_settings(None, {}, program.read_flags(program.build_parser().parse_args(flags)))
-    )
+    return make_bucket(bucket.name)
+
+
+@pytest.mark.parametrize("hunger", [1, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_real_server_s_keys_are_all_listed_once(
+    *, layout: str, hunger: int, bucket: Any, reader: program.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [key for key in LAYOUTS[layout] if len(key.encode()) <= program.S3_KEY_BYTES]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda key: bucket.put(key, b"x"), keys))
+    monkeypatch.setattr(program, "PAGE_KEYS", 10)
+    listed = [found.key for page in reader.list_pages("", lambda: hunger) for found in page]
+    assert sorted(listed) == sorted(keys)
+    assert hunger > 1 or listed == sorted(keys, key=str.encode)
+    assert reader._fast_failures == 0
+    beginning = keys[-1][:2]
+    below = [found.key for page in reader.list_pages(beginning, lambda: hunger) for found in page]
+    assert sorted(below) == sorted(key for key in keys if key.startswith(beginning))
+
+
+def test_a_page_is_the_same_whoever_parses_it(
+    bucket: Any, reader: program.Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("a b/ü+%.png", "a b/x.png", "c//d.png", "e.png"):
+        bucket.put(key, b"x")
     fast = [
         reader.read_page(bucket.name, "", **where) for where in ({}, {"Delimiter": "/"}, {"StartAfter": "c//d.png"})
     ]

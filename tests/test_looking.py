@@ -68,7 +68,7 @@ def test_check_proves_everything_and_leaves_nothing_behind(run_cli: Cli, bucket:
     bucket.put("a.png", picture())
     run = run_cli("--check")
     assert (run.exit_code, run.err) == (0, "")
-    assert len(starting("OK", run)) == len(run.out.splitlines()) == 21, run.out
+    assert (len(starting("OK", run)), run.out.splitlines()[21:]) == (21, ["ready: 21 OK"]), run.out
     assert (left_in(run), bucket.keys(), api.paid) == ({}, ["a.png"], [])
     assert [request.path for request in api.requests] == ["/", "/v1/usage"]
 
@@ -86,6 +86,46 @@ def test_check_of_an_empty_bucket_warns_and_does_not_fail(run_cli: Cli) -> None:
     run = run_cli("--check")
     assert run.exit_code == 0
     assert starting("WARN", run) == ["list s3", "read"]
+    assert last_line(run) == "ready: 18 OK, 2 WARN"
+
+
+def test_a_quiet_check_says_what_is_not_well_and_how_many_are(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    assert run_cli("-q", "--check").out == "ready: 21 OK\n"
+    warned = run_cli("-q", "--check", "--prefix", "no-such/", CTF_API_KEY="ctf_sk_wrong_1")
+    assert (starting("WARN", warned), starting("FAIL", warned)) == (["list s3", "read"], ["API key"])
+    assert warned.out.splitlines()[3:] == ["not ready: 1 FAIL, 2 WARN"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "[api] key is missing: set CTF_API_KEY, or api.key or api.key_file"),
+        ("", "[api] key_file = key.txt: the file is empty"),
+    ],
+)
+def test_check_without_an_api_key_proves_all_the_rest(
+    *, content: str | None, said: str, run_cli: Cli, bucket: Any, tmp_path: Path
+) -> None:
+    bucket.put("a.png", picture())
+    if content is not None:
+        (tmp_path / "work" / "key.txt").write_text(content)
+    flags = () if content is None else ("--set", "api.key_file=key.txt")
+    run = run_cli("--check", *flags, CTF_API_KEY=None)
+    assert (run.exit_code, run.err) == (2, "")
+    assert run.out.splitlines()[-2:] == [f"FAIL API key: {said}", "not ready: 1 FAIL"]
+
+
+@pytest.mark.parametrize(("mode", "verdict"), [(0o600, "OK"), (0o640, "WARN"), (0o604, "WARN")])
+def test_check_warns_of_a_key_file_that_others_can_read(
+    *, mode: int, verdict: str, run_cli: Cli, api: ConversionApi, tmp_path: Path
+) -> None:
+    path = tmp_path / "key.txt"
+    path.write_text(api.api_key)
+    path.chmod(mode)
+    run = run_cli("--check", "--set", f"api.key_file={path}", CTF_API_KEY=None)
+    assert (run.exit_code, "api.key_file" in starting(verdict, run)) == (0, True)
+    assert (f"run: chmod 600 {path}" in run.out) == (verdict == "WARN")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +143,7 @@ def test_check_of_an_empty_bucket_warns_and_does_not_fail(run_cli: Cli) -> None:
             ["list s3", "list s3", "write s3"],
             "check the bucket's name",
             id="secret",
+            marks=pytest.mark.needs("secrets"),
         ),
         pytest.param({"AWS_ACCESS_KEY_ID": None}, ["S3"], "set AWS_ACCESS_KEY_ID", id="no credentials"),
         pytest.param({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:1"}, ["S3"], "check its address", id="no S3"),
@@ -229,7 +270,7 @@ def test_check_warns_of_an_output_bucket_where_it_can_only_write(run_cli: Cli) -
 def test_packages_that_are_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "OLDEST_PACKAGES", {"requests": "99.1"})
     finding = program.proved("versions", program.versions)
-    assert str(finding).startswith("FAIL versions: too old for requests>=99.1; type: ")
+    assert str(finding).startswith("FAIL versions: too old for requests>=99.1; run: ")
 
 
 def test_a_disk_that_is_nearly_full_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

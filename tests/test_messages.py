@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,19 @@ def assert_refused(run: Any, exit_code: int, *said: str) -> None:
     [
         pytest.param({"S3_BUCKET": "no-such-bucket"}, 3, "the bucket no-such-bucket does not exist", id="wrong bucket"),
         pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, 3, "the API refused the key: 401", id="wrong key"),
-        pytest.param({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 3, "SignatureDoesNotMatch", id="wrong secret"),
+        pytest.param(
+            {"AWS_SECRET_ACCESS_KEY": "wrong-secret"},
+            3,
+            "SignatureDoesNotMatch",
+            id="wrong secret",
+            marks=pytest.mark.needs("secrets"),
+        ),
         pytest.param({"S3_BUCKET": None}, 2, "[s3] bucket is missing", id="no bucket"),
         pytest.param({"TARGET_FORMAT": None}, 2, "[convert] target is missing", id="no target"),
         pytest.param({"CTF_API_KEY": None}, 2, "[api] key is missing", id="no key"),
         pytest.param({"CONCURRENCY": "ten"}, 2, "CONCURRENCY ([run] workers) = ten", id="workers"),
         pytest.param({"AWS_ACCESS_KEY_ID": None}, 2, "there are no AWS credentials", id="no credentials"),
+        pytest.param({"S3_BUCKET": "s3://b/up"}, 2, "did you mean bucket = b and prefix = up/?", id="an address"),
         pytest.param({"AWS_PROFILE": "nobody"}, 2, "nobody", id="no such profile"),
     ],
 )
@@ -75,16 +83,16 @@ def test_all_problems_come_at_once(run_cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"bucket = b\n", "cannot be read: MissingSectionHeaderError in line 1"),
-        (b"[s3]\nbucket\n", "cannot be read: ParsingError in line 2"),
-        (b"[s3]\nbucket = a\nbucket = b\n", "cannot be read: DuplicateOptionError in line 3"),
-        (b"[s3]\nbucket = \xff\n", "cannot be read: "),
+        (b"bucket = b\n", ", line 1: no [section] above it; begin with [s3]"),
+        (b"[s3]\nbucket\n", ", line 2: expected NAME = VALUE"),
+        (b"[s3]\nbucket = a\nbucket = b\n", ", line 3: [s3] bucket is given twice"),
+        (b"[s3]\nbucket = \xff\n", " cannot be read: "),
     ],
 )
 def test_an_unreadable_ini_is_named(content: bytes, said: str, run_cli: Cli, tmp_path: Path) -> None:
     ini = tmp_path / "bad.ini"
     ini.write_bytes(content)
-    assert_refused(run_cli("-c", str(ini)), 2, f"{ini} {said}", "compare it with config.example.ini")
+    assert_refused(run_cli("-c", str(ini)), 2, f"{ini}{said}", "compare it with config.example.ini")
 
 
 def test_an_ini_that_does_not_exist_is_named(run_cli: Cli) -> None:
@@ -96,7 +104,7 @@ def test_an_ini_with_the_key_that_others_can_read_is_refused(run_cli: Cli, tmp_p
     ini.write_text("[api]\nkey = ctf_sk_in_the_open\n")
     ini.chmod(0o644)
     run = run_cli("-c", str(ini))
-    assert_refused(run, 2, "others can read it (mode 0644)", f"type: chmod 600 {ini}")
+    assert_refused(run, 2, "others can read it (mode 0644)", f"run: chmod 600 {ini}")
     assert "in_the_open" not in run.err
 
 
@@ -161,10 +169,20 @@ def test_a_missing_package_is_named_with_what_to_type() -> None:
     assert "-m pip install boto3 requests tqdm urllib3" in run.stderr
 
 
-def test_an_unknown_flag_is_a_usage_error(run_cli: Cli) -> None:
-    run = run_cli("--workres", "3")
-    assert run.exit_code == 2
-    assert "unrecognized arguments: --workres" in run.err
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--taget", "--taget is not an option; did you mean --target?"),
+        ("--TARGET=jpg", "--TARGET is not an option; did you mean --target?"),
+        ("check", "check is not an option; did you mean --check?"),
+        ("zzz", "zzz is not an option"),
+    ],
+)
+def test_an_unknown_flag_is_named_with_what_was_probably_meant(given: str, said: str, run_cli: Cli) -> None:
+    run = run_cli(given)
+    assert (run.exit_code, run.out) == (2, "")
+    usage = "usage: s3_bulk_convert.py [-c FILE] [options], which --help names\n"
+    assert run.err == f"{usage}s3_bulk_convert.py: error: {said}\n"
 
 
 def test_quiet_says_one_line_when_all_is_well(run_cli: Cli, bucket: Any) -> None:
@@ -172,6 +190,37 @@ def test_quiet_says_one_line_when_all_is_well(run_cli: Cli, bucket: Any) -> None
     run = run_cli("-q")
     assert (run.exit_code, run.err) == (0, "")
     assert run.out.count("\n") == 1
+
+
+def test_quiet_says_how_many_failed_for_good_before_and_does_not_count_outputs(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for name in ("a.png", "b.png", "same.jpg"):
+        bucket.put(name, photo(1, "png"))
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    run_cli()
+    run = run_cli("-q")
+    assert (run.exit_code, run.summary["skipped"]["own_output"]) == (0, 1)
+    assert re.fullmatch(
+        r"converted 0 in \S+ s, already done 1, skipped 1, failed before 1, failed 0, left 0\n", run.out
+    )
+    said = "next: 1 failed for good in an earlier run; --status counts them, --retry-failed tries them again\n"
+    assert said in run_cli().out
+
+
+def test_what_may_have_been_paid_twice_is_named_with_a_hint() -> None:
+    report, task = program.Report(), program.Task("default", "f", "a.png", "e", 1, "jpg", None, "o", "i")
+    for key in ("a.png", "b.png"):
+        done = program.Outcome(replace(task, key=key), program.Event.CONVERTED, maybe_paid_twice=True)
+        report.add(replace(done, replayed=True, remaining=1))
+        if key == "a.png":
+            settings = program.load_settings(None, {"CTF_API_KEY": "k", "S3_BUCKET": "b", "TARGET_FORMAT": "jpg"}, [])
+            lines = list(program.summary_lines(report, settings))
+            assert "warning       1 conversion may have been charged twice, for example a.png" in lines
+            assert lines[lines.index("quota         1 conversion left") - 1].strip() == program.PAID_TWICE_HINT
+            assert "requests      0 (0 throttled, 1 replay)" in lines
+    said = "warning       2 conversions may have been charged twice, for example a.png"
+    assert said in program.summary_lines(report, settings)
 
 
 def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
@@ -210,7 +259,8 @@ def test_a_failure_rate_over_the_limit_says_what_failed_and_what_to_do(
     run = run_cli("--workers", "1")
     assert run.exit_code == 3
     assert f"remedy: {program.REMEDIES['unsupported_route']}" in run.out
-    assert re.search(r"stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate", run.out)
+    said = r"stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate = 2%\n"
+    assert re.search(said, run.out)
 
 
 def test_each_code_of_this_program_has_a_remedy() -> None:

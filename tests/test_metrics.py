@@ -90,6 +90,22 @@ def test_a_failure_keeps_the_time_of_the_last_success(run_cli: Cli, bucket: Any,
     assert values(path.read_text())["last_success_timestamp_seconds"] > succeeded
 
 
+def test_what_failed_for_good_is_counted_until_it_is_converted(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    put_some(bucket, 3)
+    path = run_cli(*METRICS).workdir / "convert.prom"
+    assert values(path.read_text())["failed_for_good_objects"] == 0
+    bucket.put("bad.png", b"\x89PNG\r\n\x1a\nbad")
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    for _ in range(3):
+        run_cli(*METRICS)
+        assert values(path.read_text())["failed_for_good_objects"] == 1
+    # A run that ends before it has listed anything knows of no fewer.
+    assert run_cli(*METRICS, S3_BUCKET="no-such-bucket").exit_code == 3
+    assert values(path.read_text())["failed_for_good_objects"] == 1
+    assert run_cli(*METRICS, "--retry-failed").exit_code == 0
+    assert values(path.read_text())["failed_for_good_objects"] == 0
+
+
 def test_there_is_no_success_before_the_first(run_cli: Cli, bucket: Any) -> None:
     put_some(bucket, 1)
     run = run_cli(*METRICS, CTF_API_KEY="ctf_sk_wrong_1")

@@ -126,6 +126,39 @@ def test_where_nobody_says_a_429_does(clock: Clock) -> None:
     assert gaps(pacer, clock, 1) == [pytest.approx(2.2, rel=0.02)]
 
 
+@pytest.mark.parametrize(("parts", "seconds"), [(1, 6.6), (4, 26.4)])
+def test_a_429_for_the_very_first_request_does_not_hold_up_the_whole_run(
+    parts: int, seconds: float, clock: Clock
+) -> None:
+    pacer = Pacer(None, parts)
+    pacer.take(Waiting(clock))
+    pacer.hear(Heard(throttled_seconds=20))
+    # Others may have used up the limit, so that nothing is known of it: as if it were the smallest.
+    assert gaps(pacer, clock, 1) == [pytest.approx(seconds, rel=0.02)]
+    clock.now += 10 * program.SECONDS_TO_DOUBLE_GUESS
+    assert gaps(pacer, clock, 1)[0] < seconds / 1000
+
+
+def test_a_guess_that_has_grown_too_large_is_taken_back(clock: Clock) -> None:
+    pacer = answered(Pacer(None))
+    gaps(pacer, clock, 59)
+    pacer.hear(Heard(throttled_seconds=60))
+    sent = throttled = 0
+    hour = clock.now + 3600
+    window_ends = used = 0.0
+    while clock.now < hour:
+        pacer.take(Waiting(clock))
+        sent += 1
+        if clock.now >= window_ends:
+            window_ends, used = clock.now + 60, 0
+        used += 1
+        if used > 60:
+            throttled += 1
+            pacer.hear(Heard(throttled_seconds=window_ends - clock.now))
+    assert sent - throttled > 0.7 * 60 * 60
+    assert throttled / sent < 0.02
+
+
 @pytest.mark.parametrize(
     ("headers", "heard"),
     [

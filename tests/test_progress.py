@@ -91,7 +91,7 @@ def test_a_bar_shows_count_total_rate_failures_latency_and_what_the_month_has_le
     api.behaviour.month_quota = 100
     run = start("--workers", "2", terminal=terminal.slave)
     terminal.read_until(r"12 of 12 done \|█+\| 0 failed, [\d.]+ files/s, .*p95 [\d.]+ s, quota 88")
-    terminal.read_until(r"quota +88 conversions remain")
+    terminal.read_until(r"quota +88 conversions left")
     assert run.wait().exit_code == 0
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.conftest import NUMBERS, SCRIPT, Run, TestBucket
+from tests.conftest import SCRIPT, Run, TestBucket
 from tests.conversion_api import ConversionApi, Event, Fault, Request
 from tests.converters import Conversion, Converted, marking
 from tests.s3_server import S3Server
@@ -194,8 +194,10 @@ class Resuming(RuleBasedStateMachine):
         )
         for event in get_args(Event):
             self.api.on(event, self._listener(event))
-        self.bucket = TestBucket(f"resume-{next(NUMBERS)}", s3.client())
-        self.bucket.client.create_bucket(Bucket=self.bucket.name)
+        self.api.behaviour.ca_bundle = s3.ca_bundle
+        client = s3.client()
+        self.bucket = TestBucket(s3.new_bucket(client), client)
+        self.open.callback(s3.drop_bucket, client, self.bucket.name)
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.workdir),
@@ -456,6 +458,26 @@ def test_bytes_are_sent_for_what_was_in_flight_as_a_url_that_the_api_refuses(
     assert run.exit_code == 0, run.failures
     assert "converted/a.jpg" in bucket.outputs()
     assert len(api.paid) <= 1 + run.summary["possible_double_charges"]
+
+
+# The program on a machine whose table of media types was changed, by a package or by another Python.
+WITH_OTHER_TYPES = f"""
+import mimetypes, sys
+mimetypes.add_type("application/x-other", ".png")
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import s3_bulk_convert as program
+program.leave(program.main())
+"""
+
+
+def test_an_upload_is_the_same_to_the_byte_where_other_media_types_are_known(
+    start: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = converted
+    bucket.put("a.png", PNG + b"a picture")
+    killed_when_paid(start, api, "--set", "api.transfer=upload")
+    run = start("--set", "api.transfer=upload", command=("-c", WITH_OTHER_TYPES)).wait()
+    assert (run.exit_code, run.summary["possible_double_charges"], len(api.paid)) == (0, 0, 1), run.err
 
 
 def test_a_checkpoint_lost_twice_within_a_day_keeps_no_object_from_being_converted(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mimetypes
 import re
 import time
+from collections.abc import Iterator
 from email.utils import formatdate
 
 import pytest
@@ -339,6 +341,7 @@ USUAL_TYPES = {
     "rtf": "application/rtf",
 }
 JPEG, PNG, PDF, ZIP = HEADS["jpg"][0], HEADS["png"][0], HEADS["pdf"][0], HEADS["zip"][0]
+KMZ = "application/vnd.google-earth.kmz"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
 DOCM = "application/vnd.ms-word.document.macroEnabled.12"
 ODG = "application/vnd.oasis.opendocument.graphics"
@@ -417,6 +420,31 @@ def test_a_result_is_stored_under_the_type_that_header_and_bytes_agree_on(
     target: str, media_type: str, disposition: str, head: bytes, expected_type: str
 ) -> None:
     assert program.identify_result(target, media_type, disposition, head) == program.Identity(expected_type)
+
+
+@pytest.fixture
+def bare_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without /etc/mime.types, as small containers are."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mimetypes, "knownfiles", [])
+        mimetypes.init()
+        yield
+    mimetypes.init()
+
+
+@pytest.mark.usefixtures("bare_machine")
+@pytest.mark.parametrize(
+    ("target", "media_type", "expected_type"),
+    [
+        pytest.param("kmz", KMZ, KMZ, id="told"),
+        pytest.param("kmz", "", "application/octet-stream", id="not told"),
+        pytest.param("kmz", "image/png", "application/octet-stream", id="told wrongly"),
+    ],
+)
+def test_a_type_that_the_machine_does_not_know_is_what_the_api_says(
+    target: str, media_type: str, expected_type: str
+) -> None:
+    assert program.identify_result(target, media_type, "", ZIP) == program.Identity(expected_type)
 
 
 @pytest.mark.parametrize(
@@ -515,18 +543,24 @@ def test_an_error_reply_is_judged_as_the_contract_says(status: int, code: str, e
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"),
+    ("status", "of_a_job", "of_a_result"),
     [
-        (403, Verdict.GIVE_UP),
-        (404, Verdict.GIVE_UP),
-        (410, Verdict.GIVE_UP),
-        (401, Verdict.STOP_RUN),
-        (429, Verdict.WAIT),
-        (502, Verdict.RETRY),
+        (302, Verdict.RETRY, Verdict.GIVE_UP),
+        (400, Verdict.RETRY, Verdict.GIVE_UP),
+        (401, Verdict.STOP_RUN, Verdict.GIVE_UP),
+        (403, Verdict.STOP_RUN, Verdict.GIVE_UP),
+        (404, Verdict.GIVE_UP, Verdict.GIVE_UP),
+        (408, Verdict.RETRY, Verdict.RETRY),
+        (409, Verdict.RETRY, Verdict.GIVE_UP),
+        (410, Verdict.GIVE_UP, Verdict.GIVE_UP),
+        (422, Verdict.RETRY, Verdict.GIVE_UP),
+        (429, Verdict.WAIT, Verdict.WAIT),
+        (502, Verdict.RETRY, Verdict.RETRY),
     ],
 )
-def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(status: int, expected: Verdict) -> None:
-    assert program.judge_reply(status, "", looks_up=True) is expected
+def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(status: int, of_a_job: Verdict, of_a_result: Verdict) -> None:
+    assert program.judge_poll(status, "bad_request") is of_a_job
+    assert program.judge_download(status, "bad_request") is of_a_result
 
 
 @pytest.mark.parametrize(
@@ -538,6 +572,9 @@ def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(status: int, expected: V
         pytest.param(b'{"error": {"code": null, "message": null}}', ("", ""), id="nulls"),
         pytest.param(b'{"error": {"code": 7, "message": ["a"]}}', ("7", "['a']"), id="not texts"),
         pytest.param(b'{"error": "broken"}', ("", "broken"), id="error is a text"),
+        pytest.param(
+            b'{"error": {"code": "\\ud83d", "message": "a\\ud83d\\ude00"}}', ("?", "a\U0001f600"), id="half a pair"
+        ),
         pytest.param(b'{"error": null}', ("", ""), id="error is null"),
         pytest.param(b'{"error": []}', ("", ""), id="error is a list"),
         pytest.param(b'{"detail": "x"}', ("", ""), id="another form"),
@@ -559,6 +596,23 @@ def test_an_error_body_gives_code_and_message_or_nothing(body: bytes, expected: 
 @given(st.binary(max_size=60))
 def test_no_error_body_breaks_the_reader(body: bytes) -> None:
     assert all(isinstance(part, str) for part in program.parse_error(body))
+
+
+@pytest.mark.parametrize(
+    ("made", "seconds"),
+    [
+        ("2026-11-24T08:17:00Z", 60.0),
+        ("2026-11-24T08:17:00.500+00:00", 59.5),
+        pytest.param("2026-11-24T08:17:00", 60.0, id="without a zone"),
+        ("2026-11-24T08:18:01Z", -1.0),
+        ("yesterday", 0.0),
+        (None, 0.0),
+        (1_790_000_000, 0.0),
+    ],
+)
+def test_a_job_is_as_old_as_the_api_s_clock_says(made: object, seconds: float) -> None:
+    assert program.age_of_job({"created_at": made}, "Tue, 24 Nov 2026 08:18:00 GMT") == seconds
+    assert program.age_of_job({"created_at": made}, "") == program.age_of_job({}, "soon") == 0.0
 
 
 ########################################################################

@@ -1,6 +1,7 @@
 """Presigned URLs: the same signature as boto3's for any key, and boto3's own where it has another way to sign."""
 
 import urllib.parse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,30 @@ def test_where_boto3_signs_in_another_way_it_signs_them_all() -> None:
         return f"https://h/{key}?AWSAccessKeyId=k&Expires=1&Signature=s"
 
     assert program.UrlSigner(sign, Credentials("k", "s"), {}).sign("a") == sign("a")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "calculation"),
+    [
+        ("", "when_supported"),
+        ("https://bucket.vpce-1.s3.eu-west-1.vpce.amazonaws.com", "when_supported"),
+        ("https://s3.example.com", "when_required"),
+        ("https://amazonaws.com.example.com", "when_required"),
+    ],
+)
+def test_checksums_behind_a_body_are_for_amazon_alone_wherever_the_endpoint_is_named(
+    endpoint: str, calculation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = tmp_path / "aws"
+    told.write_text(f"[default]\nendpoint_url = {endpoint}\n" if endpoint else "[default]\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(told))
+    config: Any = bucket(monkeypatch).client.meta.config
+    assert (config.request_checksum_calculation, config.response_checksum_validation) == (calculation, calculation)
+    given: Any = bucket(monkeypatch, f"s3.endpoint_url={endpoint or 'none'}").client.meta.config
+    assert given.request_checksum_calculation == calculation
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_supported")
+    asked: Any = bucket(monkeypatch).client.meta.config
+    assert asked.request_checksum_calculation == "when_supported"
 
 
 def test_keys_that_are_renewed_sign_the_next_url(monkeypatch: pytest.MonkeyPatch) -> None:

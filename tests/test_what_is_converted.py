@@ -181,9 +181,8 @@ def test_a_source_in_the_target_format_is_converted_if_so_wished(run_cli: Cli, b
     assert len(api.paid) == 1
 
 
-def test_outputs_may_go_to_another_bucket(run_cli: Cli, bucket: Any) -> None:
-    other = f"{bucket.name}-outputs"
-    bucket.client.create_bucket(Bucket=other)
+def test_outputs_may_go_to_another_bucket(run_cli: Cli, bucket: Any, other_bucket: Any) -> None:
+    other = other_bucket.name
     bucket.put("converted/a.png", photo(1, "png"))
     assert run_cli("--set", f"s3.output_bucket={other}").exit_code == 0
     assert bucket.keys() == ["converted/a.png"]
