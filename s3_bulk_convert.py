@@ -227,7 +227,9 @@ TO_CONVERT, TO_RESUME, TO_COPY = "convert", "resume", "copy"
 # What a file of a format begins with: (offset, bytes). A format that is not here is judged by its media type alone.
 SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "jpg": [(0, b"\xff\xd8\xff")],
+    "jfif": [(0, b"\xff\xd8\xff")],
     "png": [(0, b"\x89PNG\r\n\x1a\n")],
+    "apng": [(0, b"\x89PNG\r\n\x1a\n")],
     "gif": [(0, b"GIF87a"), (0, b"GIF89a")],
     "webp": [(8, b"WEBP")],
     "avif": [(4, b"ftypavif"), (4, b"ftypavis")],
@@ -236,6 +238,7 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "bmp": [(0, b"BM")],
     "ico": [(0, b"\0\0\1\0")],
     "pdf": [(0, b"%PDF-")],
+    "ai": [(0, b"%PDF-"), (0, b"%!PS")],
     "zip": [(0, b"PK\3\4"), (0, b"PK\5\6")],
     "gz": [(0, b"\x1f\x8b")],
     "mp4": [(4, b"ftyp")],
@@ -250,7 +253,17 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "mkv": [(0, b"\x1a\x45\xdf\xa3")],
     "rtf": [(0, b"{\\rtf")],
 }
-ZIP_BASED = frozenset({"zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz"})
+ZIP_BASED = frozenset(
+    {
+        *("zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz", "xps", "oxps", "3mf"),
+        *("docm", "dotx", "dotm", "xlsm", "xlsb", "xltx", "xltm", "pptm", "ppsx", "ppsm", "potx", "potm", "vsdx"),
+        *("odg", "odf", "ott", "ots", "otp", "otg", "pages", "numbers", "key", "idml", "usdz"),
+    }
+)
+JSON_TYPES = frozenset({"application/json", "application/problem+json", "text/json"})
+JSON_FORMATS = frozenset({"json", "ndjson", "jsonl", "geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest"})
+ANY_JSON = frozenset({"json", "ndjson", "jsonl"})  # those of them that may begin as the API's error does
+GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
 STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
@@ -1151,6 +1164,7 @@ def read_jobs(given: Sequence[Given], s3: S3Options, problems: list[str]) -> tup
         name = section.removeprefix("job ").strip() if own else "default"
         jobs.append(make_job(name, replace(s3, **placed), options))
         problems += [*template_problems(jobs[-1], s3), *size_problems(section, options)]
+    problems += crossing_problems(jobs, s3)
     return tuple(jobs)
 
 
@@ -1187,20 +1201,35 @@ def template_problems(job: Job, s3: S3Options) -> list[str]:
     return problems
 
 
+def crossing_problems(jobs: Sequence[Job], s3: S3Options) -> list[str]:
+    """Jobs whose sources are another job's outputs."""
+    literals = {job.name: literal_prefix(job.output_key) for job in jobs if s3.is_one_bucket}
+    return [
+        f"[job {job.name}] prefix = {job.prefix}: lies under the outputs of [job {other}] ({literal}), "
+        "and outputs are never converted"
+        for job, (other, literal) in itertools.product(jobs, literals.items())
+        if literal not in {"", literals[job.name]} and job.prefix.startswith(literal)
+    ]
+
+
 def literal_prefix(template: str) -> str:
     """What every key that a template makes begins with."""
     return template.partition("{")[0]
 
 
 def path_problems(run: RunOptions) -> list[str]:
-    """Files that would be written over each other."""
+    """A checkpoint without a name, and files that would be written over each other."""
+    problems = []
+    if not Path(run.checkpoint).name:
+        problems.append(f"[run] checkpoint = {run.checkpoint}: expected the path of a file")
     named = {"checkpoint": run.checkpoint, "failures": run.failures, "summary": run.summary, "metrics": run.metrics}
     paths = {name: Path(path).absolute() for name, path in named.items() if path}
-    return [
+    problems += [
         f"[run] {second} = {named[second]}: is the {first} file as well"
         for first, second in itertools.combinations(paths, 2)
         if paths[first] == paths[second]
     ]
+    return problems
 
 
 def size_problems(section: str, options: ConvertOptions) -> list[str]:
@@ -1399,12 +1428,17 @@ def job_filter(job: Job, now: float) -> Callable[[S3Object], bool]:
     return wants
 
 
+def plain_type(media_type: str) -> str:
+    """A media type without its parameters."""
+    return media_type.partition(";")[0].strip()
+
+
 def media_kind(media_type: str) -> str:
     """The format that a media type names; empty if it says nothing."""
-    plain = media_type.partition(";")[0].strip().lower()
-    if plain.endswith("json"):  # application/problem+json as well
+    plain = plain_type(media_type).lower()
+    if plain in JSON_TYPES:
         return "json"
-    if plain in {"", "application/octet-stream", "binary/octet-stream"}:
+    if plain in GENERIC_TYPES:
         return ""
     for ext, extra in EXTRA_MEDIA_TYPES.items():
         if extra == plain:
@@ -1412,10 +1446,9 @@ def media_kind(media_type: str) -> str:
     return canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
 
 
-def media_type_of(target: str, told: str = "") -> str:
-    """The usual media type of a format; what somebody told if this machine has no /etc/mime.types to know it from."""
-    usual = EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0]
-    return usual or told or "application/octet-stream"
+def media_type_of(target: str) -> str:
+    """The usual media type of a format."""
+    return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
 
 
 def begins_like(kind: str, head: bytes) -> bool:
@@ -1454,9 +1487,10 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
     if kind not in HTML_FORMATS and (declared == "html" or looks_like_html(head)):
         raise BadAnswer("html_answer", "the API answered with an HTML page instead of the file")
-    if kind != "json" and (declared == "json" or looks_like_json_error(head)):
+    is_error = looks_like_json_error(head) and kind not in ANY_JSON
+    if is_error or (declared == "json" and kind not in JSON_FORMATS):
         raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
-    if is_archive_of_pages(kind, declared, disposition, head):
+    if is_archive_of_pages(kind, media_type, disposition, head):
         return Identity("application/zip", ".zip")
     # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
     has_signature = kind in SIGNATURES or kind in ZIP_BASED
@@ -1466,17 +1500,17 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
     # The first bytes are right; where the media type contradicts them, they are believed.
     contradicts = declared in SIGNATURES and has_signature and not begins_like(declared, head)
-    if contradicts:
-        return Identity(media_type_of(kind))
-    plain = media_type.partition(";")[0].strip()
-    if not declared:
-        return Identity(media_type_of(kind, told=plain))
-    return Identity(media_type if kind in TEXT_FORMATS else plain)
+    plain = plain_type(media_type)
+    says_nothing = contradicts or plain.lower() in GENERIC_TYPES
+    return Identity(media_type_of(kind) if says_nothing else media_type if kind in TEXT_FORMATS else plain)
 
 
-def is_archive_of_pages(kind: str, declared: str, disposition: str, head: bytes) -> bool:
+def is_archive_of_pages(kind: str, media_type: str, disposition: str, head: bytes) -> bool:
     """Whether the answer is a ZIP of one file a page, as for a PDF with several pages to jpg."""
-    said = declared in {"zip", ""} or disposition.lower().rstrip('"; ').endswith(".zip")
+    said = media_kind(media_type) == "zip" or disposition.lower().rstrip('"; ').endswith(".zip")
+    # Where nothing says it, a format that is known to begin otherwise cannot be anything else.
+    is_told_apart = kind in SIGNATURES or kind in TEXT_FORMATS
+    said |= is_told_apart and plain_type(media_type).lower() in GENERIC_TYPES
     return said and kind not in ZIP_BASED and begins_like("zip", head)
 
 
@@ -1925,6 +1959,8 @@ class Journal:
         self._db.execute("PRAGMA journal_mode = WAL")
         # A commit that a power cut can undo would be a request that was sent and is not known.
         self._db.execute("PRAGMA synchronous = FULL")
+        # On macOS a disk may otherwise say that it has written what it still holds.
+        self._db.execute("PRAGMA fullfsync = 1")
         self._db.execute("PRAGMA journal_size_limit = 67108864")
         if self._is_new():
             statements = list(filter(None, map(str.strip, re.split(r";\n(?=CREATE|$)", SCHEMA))))
@@ -3299,7 +3335,7 @@ def row_objects(lines: Iterable[str], name: str, columns: Sequence[str], bucket:
 
 
 def row_object(cells: Mapping[str, str], name: str, number: int) -> S3Object:
-    """The object of a row, which is a plain key where columns are missing. Raises ValueError, UserError for a bad key."""
+    """The object of a row; a plain key where columns are missing. Raises ValueError, or UserError for a bad key."""
     # S3 writes a space as + and a plus as %2B there. Without "strict", broken UTF-8 would become another key.
     named = named_object(urllib.parse.unquote_plus(cells["Key"], errors="strict"), name, number)
     if not all(cells.get(column) for column in ("ETag", "Size", "LastModifiedDate")):
@@ -6188,6 +6224,11 @@ def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str
     planner.counts.clear()
     planner.tasks_of([source], [route])
     reasons = [name for _, name in planner.counts if name not in {LISTED, RETRIED}]
+    if not reasons and route.job.fingerprint not in steps:
+        claim, count = claim_of(output_key(route.job, source.key)), planner.settings.shard.count
+        reasons = [
+            f"it belongs to shard {each}" for each in (Shard(i, count) for i in range(count)) if each.owns(claim)
+        ]
     return f"leave it: {', '.join(reasons)}" if reasons else steps[route.job.fingerprint]
 
 
@@ -6606,19 +6647,25 @@ def build_parser() -> Parser:
     return parser
 
 
+def trimmed(name: str, value: str) -> str:
+    """A value of the command line; a space that a shell had to be told to keep is a part of the keys."""
+    return value.strip("\r\n") if name in {"prefix", "output_key"} else value.strip()
+
+
 def read_flags(arguments: argparse.Namespace) -> list[Given]:
     """The options given on the command line. Raises UserError if one has no name."""
     given = []
     for flag, (section, name) in FLAGS.items():
         value = getattr(arguments, flag)
         if value is not None:
-            given.append(Given(section, name, value.strip(), f"--{flag} ([{section}] {name})"))
+            given.append(Given(section, name, trimmed(name, value), f"--{flag} ([{section}] {name})"))
     for assignment in arguments.set:
         # The name of a job may hold dots and spaces: the option is what stands behind the last dot before the "=".
         match = re.fullmatch(r"\s*(?:(job [^=]*|[^.=\s]+)\.)([^.=\s]+)\s*=(.*)", assignment, re.DOTALL)
         if match is None:
             raise UserError(f"--set {assignment}: expected SECTION.OPTION=VALUE", "for example --set run.log_every=10")
-        given.append(Given(match[1], match[2].lower(), match[3].strip(), f"--set {match[1]}.{match[2]}"))
+        name = match[2].lower()
+        given.append(Given(match[1], name, trimmed(name, match[3]), f"--set {match[1]}.{match[2]}"))
     return given
 
 

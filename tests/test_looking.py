@@ -470,6 +470,16 @@ def test_why_answers_for_each_job(run_cli: Cli, bucket: Any, tmp_path: Path) -> 
     assert last_line(run_cli("-c", str(ini), "--why", "in/a.png")) == f"the next run would {steps}"
 
 
+def test_why_names_the_shard_that_an_object_belongs_to(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("b.png", picture())
+    claim = "converted/b.jpg"
+    (own,) = (index for index in range(2) if program.Shard(index, 2).owns(claim))
+    there = run_cli("--why", "b.png", "--shard", f"{own}/2")
+    assert last_line(there) == "the next run would convert it to jpg, which is paid for"
+    elsewhere = run_cli("--why", "b.png", "--shard", f"{1 - own}/2")
+    assert last_line(elsewhere) == f"the next run would leave it: it belongs to shard {own}/2"
+
+
 def test_why_foresees_that_nothing_is_overwritten_among_the_sources(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.jpg", picture("of somebody else"))
     bucket.put("a.png", picture())

@@ -144,8 +144,8 @@ def two(bucket: Any) -> tuple[Any, Any, Any]:
     made = [TestBucket(f"{bucket.name}-{name}", bucket.client) for name in ("one", "two", "outputs")]
     for created in made:
         created.client.create_bucket(Bucket=created.name)
-    for source in made[:2]:
-        source.put("a.png", PNG + source.name.encode())
+    for sources in made[:2]:
+        sources.put("a.png", PNG + sources.name.encode())
     return (made[0], made[1], made[2])
 
 

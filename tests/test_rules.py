@@ -287,7 +287,10 @@ def test_a_job_wants_what_passes_all_its_filters(options: program.ConvertOptions
 # Beginnings of files as programs write them, written down apart from the program's own table.
 HEADS: dict[str, list[bytes]] = {
     "jpg": [b"\xff\xd8\xff\xe0\x00\x10JFIF", b"\xff\xd8\xff\xe1\x00\x10Exif", b"\xff\xd8\xff\xdb"],
+    "jfif": [b"\xff\xd8\xff\xe0\x00\x10JFIF"],
     "png": [b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"],
+    "apng": [b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"],
+    "ai": [b"%PDF-1.6\n", b"%!PS-Adobe-3.0\n"],
     "gif": [b"GIF87a\x01\x00", b"GIF89a\x01\x00"],
     "webp": [b"RIFF\x24\x00\x00\x00WEBPVP8 "],
     "avif": [b"\x00\x00\x00\x20ftypavif\x00\x00", b"\x00\x00\x00\x2cftypavis\x00\x00"],
@@ -340,6 +343,8 @@ USUAL_TYPES = {
 JPEG, PNG, PDF, ZIP = HEADS["jpg"][0], HEADS["png"][0], HEADS["pdf"][0], HEADS["zip"][0]
 KMZ = "application/vnd.google-earth.kmz"
 DOCX = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+DOCM = "application/vnd.ms-word.document.macroEnabled.12"
+ODG = "application/vnd.oasis.opendocument.graphics"
 PAGE = b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title>"
 JSON_ERROR = b'{"error": {"code": "service_unavailable", "message": "the engine is down"}}'
 
@@ -396,6 +401,19 @@ def test_a_body_that_does_not_begin_as_the_target_does_is_refused(target: str, h
         pytest.param("json", "application/json", "", b'{"rows": []}', "application/json", id="target json"),
         pytest.param("svg", "image/svg+xml", "", b"<svg xmlns=", "image/svg+xml", id="target svg"),
         pytest.param("md", "text/markdown", "", b"<body> in it", "text/markdown", id="markdown with a tag"),
+        pytest.param("jfif", "image/jpeg", "", JPEG, "image/jpeg", id="jfif"),
+        pytest.param("apng", "image/apng", "", PNG, "image/apng", id="apng"),
+        pytest.param("ai", "application/postscript", "", PDF, "application/postscript", id="ai"),
+        pytest.param("geojson", "application/geo+json", "", b'{"type"', "application/geo+json", id="geojson"),
+        pytest.param("geojson", "application/json", "", b'{"type"', "application/json", id="geojson as json"),
+        pytest.param("ndjson", "application/x-ndjson", "", b'{"error":1}', "application/x-ndjson", id="ndjson"),
+        pytest.param("ipynb", "application/x-ipynb+json", "", b'{"cells"', "application/x-ipynb+json", id="ipynb"),
+        pytest.param("har", "application/json", "", b'{"log"', "application/json", id="har"),
+        pytest.param("odg", ODG, "", ZIP, ODG, id="odg"),
+        pytest.param("docm", DOCM, "", ZIP, DOCM, id="docm"),
+        pytest.param("pages", "application/vnd.apple.pages", "", ZIP, "application/vnd.apple.pages", id="pages"),
+        pytest.param("odg", "application/octet-stream", "", ZIP, program.media_type_of("odg"), id="odg as bytes"),
+        pytest.param("jxl", "image/x-new; q=1", "", b"\xff\x0a", "image/x-new", id="a type that nobody knows"),
     ],
 )
 def test_a_result_is_stored_under_the_type_that_header_and_bytes_agree_on(
@@ -462,6 +480,9 @@ def test_an_archive_of_pages_is_stored_as_a_zip(target: str, media_type: str, di
         pytest.param("jpg", "application/json", b'{"job_id": "1"}', "json_answer", id="json for jpg"),
         pytest.param("csv", "application/json; charset=utf-8", JSON_ERROR, "json_answer", id="json for csv"),
         pytest.param("txt", "application/json", b"{}", "json_answer", id="json for txt"),
+        pytest.param("txt", "text/json", b"{}", "json_answer", id="json as text for txt"),
+        pytest.param("geojson", "application/json", JSON_ERROR, "json_answer", id="json error for geojson"),
+        pytest.param("xyz", "application/x-xyz", ZIP, "wrong_type", id="zip for a format that nobody knows"),
         pytest.param("csv", "application/problem+json", JSON_ERROR, "json_answer", id="problem json for csv"),
         pytest.param("csv", "text/plain", JSON_ERROR, "json_answer", id="json error that says it is text"),
         pytest.param("md", "", JSON_ERROR, "json_answer", id="json error without a type"),

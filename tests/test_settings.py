@@ -407,6 +407,24 @@ def test_a_prefix_under_the_outputs_is_refused_in_the_same_bucket_only(ini: Path
     assert load(ini, COMPLETE, None, "--prefix", "converted/a", "--set", "s3.output_bucket=other").jobs
 
 
+def test_a_prefix_under_another_job_s_outputs_is_refused_with_both_their_names(ini: Path) -> None:
+    jobs = "[job a]\noutput_key = small/{stem}.{target}\n[job b]\nprefix = small/in/\n"
+    expected = "[job b] prefix = small/in/: lies under the outputs of [job a] (small/), and outputs are never converted"
+    assert problems(ini, COMPLETE + jobs) == [expected]
+    assert load(ini, COMPLETE + jobs, None, "--set", "s3.output_bucket=other").jobs
+
+
+@pytest.mark.parametrize("name", ["", ".", "/"])
+def test_a_checkpoint_needs_a_name(ini: Path, name: str) -> None:
+    expected = f"[run] checkpoint = {name}: expected the path of a file"
+    assert problems(ini, COMPLETE, "--set", f"run.checkpoint={name}") == [expected]
+
+
+@pytest.mark.parametrize("flags", [("--prefix", "2024 "), ("--set", "s3.prefix=2024 "), ("--prefix", "2024 \n")])
+def test_a_space_at_the_end_of_a_prefix_on_the_command_line_is_a_part_of_it(ini: Path, flags: tuple[str, str]) -> None:
+    assert load(ini, COMPLETE, None, *flags).s3.prefix == "2024 "
+
+
 ########################################################################
 # The file
 ########################################################################
