@@ -31,7 +31,9 @@ def assert_refused(run: Any, exit_code: int, *said: str) -> None:
     [
         pytest.param({"S3_BUCKET": "no-such-bucket"}, 3, "the bucket no-such-bucket does not exist", id="wrong bucket"),
         pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, 3, "the API refused the key: 401", id="wrong key"),
-        pytest.param({"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 3, "SignatureDoesNotMatch", id="wrong secret"),
+        pytest.param(
+            {"AWS_SECRET_ACCESS_KEY": "wrong-secret"}, 3, "hint: AWS_SECRET_ACCESS_KEY is wrong", id="wrong secret"
+        ),
         pytest.param({"S3_BUCKET": None}, 2, "[s3] bucket is missing", id="no bucket"),
         pytest.param({"TARGET_FORMAT": None}, 2, "[convert] target is missing", id="no target"),
         pytest.param({"CTF_API_KEY": None}, 2, "[api] key is missing", id="no key"),
@@ -215,6 +217,30 @@ def test_what_may_have_been_paid_twice_is_named_with_a_hint() -> None:
             assert "requests      0 (0 throttled, 1 replay)" in lines
     said = "warning       2 conversions may have been charged twice, for example a.png"
     assert said in program.summary_lines(report, settings)
+
+
+def test_a_key_that_the_terminal_has_no_letters_for_is_said_all_the_same(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("\u0141.heic", photo(1, "png"))
+    bucket.put("\u0141.png", photo(1, "png"))
+    run = run_cli(PYTHONIOENCODING="latin-1")
+    assert run.exit_code == 1
+    assert r"for example \u0141.png: converted/\u0141.jpg: belongs to \u0141.heic" in run.out
+
+
+def test_a_failures_file_that_is_full_is_named_with_its_option(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    run = run_cli("--set", "run.failures=/dev/full")
+    assert run.exit_code == 3
+    assert "stopped: run.failures = /dev/full cannot be written: No space left on device\nhint: free some" in run.out
+
+
+def test_what_is_gone_is_not_promised_to_be_tried_again(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"s3://{bucket.name}/a.png\n/a.png\n")
+    run = run_cli("--keys-from", str(tmp_path / "keys.txt"))
+    assert run.summary["failed"] == {"source_gone": 2}
+    assert 'give keys without s3://BUCKET/ and without a leading "/"\n' in run.out
+    assert "next: " not in run.out
 
 
 def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
