@@ -65,6 +65,7 @@ import shutil
 import sqlite3
 import stat
 import statistics
+import sysconfig
 import tempfile
 import threading
 import time
@@ -103,8 +104,16 @@ try:
     from urllib3.filepost import encode_multipart_formdata
     from urllib3.util.retry import Retry
 except ImportError as missing:
-    sys.stderr.write(f"error: the package {missing.name} is missing; type: {sys.executable} -m pip install ")
-    sys.stderr.write("boto3 requests tqdm urllib3\n")
+    # Debian's and Homebrew's Python refuse pip outside a virtual environment (PEP 668).
+    is_managed = os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
+    in_venv = is_managed and sys.prefix == sys.base_prefix
+    installer = "venv/bin/pip" if in_venv else f"{sys.executable} -m pip"
+    sys.stderr.write(f"error: the package {missing.name} is missing\n")
+    sys.stderr.write(
+        f"hint: run: {'python3 -m venv venv && ' * in_venv}{installer} install boto3 requests tqdm urllib3\n"
+    )
+    if in_venv:
+        sys.stderr.write("then start this program with venv/bin/python\n")
     raise SystemExit(2) from None
 
 if sys.platform != "win32":

@@ -160,9 +160,25 @@ def test_an_older_python_gets_one_sentence(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_with_what_to_type() -> None:
     run = subprocess.run([sys.executable, "-S", str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "the package boto3 is missing; type: " in run.stderr
-    assert "-m pip install boto3 requests tqdm urllib3" in run.stderr
+    assert run.returncode == 2
+    assert run.stderr == (
+        f"error: the package boto3 is missing\nhint: run: {sys.executable} -m pip install boto3 requests tqdm urllib3\n"
+    )
+
+
+def test_where_pip_is_refused_the_hint_names_a_virtual_environment(tmp_path: Path) -> None:
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    managed = (
+        f"import runpy, sys, sysconfig; sysconfig.get_path = lambda _: {str(tmp_path)!r}; "
+        f"sys.base_prefix = sys.prefix; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-S", "-c", managed], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: the package boto3 is missing\n"
+        "hint: run: python3 -m venv venv && venv/bin/pip install boto3 requests tqdm urllib3\n"
+        "then start this program with venv/bin/python\n"
+    )
 
 
 @pytest.mark.parametrize(
