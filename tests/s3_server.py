@@ -12,6 +12,7 @@ A suite that has an S3 of its own sets S3_TEST_ENDPOINT, S3_TEST_KEY and S3_TEST
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import errno
 import json
@@ -402,15 +403,17 @@ def spawn_servers(sockets: Mapping[str, socket.socket], etc: Path) -> None:
 
 def main(arguments: list[str]) -> NoReturn:
     """Serve the directory that the command line names, until a signal comes."""
-    if len(arguments) not in {1, 2}:
-        raise SystemExit("usage: python -m tests.s3_server DIRECTORY [PORT]")
+    parser = argparse.ArgumentParser("python -m tests.s3_server", description="an S3 server for tests, on 127.0.0.1")
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="where it keeps its buckets")
+    parser.add_argument("port", metavar="PORT", type=int, nargs="?", default=0, help="default: any free one")
+    given = parser.parse_args(arguments)
     end_with_parent()
     end_on_signals()
     os.environ.setdefault("EVENTLET_NO_GREENDNS", "yes")  # names are never looked up here; saves a start-up import
-    root = Path(arguments[0]).resolve()
+    root = given.directory.resolve()
     root.mkdir(parents=True, exist_ok=True)
     refuse_disk_without_attributes(root)
-    serve(root, int(arguments[1]) if len(arguments) == 2 else 0)
+    serve(root, given.port)
 
 
 if __name__ == "__main__":

@@ -510,7 +510,8 @@ def test_why_shows_the_checkpoint_s_part_when_the_bucket_cannot_be_reached(run_c
     run_cli()
     run = run_cli("--why", "a.png", AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
     assert " converted as converted/a.jpg, to jpg" in run.out
-    assert "in the bucket  it cannot be told\noutput key     converted/a.jpg (job default), its own\n" in run.out
+    assert "in the bucket  not known (S3 did not answer)\n" in run.out
+    assert "output key     converted/a.jpg (job default), its own\n" in run.out
     assert last_line(run).startswith("the next run would stop before it: S3 could not be reached")
 
 
