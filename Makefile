@@ -10,6 +10,7 @@ help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 .venv/ready: requirements.txt tests/requirements.txt
+	@echo "downloading the packages of the tests into .venv, once: they take some 300 MB and a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
 	@touch $@

@@ -64,6 +64,7 @@ import shutil
 import sqlite3
 import stat
 import statistics
+import sysconfig
 import tempfile
 import threading
 import time
@@ -108,8 +109,16 @@ try:
     from urllib3.filepost import encode_multipart_formdata
     from urllib3.util.retry import Retry
 except ImportError as missing:
-    sys.stderr.write(f"error: the package {missing.name} is missing; type: {sys.executable} -m pip install ")
-    sys.stderr.write("boto3 requests tqdm urllib3\n")
+    # Debian's and Homebrew's Python refuse pip outside a virtual environment (PEP 668).
+    is_managed = os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
+    in_venv = is_managed and sys.prefix == sys.base_prefix
+    installer = "venv/bin/pip" if in_venv else f"{sys.executable} -m pip"
+    sys.stderr.write(f"error: the package {missing.name} is missing\n")
+    sys.stderr.write(
+        f"hint: run: {'python3 -m venv venv && ' * in_venv}{installer} install boto3 requests tqdm urllib3\n"
+    )
+    if in_venv:
+        sys.stderr.write("then start this program with venv/bin/python\n")
     raise SystemExit(2) from None
 
 if sys.platform != "win32":
@@ -181,6 +190,7 @@ COMMIT_SECONDS = 0.05  # that an outcome waits for others: a commit for each wou
 CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
 MOST_SHOWN = 200  # characters of a key or a message in the summary; the failures file has all of them
 IDLE_TO_BUSY = 9  # of the thread that counts the total: a tenth of a processor at the most
+LEAST_BAR = len(" |") + 10 + len("| ")
 DRAW_SECONDS = 0.2  # between two states of the bar
 PUBLISHED_LATENCY_SECONDS = 0.8  # the API's own median for files under 5 MB
 LINE_SECONDS = 60  # between two lines where there is no terminal, even if nothing finishes
@@ -1631,6 +1641,7 @@ class StopFlag:
         self._event, self._tell = threading.Event(), tell
         self.stop: Stop | None = None
         self.since = 0.0
+        self.in_flight: Callable[[], int] = lambda: 0  # how many requests a second signal would cut off
 
     @property
     def requested(self) -> bool:
@@ -1660,9 +1671,23 @@ class StopFlag:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
         if self.requested:
-            os._exit(code)
+            leave_at_once(f"ended at once: {self.in_flight()} in flight are asked for again by the next run", code)
         name = signal.Signals(number).name
         self.request(Stop(f"interrupted by {name}", "run it again: it goes on where this run ended", code))
+
+
+def leave_at_once(said: str, code: ExitCode) -> NoReturn:
+    """End the process from within a signal handler, with a line of its own."""
+    # The stream may be in the middle of a write of its own: only the system call can be relied upon.
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{said}\n".encode())
+    os._exit(code)
+
+
+def leave_on_interrupt() -> None:
+    """Let Ctrl-C end a command that has nothing to finish, in one word."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, lambda *_: leave_at_once("interrupted", ExitCode.SIGINT))
 
 
 ########################################################################################################################
@@ -2465,6 +2490,14 @@ FOR_ALL_OBJECTS = (
 )
 
 
+# What to do about a refusal of S3's, by its code.
+S3_HINTS = {
+    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY is wrong (or that of the profile): correct it, and run it again",
+    "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is unknown there (or that of the profile): correct it, and run it again",
+    "AccessDenied": "allow the action to these AWS credentials, and run it again",
+}
+
+
 def refused(error: Exception, doing: str) -> RunStopped:
     """The end of the run for an S3 error that would meet every object."""
     if not isinstance(error, ClientError):
@@ -2476,7 +2509,9 @@ def refused(error: Exception, doing: str) -> RunStopped:
         return RunStopped(because, PROXY_HINT)
     return RunStopped(
         redacted(f"S3 refused {doing}: {said.get('Code', '')} {said.get('Message', '')}".rstrip()),
-        "check the bucket's name, the AWS credentials and their permissions, and run it again",
+        S3_HINTS.get(
+            error_code(error), "check the bucket's name, the AWS credentials and their permissions, and run it again"
+        ),
     )
 
 
@@ -4580,11 +4615,12 @@ class Planner:
             if owner == task.key and job == task.fingerprint and not is_itself:
                 yield replace(task, traced=task.traced or logged.get(claim) == task.key)
             else:
-                said = "its output would replace it" if is_itself else f"belongs to {owner}"
-                hint = "put {ext} or {job} into s3.output_key to keep both"
-                if owner.startswith(ELSEWHERE):
-                    hint = "give each bucket's outputs a prefix of their own in s3.output_key"
-                self._fail(task, "output_collision", f"{task.output_key}: {said}; {hint}")
+                said = f"belongs to {owner}; put {{ext}} or {{job}} into s3.output_key to keep both"
+                if is_itself:
+                    said = "would replace its own source: put {target} or a folder into s3.output_key"
+                elif owner.startswith(ELSEWHERE):
+                    said = f"belongs to {owner}; give each bucket's outputs a prefix of their own in s3.output_key"
+                self._fail(task, "output_collision", f"{task.output_key}: {said}")
 
     def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
         """The sources of unsettled requests that claim these tasks' keys."""
@@ -5144,6 +5180,7 @@ class Report:
         self.remaining: int | None = None
         self.total: int | None = None  # what `eligible` will come to, if a counting pass has said so
         self.stop: Stop | None = None
+        self.is_stopping = False
         self.is_whole = False  # everything there is was listed and handed out
 
     def add_counts(self, counts: Mapping[tuple[str, str], int]) -> None:
@@ -5317,6 +5354,7 @@ class Progress:
             "p95_seconds": p95 and round(p95, 3),
             "remaining": report.remaining,
             "in_flight": report.in_flight(self._run.workers),
+            "is_stopping": report.is_stopping,
             "silent_since": local_time(silence) if silence >= SILENCE_SECONDS else None,
         }
 
@@ -5329,6 +5367,8 @@ class Progress:
             bar.sp = bar.status_printer(bar.fp)
             self._columns = columns
         count, *more = progress_words(self._numbers(report, now))
+        while more and len(count) + LEAST_BAR + len(", ".join(more)) > columns:
+            more.pop()
         bar.bar_format = f"{count} |{{bar}}| {', '.join(more)}"
         bar.n, bar.total = report.finished, report.expected
         bar.refresh()
@@ -5353,7 +5393,9 @@ def progress_words(numbers: Mapping[str, Any]) -> Iterator[str]:
     yield f"{numbers['done']} of {'' if numbers['total_is_final'] else '~'}{numbers['total']} done"
     yield f"{numbers['failed']} failed"
     yield f"{numbers['per_second']:.1f} files/s"
-    if numbers["silent_since"]:
+    if numbers["is_stopping"]:
+        yield f"stopping, {numbers['in_flight']} in flight"
+    elif numbers["silent_since"]:
         waiting = f"waiting for {numbers['in_flight']} in flight" if numbers["in_flight"] else "waiting for the listing"
         yield f"nothing since {numbers['silent_since']}: {waiting}"
     elif numbers["eta_seconds"] is not None:
@@ -5487,7 +5529,6 @@ class Recorder:
         self.shared, self.pacer, self.journal, self.report, self.progress = shared, pacer, journal, report, progress
         self.run = shared.settings.run
         self._can_write = True
-        self._is_announced = False
 
     def record(self, notes: "queue.Queue[Note]") -> bool:
         """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
@@ -5529,7 +5570,7 @@ class Recorder:
                 self._append_failures([outcome for outcome in outcomes if outcome.event is Event.FAILED])
                 self.journal.end(outcomes, time.time())
                 return outcomes
-            except (RunStopped, UserError, OSError) as error:
+            except (RunStopped, UserError) as error:
                 self._can_write = False
                 self.shared.stop.request(stop_for(error))
         return [replace(outcome, event=Event.LEFT) for outcome in outcomes]
@@ -5543,10 +5584,16 @@ class Recorder:
                 self.shared.stop.request(stop_for(error))
 
     def _append_failures(self, failures: Sequence[Outcome]) -> None:
-        if failures:
-            with Path(self.run.failures).open("a", encoding="utf-8") as lines:
-                for outcome in failures:
-                    lines.write(json.dumps(self._failure_line(outcome), ensure_ascii=False) + "\n")
+        lines = (json.dumps(self._failure_line(outcome), ensure_ascii=False) + "\n" for outcome in failures)
+        try:
+            if failures:
+                with Path(self.run.failures).open("a", encoding="utf-8") as appended:
+                    appended.writelines(lines)
+        except OSError as problem:
+            raise UserError(
+                f"run.failures = {self.run.failures} cannot be written: {problem.strerror}",
+                "free some space, or set run.failures to another path, and run it again",
+            ) from None
 
     def _failure_line(self, outcome: Outcome) -> dict[str, object]:
         task = outcome.task
@@ -5583,8 +5630,8 @@ class Recorder:
 
     def _announce_stop(self) -> None:
         stop = self.shared.stop.stop
-        if stop and not self._is_announced:
-            self._is_announced = True
+        if stop and not self.report.is_stopping:
+            self.report.is_stopping = True
             again = (
                 f" for up to {self.run.shutdown_grace:.0f} s; once more ends it at once" if stop.is_by_signal else ""
             )
@@ -5612,13 +5659,9 @@ def next_batch(notes: "queue.Queue[Note]") -> list[Note]:
     return batch
 
 
-def stop_for(error: Exception) -> Stop:
+def stop_for(error: RunStopped | UserError) -> Stop:
     """What an error at the recorder's desk means for the run."""
-    if isinstance(error, RunStopped):
-        return error.stop
-    if isinstance(error, UserError):
-        return Stop(error.message, error.hint)
-    return Stop(f"a file cannot be written: {error}", "free some space or correct run.failures, and run it again")
+    return error.stop if isinstance(error, RunStopped) else Stop(error.message, error.hint)
 
 
 def write_atomically(path: Path, content: str) -> None:
@@ -5652,6 +5695,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         gate = Gate(pacer.hear)
         shared = Shared(settings, stop, gate, Bucket(settings, stop), UrlTrust(), notes.put)
         report, progress = Report(), Progress(settings)
+        stop.in_flight = partial(report.in_flight, settings.run.workers)
         say_start(settings, journal)
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
         pool = ThreadPoolExecutor(settings.run.consumers + 1)
@@ -5773,12 +5817,13 @@ REMEDIES = {
     "job_not_finished": "the job took too long: run it again, it goes on with the same job",
     "job_lost": "the API has forgotten the job: run it again",
     "job_failed": "the API's converter gave up: open one of the files; it may be damaged or protected by a password",
-    "source_gone": "deleted after it was listed: nothing to do",
+    "source_gone": "deleted after it was listed: nothing to do; with --keys-from, no object has this key: give keys "
+    'without s3://BUCKET/ and without a leading "/"',
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
     "look_failed": "S3 did not say whether something lies under the output key: run it again",
     "store_failed": "S3 did not take it: allow s3:PutObject on s3.output_key, check the network, and run it again",
-    "output_collision": "another source has this output: put {ext} into s3.output_key",
+    "output_collision": "its output key is taken: its message says what to put into s3.output_key, such as {ext}",
     "output_key_too_long": "shorten s3.output_key",
     "worker_died": "its size may need more memory than there is: give each process fewer workers, and run it again",
     "bug": "a bug of this program: run it again with -v, and report what it prints",
@@ -5824,7 +5869,8 @@ def next_steps(report: Report, settings: Settings) -> Iterator[str]:
     elif report.counts["left"]:
         yield "next: run it again for what is left to do"
     for_good = report.counts["failed_for_good"]
-    passing = report.failed.total() - for_good
+    # To try again what has been deleted is no plan.
+    passing = report.failed.total() - for_good - report.failed["source_gone"]
     if passing:
         yield f"next: the next run tries {passing} of the failures again"
     if for_good:
@@ -5838,6 +5884,10 @@ def next_steps(report: Report, settings: Settings) -> Iterator[str]:
 def summary_lines(report: Report, settings: Settings) -> Iterator[str]:
     """The end of a run in words."""
     found = report.summary()
+    if report.stop and not report.counts[LISTED]:
+        # It never began: zeros would hide why.
+        yield from next_steps(report, settings)
+        return
     yield f"converted     {found['converted']}"
     yield f"already done  {found['already_done']}"
     yield from (f"skipped       {count} {reason}" for reason, count in found["skipped"].items())
@@ -5911,10 +5961,11 @@ class Forecast:
         """Learn what the month has left, where the API says it; a forecast is one without it, too."""
         try:
             if not self.settings.api.key:
-                raise UserError("no API key is given", "")
+                raise UserError("there is no API key", self.settings.key_problem)
             self.usage = ask_usage(self.settings.api)
         except (UserError, RunStopped) as problem:
-            self.usage_problem = problem.message if isinstance(problem, UserError) else problem.stop.because
+            stop = stop_for(problem)
+            self.usage_problem = f"{stop.because}; {stop.hint}"
 
     def total(self, what: str) -> int:
         """A count of all jobs together, and of no job."""
@@ -6084,25 +6135,37 @@ def status_lines(settings: Settings) -> Iterator[str]:
     path = Path(settings.run.checkpoint)
     with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
         if not journal.is_there:
-            raise UserError(
-                f"there is no checkpoint {path}", "start it where the runs are started, or set run.checkpoint"
-            )
+            raise UserError(f"there is no checkpoint {path}", shards_hint(path) or HINT_WITHOUT_CHECKPOINT)
         last, holder = journal.last_activity(), RunLock(path).holder()
         yield f"checkpoint     {path}, {human_bytes(journal.bytes_on_disk())}"
         yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
         yield f"last activity  {local_date(last) if last else 'none'}"
-        # A job may have been renamed since, or have left the configuration.
-        names = {job.fingerprint: f"job {job.name}" for job in settings.jobs}
+        jobs = {job.fingerprint: job for job in settings.jobs}
         for tally in journal.tallies():
-            yield from tally_lines(tally, names.get(tally.fingerprint, f"{tally.job}, no job of this configuration"))
+            yield from tally_lines(tally, jobs.get(tally.fingerprint), is_at_work=bool(holder))
 
 
-def tally_lines(tally: Tally, job: str) -> Iterator[str]:
+HINT_WITHOUT_CHECKPOINT = "start it where the runs are started, or set run.checkpoint"
+
+
+def shards_hint(checkpoint: Path) -> str:
+    """Which shard to ask for, where only the checkpoints of shards are there; empty if none is."""
+    stem, ending = os.path.splitext(checkpoint.name)
+    for path in sorted(checkpoint.parent.iterdir()) if checkpoint.parent.is_dir() else ():
+        if found := re.fullmatch(rf"{re.escape(stem)}\.(\d+)-of-(\d+){re.escape(ending)}", path.name):
+            return f"{path.name} is here: give --shard {found[1]}/{found[2]}"
+    return ""
+
+
+def tally_lines(tally: Tally, known: Job | None, *, is_at_work: bool) -> Iterator[str]:
     """The states of the objects of one bucket and fingerprint."""
+    # A job may have been renamed since, or have left the configuration.
+    job = f"job {known.name}" if known else f"{tally.job}, no job of this configuration"
+    place = f"/{known.output_key}" if known else ""
     yield ""
     # Until its first outcome, a fingerprint is a number that says nothing.
     if tally.target:
-        yield f"s3://{tally.bucket} to {tally.target} in s3://{tally.output_bucket}: {job}"
+        yield f"s3://{tally.bucket} to {tally.target} in s3://{tally.output_bucket}{place}: {job}"
     else:
         yield f"s3://{tally.bucket}: {job}, nothing finished yet"
     for event in (Event.CONVERTED, Event.FOUND):
@@ -6114,7 +6177,10 @@ def tally_lines(tally: Tally, job: str) -> Iterator[str]:
         listed = ", ".join(f"{code} {count}" for code, count in sorted(codes.items(), key=lambda pair: -pair[1]))
         yield f"  failed       {sum(codes.values())} {words}{': ' if listed else ''}{listed}"
     oldest = f", the oldest since {local_date(tally.oldest_sent_at)}" if tally.oldest_sent_at else ""
-    yield f"  in flight    {tally.in_flight}{oldest}"
+    if is_at_work or not tally.in_flight:
+        yield f"  in flight    {tally.in_flight}{oldest}"
+    else:
+        yield f"  interrupted  {tally.in_flight}, asked for again by the next run{oldest}"
 
 
 def why_lines(settings: Settings, key: str) -> Iterator[str]:
@@ -6123,12 +6189,16 @@ def why_lines(settings: Settings, key: str) -> Iterator[str]:
         key.encode()
     except UnicodeEncodeError:
         raise UserError("--why: the key is not UTF-8, and S3 has no such keys", "check the terminal's locale") from None
+    key = key.removeprefix(f"s3://{settings.s3.bucket}/")
+    if not key:
+        raise UserError("--why: there is no key", "give the key of an object, such as photos/a.png")
     path = Path(settings.run.checkpoint)
     with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
         yield f"object         s3://{settings.s3.bucket}/{shown(key)}"
         yield from checkpoint_lines(journal, key)
         bucket, source, would = foresee(settings, journal, key)
-        yield f"in the bucket  {source_facts(source) if source else 'no' if bucket else 'it cannot be told'}"
+        absent = "no" if bucket else "not known (S3 did not answer)"
+        yield f"in the bucket  {source_facts(source) if source else absent}"
         for job in settings.jobs:
             yield from output_lines(job, key, journal)
             yield from made_lines(job, key, bucket, source) if bucket else ()
@@ -6144,7 +6214,9 @@ def foresee(settings: Settings, journal: JournalReader, key: str) -> tuple[Bucke
         source = reached.look_up(key)
         bucket = reached
         if source is None:
-            return bucket, None, "do nothing: it is not in the bucket"
+            meant = key.lstrip("/")
+            near = f"; did you mean {shown(meant)}?" if meant != key and meant and reached.look_up(meant) else ""
+            return bucket, None, f"do nothing: it is not in the bucket{near}"
         return bucket, source, steps_of_next_run(settings, journal, bucket, source)
     except RunStopped as stopped:
         return bucket, source, f"stop before it: {stopped.stop.because}; {stopped.stop.hint}"
@@ -6181,7 +6253,7 @@ def output_lines(job: Job, key: str, journal: JournalReader) -> Iterator[str]:
     planned = output_key(job, key)
     claim = [claim_of(planned)]
     owner = {**journal.claimants(claim), **journal.owners(claim)}.get(claim[0])
-    whose = "nobody's yet" if owner is None else "its own" if owner == key else f"that of {shown(owner)}"
+    whose = "free" if owner is None else "its own" if owner == key else f"taken by {shown(owner)}"
     yield f"output key     {shown(planned)} (job {job.name}), {whose}"
 
 
@@ -6216,6 +6288,14 @@ def steps_of_next_run(settings: Settings, journal: JournalReader, bucket: Bucket
     return "; ".join(f"{step} (job {name})" for name, step in by_job.items())
 
 
+REASONS_TO_LEAVE = {
+    FAILED_BEFORE: "it failed for good before; --retry-failed tries it again",
+    SAME_FORMAT: "same_format: it is in the target format already; see convert.same_format",
+    UNMATCHED: "not_matched: globs, sizes or ages leave it out; see convert.include",
+    OWN_OUTPUT: "own_output: it lies where outputs go; see s3.output_key",
+}
+
+
 def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str, str]) -> str:
     """What becomes of an object in one job; `steps`: by fingerprint, which several jobs may share."""
     if not source.key.startswith(route.job.prefix):
@@ -6229,7 +6309,8 @@ def step_of(route: Route, source: S3Object, planner: Planner, steps: Mapping[str
         reasons = [
             f"it belongs to shard {each}" for each in (Shard(i, count) for i in range(count)) if each.owns(claim)
         ]
-    return f"leave it: {', '.join(reasons)}" if reasons else steps[route.job.fingerprint]
+    said = ", ".join(REASONS_TO_LEAVE.get(name, name) for name in reasons)
+    return f"leave it: {said}" if said else steps[route.job.fingerprint]
 
 
 def step_for(task: Task, bucket: Bucket) -> str:
@@ -6282,10 +6363,16 @@ def proved(what: str, proof: Callable[[], str], needs: str = "") -> Finding:
 
 
 def say(line: str) -> None:
-    """Print a line at once, in the characters that the terminal has; if nobody reads it, it is not printed."""
+    """Print a line at once, in the characters that the terminal has. Raises UserError if it cannot be written."""
     encoding = sys.stdout.encoding or "utf-8"
-    with contextlib.suppress(OSError):
+    try:
         print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        pass  # who does not read on wants no more
+    except OSError as problem:
+        raise UserError(
+            f"stdout cannot be written: {problem.strerror}", "free some space, or send it elsewhere", ExitCode.STOPPED
+        ) from None
 
 
 def check(settings: Settings) -> ExitCode:
@@ -6314,7 +6401,7 @@ def findings(settings: Settings) -> Iterator[Finding]:
             yield proved(f"run.{name}", partial(is_writable, Path(path), f"run.{name}"))
     for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
         yield proved(f"space in {folder}", partial(has_space, folder))
-    yield from bucket_findings(settings)
+    yield from until_all_is_refused(bucket_findings(settings))
     if settings.api.key_file and not settings.key_problem:
         yield proved("api.key_file", partial(key_is_private, Path(settings.api.key_file).expanduser()))
     yield from api_findings(settings)
@@ -6404,6 +6491,18 @@ def clock_agrees(ahead_seconds: float | None) -> str:
     if abs(ahead_seconds) > 60:
         raise Doubt(differs, "set the clock (chronyd, ntpd)")
     return "this machine's clock agrees"
+
+
+def until_all_is_refused(found: Iterable[Finding]) -> Iterator[Finding]:
+    """Findings up to one whose cause the others would only repeat."""
+    for finding in found:
+        yield finding
+        if finding.verdict == "FAIL" and re.search(CAUSES_OF_ALL, finding.said):
+            yield Finding("WARN", "the rest of S3", "not tried")
+            return
+
+
+CAUSES_OF_ALL = "SignatureDoesNotMatch|InvalidAccessKeyId|the bucket .* does not exist"
 
 
 def bucket_findings(settings: Settings) -> Iterator[Finding]:
@@ -6741,9 +6840,11 @@ def finish(report: Report, settings: Settings) -> ExitCode:
         text = summary_line(report)
     else:
         text = redacted("\n".join(summary_lines(report, settings)))
-    # Nobody may be there to read it, or the disk behind it may be full: what was done stays done.
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
+    try:
+        say(text)
+    except UserError as error:
+        # What was done stays done.
+        log.warning("%s", error.message)
     return report.exit_code
 
 
@@ -6774,6 +6875,7 @@ def log_summary(report: Report) -> None:
 
 def carry_out(arguments: argparse.Namespace, settings: Settings) -> ExitCode:
     """Do what the command line asks for. Raises UserError or RunStopped."""
+    leave_on_interrupt()
     if arguments.check:
         return check(settings)
     if arguments.dry_run:
@@ -6792,7 +6894,7 @@ def dry_run(settings: Settings) -> ExitCode:
     """Print a forecast: lines for people, or one JSON document."""
     found = make_forecast(settings)
     if settings.log_format == "json":
-        return print_all([json.dumps(without_secrets(found), ensure_ascii=False)], settings)
+        return print_all([json.dumps(without_secrets(found))], settings)
     return print_all(forecast_lines(found, settings), settings)
 
 
@@ -6809,6 +6911,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().read(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
+        refuse_json_of(arguments)
         is_free = arguments.check or arguments.status or arguments.dry_run or arguments.why is not None
         settings = load_settings(
             arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_free
@@ -6822,6 +6925,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:
         log.exception("the program has a bug; what was sent is in the checkpoint, and the next run resumes it")
         return ExitCode.STOPPED
+
+
+def refuse_json_of(arguments: argparse.Namespace) -> None:
+    """Raise UserError for a command whose answer is for people alone."""
+    for flag in ("check", "status", "why"):
+        if arguments.log_format == "json" and getattr(arguments, flag) not in {None, False}:
+            raise UserError(f"--log-format json: not with --{flag}", "a run and --dry-run have JSON; leave it out here")
 
 
 def give_streams() -> None:

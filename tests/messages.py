@@ -141,10 +141,7 @@ def tables() -> str:
         BEGIN,
         *table("| message | what to do |", errors),
         "",
-        "Problems of the configuration come all at once, each with the option and the value that was given:",
-        "",
-        ", ".join(f"`{problem}`" for problem in sorted({text for text in reader.problems if says_something(text)}))
-        + ".",
+        "Problems of the configuration come all at once, each with its place, what was given, and what is accepted.",
         "",
         *table("| failures of objects | what to do |", (Row(code, hint) for code, hint in program.REMEDIES.items())),
         END,

@@ -12,6 +12,7 @@ CERTIFICATE is a PEM file with the private key in it: then the server speaks TLS
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import errno
 import http.client
@@ -465,16 +466,18 @@ def spawn_servers(sockets: Mapping[str, socket.socket], etc: Path) -> None:
 
 def main(arguments: list[str]) -> NoReturn:
     """Serve the directory that the command line names, until a signal comes."""
-    if len(arguments) not in {1, 2, 3}:
-        raise SystemExit("usage: python -m tests.s3_server DIRECTORY [PORT [CERTIFICATE]]")
+    parser = argparse.ArgumentParser("python -m tests.s3_server", description="an S3 server for tests, on 127.0.0.1")
+    parser.add_argument("directory", metavar="DIRECTORY", type=Path, help="where it keeps its buckets")
+    parser.add_argument("port", metavar="PORT", type=int, nargs="?", default=0, help="default: any free one")
+    parser.add_argument("certificate", metavar="CERTIFICATE", nargs="?", default="", help="for TLS, with its key")
+    given = parser.parse_args(arguments)
     end_with_parent()
     end_on_signals()
     os.environ.setdefault("EVENTLET_NO_GREENDNS", "yes")  # names are never looked up here; saves a start-up import
-    directory, port, certificate = (*arguments, *("", "0", "")[len(arguments) :])
-    root = Path(directory).resolve()
+    root = given.directory.resolve()
     root.mkdir(parents=True, exist_ok=True)
     refuse_disk_without_attributes(root)
-    serve(root, int(port), certificate)
+    serve(root, given.port, given.certificate)
 
 
 if __name__ == "__main__":

@@ -153,6 +153,15 @@ def test_readme_has_every_message_of_the_script_with_its_remedy() -> None:
     assert messages.tables() in README
 
 
+def test_each_problem_of_the_configuration_says_what_to_do() -> None:
+    # README does not repeat them: each has to explain itself.
+    found = {problem for problem in messages.read_script().problems if messages.says_something(problem)}
+    assert len(found) > 20
+    helps = r"expected|missing|\bset |unset|give |is not |take |did you mean|than|lies under|file as well"
+    handed_on = {"--shard = …: …", "[api] key_file = …: …", "…, or …"}
+    assert {problem for problem in found if not re.search(helps, problem)} == {"not a text file", *handed_on}
+
+
 def test_no_message_of_the_script_is_overlooked() -> None:
     found = messages.read_script()
     said = {row.text for row in found.errors}

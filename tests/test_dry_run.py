@@ -187,9 +187,12 @@ def test_without_a_key_or_an_api_the_rest_is_foreseen(run_cli: Cli, bucket: Any)
     put_all(bucket, "a.png")
     without_key = foreseen(run_cli, CTF_API_KEY=None)
     assert (without_key["conversions"], without_key["remaining"]) == (1, None)
-    assert "(no API key is given)" in without_key["warnings"][0]
+    assert "(there is no API key; [api] key is missing: set CTF_API_KEY," in without_key["warnings"][0]
     assert "cannot be reached" in foreseen(run_cli, "--set", "api.url=http://127.0.0.1:1")["warnings"][0]
-    assert "the API refused the key" in foreseen(run_cli, CTF_API_KEY="ctf_sk_wrong")["warnings"][0]
+    refused = foreseen(run_cli, CTF_API_KEY="ctf_sk_wrong")["warnings"][0]
+    assert re.search(
+        r"not known \(the API refused the key: 401 .*; check CTF_API_KEY, api.key or api.key_file\)", refused
+    )
 
 
 @pytest.mark.parametrize(

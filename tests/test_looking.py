@@ -1,8 +1,12 @@
 """--check, --status and --why: what they say is true, and they leave nothing behind, neither a file nor an object."""
 
 import contextlib
+import json
 import random
 import re
+import shlex
+import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -16,11 +20,14 @@ import pytest
 
 import s3_bulk_convert as program
 from s3_bulk_convert import Event, JournalReader, Usage
+from tests.conftest import PYTHON, SCRIPT
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
 from tests.test_journal import converted, task
 
 Cli = Callable[..., Any]
+IN_SHELL = "import os, sys; os.execv('/bin/sh', ['sh', '-c', sys.argv[1], 'sh', *sys.argv[2:]])"
+PLACE = "converted/{dir}{stem}.{target}"
 
 
 @pytest.fixture(autouse=True)
@@ -134,14 +141,14 @@ def test_check_warns_of_a_key_file_that_others_can_read(
         pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, ["API key"], "check CTF_API_KEY", id="wrong key"),
         pytest.param(
             {"S3_BUCKET": "no-such-bucket"},
-            ["bucket", "list s3", "list s3", "write s3"],
+            ["bucket"],
             "correct s3.bucket",
             id="bucket",
         ),
         pytest.param(
             {"AWS_SECRET_ACCESS_KEY": "not-the-secret"},
-            ["list s3", "list s3", "write s3"],
-            "check the bucket's name",
+            ["list s3"],
+            "AWS_SECRET_ACCESS_KEY is wrong",
             id="secret",
             marks=pytest.mark.needs("secrets"),
         ),
@@ -321,6 +328,51 @@ def test_status_without_a_checkpoint_says_so_and_makes_none(run_cli: Cli) -> Non
     assert run.err.startswith("error: there is no checkpoint s3_bulk_convert.sqlite3\nhint: ")
 
 
+def test_status_where_only_shards_have_checkpoints_says_how_to_ask_for_them(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    run_cli("--shard", "0/2")
+    run = run_cli("--status")
+    assert (run.exit_code, run.out) == (2, "")
+    assert run.err.endswith("hint: s3_bulk_convert.0-of-2.sqlite3 is here: give --shard 0/2\n")
+
+
+@pytest.mark.parametrize("key", ["", "s3://{}/"])
+def test_why_of_no_key_is_refused(key: str, run_cli: Cli, bucket: Any) -> None:
+    run = run_cli("--why", key.format(bucket.name))
+    assert (run.exit_code, run.out) == (2, "")
+    assert run.err.startswith("error: --why: there is no key\nhint: ")
+
+
+@pytest.mark.parametrize("flags", [("--check",), ("--status",), ("--why", "a.png")], ids=" ".join)
+def test_json_is_not_promised_where_there_is_none(flags: tuple[str, ...], run_cli: Cli) -> None:
+    run = run_cli(*flags, "--log-format", "json")
+    assert (run.exit_code, run.out) == (2, "")
+    assert json.loads(run.err)["message"] == f"--log-format json: not with {flags[0]}"
+
+
+@pytest.mark.parametrize("flags", [("--check",), ("--status",), ("--why", "a.png"), ("--dry-run",)], ids=" ".join)
+def test_an_answer_that_cannot_be_written_is_no_success(flags: tuple[str, ...], run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    run_cli()
+    script = f'exec {shlex.quote(PYTHON)} {SCRIPT} "$@" > /dev/full'
+    run = run_cli(*flags, command=("-c", IN_SHELL, script))
+    assert run.exit_code == 3
+    assert "error: stdout cannot be written: No space left on device\nhint: " in run.err
+
+
+@pytest.mark.parametrize("flags", [("--check",), ("--dry-run",)], ids=" ".join)
+def test_a_command_that_is_interrupted_says_so(flags: tuple[str, ...], start: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        run = start(*flags, "--set", f"api.url=http://127.0.0.1:{silent.getsockname()[1]}")
+        connection, _ = silent.accept()
+        with connection:
+            run.process.send_signal(signal.SIGINT)
+            run.wait(20)
+    assert (run.exit_code, run.err) == (130, "\ninterrupted\n")
+
+
 def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png"):
         bucket.put(name, picture(name))
@@ -332,7 +384,7 @@ def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: Conv
     assert re.search(
         r"run +none is at work\nlast activity +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d s ago\)\n", run.out
     )
-    assert f"s3://{bucket.name} to jpg in s3://{bucket.name}: job default\n  converted    2\n" in run.out
+    assert f"s3://{bucket.name} to jpg in s3://{bucket.name}/{PLACE}: job default\n  converted    2\n" in run.out
     assert "failed       1 for good: unsupported_route 1\n  failed       1 for now: service_unavailable 1\n" in run.out
     assert left_in(run) == before
 
@@ -360,7 +412,7 @@ def test_status_of_a_killed_run_shows_what_is_in_flight(
     before = left_in(kill_with_one_in_flight(start, api, release))
     run = run_cli("--status")
     assert "run            none is at work" in run.out
-    assert re.search(r"in flight    1, the oldest since \S+ \S+ \(\d s ago\)", run.out)
+    assert re.search(r"interrupted  1, asked for again by the next run, the oldest since \S+ \S+ \(\d s ago\)", run.out)
     assert left_in(run) == before
     assert "s3_bulk_convert.sqlite3-wal" in before
 
@@ -392,14 +444,16 @@ def test_the_tallies_count_each_object_by_its_newest_row(tmp_path: Path) -> None
     [
         ("new.png", "the next run would convert it to jpg, which is paid for"),
         ("done.png", "the next run would leave it: already_done"),
-        ("bad.png", "the next run would leave it: failed_before"),
-        ("same.jpg", "the next run would leave it: same_format"),
+        ("bad.png", "the next run would leave it: it failed for good before; --retry-failed tries it again"),
+        ("same.jpg", "the next run would leave it: same_format: it is in the target format already"),
         ("folder/", "the next run would leave it: folder"),
         ("empty.png", "the next run would leave it: empty"),
         ("notes.txt", "the next run would leave it: not_matched"),
         ("converted/done.jpg", "the next run would leave it: own_output"),
         ("done.heic", "the next run would fail: output_collision, converted/done.jpg: belongs to done.png; put {ext}"),
         ("gone.png", "the next run would do nothing: it is not in the bucket"),
+        ("/new.png", "the next run would do nothing: it is not in the bucket; did you mean new.png?"),
+        ("s3://BUCKET/new.png", "the next run would convert it to jpg, which is paid for"),
     ],
 )
 def test_why_says_what_the_next_run_does(key: str, said: str, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
@@ -411,7 +465,7 @@ def test_why_says_what_the_next_run_does(key: str, said: str, run_cli: Cli, buck
         bucket.put(name, picture(name))
     bucket.put("empty.png", b"")
     keys = bucket.keys()
-    run = run_cli("--set", "convert.exclude=*.txt", "--why", key, CTF_API_KEY=None)
+    run = run_cli("--set", "convert.exclude=*.txt", "--why", key.replace("BUCKET", bucket.name), CTF_API_KEY=None)
     assert last_line(run).startswith(said), run.out
     assert (left_in(run), bucket.keys(), len(api.paid)) == (before, keys, 1)
 
@@ -457,7 +511,8 @@ def test_why_shows_the_checkpoint_s_part_when_the_bucket_cannot_be_reached(run_c
     run_cli()
     run = run_cli("--why", "a.png", AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
     assert " converted as converted/a.jpg, to jpg" in run.out
-    assert "in the bucket  it cannot be told\noutput key     converted/a.jpg (job default), its own\n" in run.out
+    assert "in the bucket  not known (S3 did not answer)\n" in run.out
+    assert "output key     converted/a.jpg (job default), its own\n" in run.out
     assert last_line(run).startswith("the next run would stop before it: S3 could not be reached")
 
 

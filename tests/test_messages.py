@@ -34,7 +34,7 @@ def assert_refused(run: Any, exit_code: int, *said: str) -> None:
         pytest.param(
             {"AWS_SECRET_ACCESS_KEY": "wrong-secret"},
             3,
-            "SignatureDoesNotMatch",
+            "hint: AWS_SECRET_ACCESS_KEY is wrong",
             id="wrong secret",
             marks=pytest.mark.needs("secrets"),
         ),
@@ -164,9 +164,25 @@ def test_an_older_python_gets_one_sentence(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_with_what_to_type() -> None:
     run = subprocess.run([sys.executable, "-S", str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "the package boto3 is missing; type: " in run.stderr
-    assert "-m pip install boto3 requests tqdm urllib3" in run.stderr
+    assert run.returncode == 2
+    assert run.stderr == (
+        f"error: the package boto3 is missing\nhint: run: {sys.executable} -m pip install boto3 requests tqdm urllib3\n"
+    )
+
+
+def test_where_pip_is_refused_the_hint_names_a_virtual_environment(tmp_path: Path) -> None:
+    (tmp_path / "EXTERNALLY-MANAGED").touch()
+    managed = (
+        f"import runpy, sys, sysconfig; sysconfig.get_path = lambda _: {str(tmp_path)!r}; "
+        f"sys.base_prefix = sys.prefix; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    run = subprocess.run([sys.executable, "-S", "-c", managed], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert run.stderr == (
+        "error: the package boto3 is missing\n"
+        "hint: run: python3 -m venv venv && venv/bin/pip install boto3 requests tqdm urllib3\n"
+        "then start this program with venv/bin/python\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,6 +237,30 @@ def test_what_may_have_been_paid_twice_is_named_with_a_hint() -> None:
             assert "requests      0 (0 throttled, 1 replay)" in lines
     said = "warning       2 conversions may have been charged twice, for example a.png"
     assert said in program.summary_lines(report, settings)
+
+
+def test_a_key_that_the_terminal_has_no_letters_for_is_said_all_the_same(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("\u0141.heic", photo(1, "png"))
+    bucket.put("\u0141.png", photo(1, "png"))
+    run = run_cli(PYTHONIOENCODING="latin-1")
+    assert run.exit_code == 1
+    assert r"for example \u0141.png: converted/\u0141.jpg: belongs to \u0141.heic" in run.out
+
+
+def test_a_failures_file_that_is_full_is_named_with_its_option(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", photo(1, "png"))
+    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    run = run_cli("--set", "run.failures=/dev/full")
+    assert run.exit_code == 3
+    assert "stopped: run.failures = /dev/full cannot be written: No space left on device\nhint: free some" in run.out
+
+
+def test_what_is_gone_is_not_promised_to_be_tried_again(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").write_text(f"s3://{bucket.name}/a.png\n/a.png\n")
+    run = run_cli("--keys-from", str(tmp_path / "keys.txt"))
+    assert run.summary["failed"] == {"source_gone": 2}
+    assert 'give keys without s3://BUCKET/ and without a leading "/"\n' in run.out
+    assert "next: " not in run.out
 
 
 def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:

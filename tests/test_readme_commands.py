@@ -23,7 +23,7 @@ README = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if not block.startswith("make ")]
 # What stands for the commands of others: that GNU parallel and Slurm do as is said here, test_array_jobs.py proves.
 OTHERS = {
-    "python3": 'exec {python} "$@"',
+    "python3": 'if [ "$*" != "-m venv venv" ]; then exec {python} "$@"; fi',
     "pip": '[ "$*" = "install boto3 requests tqdm urllib3" ]',
     "parallel": 'shift; exec xargs -I{{}} "$@"',
     "sbatch": "export SLURM_ARRAY_TASK_COUNT=16 SLURM_ARRAY_TASK_MIN=0 SLURM_ARRAY_TASK_MAX=15; "
@@ -47,6 +47,7 @@ def directory(tmp_path: Path, api: ConversionApi, bucket: Any) -> Path:
         (tmp_path / name).write_text(example, encoding="utf-8")
     (tmp_path / "keys.txt").write_text("photos/a.heic\nphotos/b.png\n")
     (tmp_path / "key").write_text(api.api_key)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
     row = [bucket.name, *full_row("photos/b.png")[1:]]
     manifest = write_manifest(tmp_path / "whole", [row], sourceBucket=bucket.name)
     shutil.copytree(manifest.parents[1], tmp_path / "inventory")
@@ -57,13 +58,21 @@ def run_as_shown(command: str, directory: Path, s3: S3Server, api: ConversionApi
     """What a shell says to a command of README's, with the reader's own names in it; it must succeed."""
     tools = directory / "tools"
     tools.mkdir()
-    for name, does in OTHERS.items():
+    # Making an environment takes half a minute and the network: what is in it stands there already.
+    in_venv = {f"../venv/bin/{name}": OTHERS[tool] for name, tool in (("python", "python3"), ("pip", "pip"))}
+    for name, does in {**OTHERS, **in_venv}.items():
         (tools / name).write_text(f"#!/bin/bash\n{does.format(python=sys.executable)}\n")
         (tools / name).chmod(0o755)
     command = command.replace("CTF_API_KEY=...", f"CTF_API_KEY={api.api_key}").replace("my-bucket", bucket.name)
     command = command.replace("/var/tmp", str(directory))
     environment = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(directory), "TMPDIR": str(directory)}
     environment |= {**s3.environment(), "CTF_API_KEY": api.api_key}
+    # What cron finds, which knows nothing of the environment.
+    (directory / ".aws").mkdir()
+    lines = [f"{name.lower()} = {value}" for name, value in s3.environment().items() if "KEY" in name]
+    (directory / ".aws" / "credentials").write_text("\n".join(["[default]", *lines]))
+    place = f"[default]\nregion = us-east-1\nendpoint_url = {s3.environment()['AWS_ENDPOINT_URL_S3']}\n"
+    (directory / ".aws" / "config").write_text(place)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=directory,
@@ -81,7 +90,8 @@ def test_every_command_that_readme_shows_runs(
     block: str, directory: Path, s3: S3Server, api: ConversionApi, bucket: Any
 ) -> None:
     run_as_shown(block, directory, s3, api, bucket)
-    assert len(api.paid) == len(bucket.keys("converted/")) > (0 if "s3_bulk_convert.py" in block else -1)
+    converts = "s3_bulk_convert.py" in block and not block.endswith("--check\n")
+    assert len(api.paid) == len(bucket.keys("converted/")) > (0 if converts else -1)
 
 
 def test_the_line_for_cron_runs_and_says_one_line(
@@ -96,8 +106,9 @@ def test_the_line_for_cron_runs_and_says_one_line(
 @pytest.mark.real
 def test_the_units_for_systemd_are_good_ones(tmp_path: Path) -> None:
     units = re.findall(r"```ini\n# /etc/systemd/system/(\S+)\n(.*?)```", README, re.DOTALL)
-    script = tmp_path / "s3_bulk_convert.py"
-    script.touch(stat.S_IRWXU)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name in ("s3_bulk_convert.py", "venv/bin/python"):
+        (tmp_path / name).touch(stat.S_IRWXU)
     for name, text in units:
         here = text.replace("/srv/convert", str(tmp_path)).replace("User=convert\n", "")
         (tmp_path / name).write_text(here, encoding="utf-8")

@@ -286,3 +286,11 @@ def test_the_samples_are_always_the_same_and_numbered_in_their_keys() -> None:
     shown = {key: number_in(body) for key, body in samples.items() if key[-5].isdigit() or key[-6].isdigit()}
     assert len(shown) == 14
     assert all(f"{number:04}." in key for key, number in shown.items())
+
+
+def test_asked_for_help_it_starts_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.s3_server", "--help"]
+    said = subprocess.run(
+        command, capture_output=True, text=True, check=True, timeout=60, cwd=PROJECT, env={"HOME": str(tmp_path)}
+    )
+    assert said.stdout.startswith("usage: python -m tests.s3_server [-h] DIRECTORY [PORT]\n")

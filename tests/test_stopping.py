@@ -31,6 +31,12 @@ def assert_next_run_finishes(run_cli: Cli, bucket: Any, api: ConversionApi, coun
     assert api.paid_twice() == []
 
 
+def test_a_run_that_stops_before_it_has_listed_anything_says_only_why(run_cli: Cli) -> None:
+    run = run_cli(S3_BUCKET="no-such-bucket")
+    assert run.exit_code == 3
+    assert run.out == "stopped: the bucket no-such-bucket does not exist\nhint: correct s3.bucket or s3.output_bucket\n"
+
+
 @pytest.mark.parametrize(
     ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)], ids=str
 )
@@ -70,6 +76,7 @@ def test_a_second_signal_ends_it_at_once(
     wait_until_said(run, "interrupted")
     run.process.send_signal(signal.SIGINT)
     assert run.wait(10).exit_code == 130
+    assert run.err.endswith("\nended at once: 1 in flight are asked for again by the next run\n")
     release.set()
     assert_next_run_finishes(run_cli, bucket, api, 6)
 
