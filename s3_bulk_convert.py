@@ -5533,6 +5533,7 @@ class Recorder:
     def record(self, notes: "queue.Queue[Note]") -> bool:
         """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
         working = self.run.consumers
+        self.progress.show(self.report)
         while working:
             batch = next_batch(notes)
             self._take([note for note in batch if note is not None])

@@ -39,7 +39,9 @@ def records(err: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def test_a_run_is_told_in_json_from_start_to_summary(run_cli: Cli, bucket: Any) -> None:
+def test_a_run_is_told_in_json_from_start_to_summary(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    # So far apart that each is committed, and said, by itself.
+    api.behaviour.latency = 3 * program.COMMIT_SECONDS
     put_some(bucket, 4)
     run = run_cli("--log-format", "json", "--workers", "1", "--set", "run.log_every=2")
     told = records(run.err)

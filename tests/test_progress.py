@@ -194,7 +194,9 @@ def test_quiet_draws_no_bar(start: Cli, bucket: Any, terminal: Terminal) -> None
     assert re.fullmatch(r"converted 4 in [\d.]+ s, .* failed 0, left 0\r\n", terminal.written)
 
 
-def test_a_pipe_gets_a_line_every_so_many_objects(run_cli: Cli, bucket: Any) -> None:
+def test_a_pipe_gets_a_line_every_so_many_objects(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    # So far apart that each is committed, and said, by itself.
+    api.behaviour.latency = 3 * program.COMMIT_SECONDS
     put_some(bucket, 9)
     run = run_cli("--workers", "1", "--set", "run.log_every=3")
     lines = run.err.splitlines()
