@@ -28,6 +28,18 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPT = Path(__file__).parent.parent / "s3_bulk_convert.py"
+# The real script, but that it waits for a fraction of a second where the API would be given seconds.
+HASTY = (
+    "-c",
+    f"""
+import sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import s3_bulk_convert as program
+program.JOB_POLL_SECONDS = (0.1, 0.2)
+program.BACKOFF_CAP_SECONDS = 0.2
+program.leave(program.main())
+""",
+)
 # The interpreter for the script, if it is not the tests' own: see all_pythons.py.
 PYTHON = os.environ.get("S3_TEST_PYTHON", sys.executable)
 

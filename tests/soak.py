@@ -277,6 +277,8 @@ def quarters(weights: Sequence[Weight], name: str) -> tuple[float, float, float]
 
 def growth(weights: Sequence[Weight], keys: int) -> Iterator[str]:
     """What has grown or was too much, a sentence each. `keys`: how many the run was given."""
+    if not weights:
+        return
     for figure in fields(Weight) if len(weights) >= WARM_UP + LEAST_TO_COMPARE else ():
         first, last, _ = quarters(weights, figure.name)
         allowed = ALLOWED[figure.name] + (keys * MEGABYTES_A_KEY if figure.name in {"rss_mb", "peak_mb"} else 0)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import HASTY
 from tests.conversion_api import ConversionApi, Fault, Request
 from tests.converters import Conversion, marking
 from tests.test_resume import until_next_second
@@ -189,7 +190,7 @@ def test_each_fault_has_its_consequence(row: Row, run_cli: Cli, bucket: Any, api
     bucket.put("a.png", SOURCE)
     prepare(api, row)
     options = [part for option in row.options for part in ("--set", option)]
-    first = run_cli(*options)
+    first = run_cli(*options, command=HASTY)
     assert_recorded(first, row)
     assert_stored(bucket, is_stored=row.is_stored)
     assert len(api.paid) == row.paid
@@ -197,7 +198,7 @@ def test_each_fault_has_its_consequence(row: Row, run_cli: Cli, bucket: Any, api
     assert row.first_requests in {None, sent}
     api.faults.clear()
     api.behaviour.job_states = ("completed",)
-    second = run_cli(*options)
+    second = run_cli(*options, command=HASTY)
     assert len([request for request in api.requests if request.is_conversion]) - sent == row.second_requests
     assert second.summary["skipped"].get("failed_before", 0) == int(row.permanent)
     assert_stored(bucket, is_stored=not row.permanent)

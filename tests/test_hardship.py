@@ -55,7 +55,7 @@ def test_a_failures_file_that_cannot_be_written_stops_the_run(run_cli: Cli, buck
     put_some(bucket, 3)
     run = run_cli("--set", "run.failures=/dev/full")
     assert run.exit_code == 3
-    assert "a file cannot be written" in run.summary["stopped_because"]
+    assert "run.failures = /dev/full cannot be written" in run.summary["stopped_because"]
     assert run.rows() == []
     assert run_cli().summary["failed"] == {"conversion_failed": 3}
 

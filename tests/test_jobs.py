@@ -6,12 +6,15 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import urllib3
 
 import s3_bulk_convert as program
+from tests.conftest import HASTY
 from tests.conversion_api import ConversionApi, Fault, Request
 from tests.converters import Conversion, marking
 
@@ -44,6 +47,12 @@ def fill(bucket: Any, count: int = 1) -> dict[str, bytes]:
 def bodies(bucket: Any) -> dict[str, bytes]:
     """What lies below the output prefix."""
     return {key: body for key, (body, *_) in bucket.outputs().items()}
+
+
+@pytest.fixture
+def run_cli(run_cli: Cli) -> Cli:
+    """Run a script that asks soon, and soon again."""
+    return partial(run_cli, command=HASTY)
 
 
 @pytest.fixture(autouse=True)
@@ -189,13 +198,13 @@ def test_a_429_of_a_download_host_pauses_nobody(run_cli: Cli, bucket: Any, api: 
 def test_only_the_api_s_own_certificate_stops_the_run(*, is_elsewhere: bool, expected: type[Exception]) -> None:
     policy = program.RetryPolicy(
         5,
-        shared=cast(program.Shared, None),
+        shared=cast(program.Shared, SimpleNamespace(reach=program.Reach("the API"))),
         exchange=program.Exchange(),
         deadline=time.monotonic() + 60,
         judge=program.judge_download,
         is_elsewhere=is_elsewhere,
     )
-    untrusted = urllib3.exceptions.SSLError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    untrusted = urllib3.exceptions.SSLError("[SSL] certificate verify failed: self-signed certificate (_ssl.c:1006)")
     with pytest.raises(expected):
         policy.new().increment("GET", "/file", error=untrusted)
 
@@ -229,14 +238,14 @@ def conversions(api: ConversionApi) -> list[bool]:
     return [request.filename is not None for request in api.requests if request.is_conversion]
 
 
-def test_a_job_that_failed_is_tried_again_on_demand(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+def test_a_job_that_failed_is_tried_again_on_demand(start: Cli, bucket: Any, api: ConversionApi) -> None:
     expected = fill(bucket)
     api.behaviour.job_states = ("queued", "failed")
-    first = run_cli(*JOBS, *UPLOAD)
+    first = start(*JOBS, *UPLOAD).wait()
     assert [(line["code"], line["permanent"]) for line in first.failures] == [("conversion_failed", True)]
-    assert len(run_cli(*JOBS, *UPLOAD, "--retry-failed").failures) == 2
+    assert len(start(*JOBS, *UPLOAD, "--retry-failed").wait().failures) == 2
     api.behaviour.job_states = ("completed",)
-    last = run_cli(*JOBS, *UPLOAD, "--retry-failed")
+    last = start(*JOBS, *UPLOAD, "--retry-failed").wait()
     assert (last.exit_code, len(api.paid), last.summary["possible_double_charges"]) == (0, 1, 0)
     assert bodies(bucket) == expected
     # Each of them has walked over the jobs that failed before, and made one of its own.

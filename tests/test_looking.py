@@ -15,6 +15,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
@@ -229,8 +230,10 @@ class GuardedS3(BaseHTTPRequestHandler):
         is_listing = "list-type" in self.path
         is_bucket = "/" not in self.path.strip("/")
         is_allowed = is_listing or is_bucket or self.command in vars(self.server)["allowed"]
-        listing = "<ListBucketResult><Contents><Key>a.png</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-        listing += '<ETag>"1"</ETag><Size>9</Size></Contents></ListBucketResult>'
+        wanted = "".join(parse_qs(urlsplit(self.path).query).get("prefix", []))
+        entry = "<Contents><Key>a.png</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        entry += '<ETag>"1"</ETag><Size>9</Size></Contents>'
+        listing = f"<ListBucketResult>{entry if 'a.png'.startswith(wanted) else ''}</ListBucketResult>"
         body = listing if is_listing else "" if is_allowed else "<Error><Code>AccessDenied</Code></Error>"
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(200 if is_allowed else 403)
@@ -520,7 +523,8 @@ def test_why_answers_for_each_job(run_cli: Cli, bucket: Any, tmp_path: Path) -> 
     bucket.put("in/a.png", picture())
     ini = tmp_path / "jobs.ini"
     ini.write_text("[job one]\nprefix = in/\n[job three]\ninclude = *.gif\n[job two]\nprefix = out/\ntarget = pdf\n")
-    steps = "convert it to jpg, which is paid for (job one); leave it: not_matched (job three); "
+    steps = "convert it to jpg, which is paid for (job one); leave it: "
+    steps += "not_matched: globs, sizes or ages leave it out; see convert.include (job three); "
     steps += "not list it, for its key does not begin with out/ (job two)"
     assert last_line(run_cli("-c", str(ini), "--why", "in/a.png")) == f"the next run would {steps}"
 

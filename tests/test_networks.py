@@ -289,7 +289,7 @@ def test_an_output_that_cannot_be_looked_at_is_not_overwritten(site: Site) -> No
     site.put(1)
     site.to_s3.faults.append(Fault(Does.RESET, on=rb"^HEAD \S*converted", way="down", times=None))
     run = site.run(constants=FEW_ATTEMPTS)
-    site.assert_stopped(run, "^S3 could not be reached for reading from ", "check the network")
+    site.assert_stopped(run, "^S3 could not be reached for looking at objects of ", "check the network")
     site.to_s3.faults.clear()
     assert site.run().summary["failed"] == {"output_collision": 1}
     assert site.bucket.outputs()["converted/000.jpg"][0] == b"somebody else's"

@@ -252,7 +252,7 @@ def test_a_server_that_is_not_installed_says_what_to_install(name: str, monkeypa
 ########################################################################
 
 
-@pytest.mark.parametrize("fmt", PIL_NAMES)
+@pytest.mark.parametrize("fmt", [fmt for fmt in PIL_NAMES if fmt != "pdf"])  # which Pillow writes, and does not read
 @pytest.mark.parametrize("number", [0, 1, 59, 0xABCDEF])
 def test_a_number_survives_its_format_and_a_bad_jpeg(fmt: str, number: int) -> None:
     original = photo(number, fmt, size=(160, 120))
@@ -293,4 +293,4 @@ def test_asked_for_help_it_starts_nothing(tmp_path: Path) -> None:
     said = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=60, cwd=PROJECT, env={"HOME": str(tmp_path)}
     )
-    assert said.stdout.startswith("usage: python -m tests.s3_server [-h] DIRECTORY [PORT]\n")
+    assert said.stdout.startswith("usage: python -m tests.s3_server [-h] DIRECTORY [PORT] [CERTIFICATE]\n")

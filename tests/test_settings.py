@@ -416,7 +416,7 @@ def test_a_prefix_under_another_job_s_outputs_is_refused_with_both_their_names(i
 
 @pytest.mark.parametrize("name", ["", ".", "/"])
 def test_a_checkpoint_needs_a_name(ini: Path, name: str) -> None:
-    expected = f"[run] checkpoint = {name}: expected the path of a file"
+    expected = f"--set run.checkpoint = {name}: expected the path of a file"
     assert problems(ini, COMPLETE, "--set", f"run.checkpoint={name}") == [expected]
 
 
