@@ -64,7 +64,13 @@ def strict_api(api: ConversionApi) -> ConversionApi:
 
 @pytest.mark.parametrize(
     ("transfer", "back"),
-    [("auto", "at once"), ("auto", "after the run"), ("url", "at once"), ("upload", "at once")],
+    [
+        ("auto", "at once"),
+        ("auto", "after the run"),
+        # What `auto` stands for where it is quick.
+        pytest.param("url", "at once", marks=pytest.mark.slow),
+        pytest.param("upload", "at once", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     "at",

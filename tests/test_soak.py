@@ -12,6 +12,7 @@ from tests.test_random_kills import Siege
 LEAN = soak.Weight(rss_mb=80.0, peak_mb=82.0, files=30, threads=12, wal_mb=3.9, in_flight=4)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_some_seconds_of_it_pass(s3: S3Server, capsys: pytest.CaptureFixture[str]) -> None:
     exit_code = soak.soak(0.1, 20, 1, s3)
