@@ -5135,7 +5135,7 @@ def blocked_signals() -> Iterator[None]:
 
 def shares(total: int, parts: int) -> list[int]:
     """A number in whole parts that differ by at most one."""
-    return [total // parts + (part < total % parts) for part in range(parts)]
+    return [Shard(part, parts).share(total) for part in range(parts)]
 
 
 def workforce(shared: Shared, pacer: Pacer, tasks: "queue.Queue[Task | None]") -> Sequence[Callable[[], None]]:
@@ -6790,7 +6790,7 @@ class ConsoleFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """One record without secrets."""
-        when = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
+        when = iso_time(record.created)
         event, fields = getattr(record, "event", "message"), getattr(record, "fields", {})
         message, trace = record.getMessage(), self._trace(record)
         if self._as_json:
