@@ -3438,6 +3438,8 @@ class Pacer:
             if heard.limit:
                 allowed = min(heard.limit, self._cap or heard.limit)
                 self._interval, self._guessed_at = 60 * self._parts / (allowed * SHARE_OF_LIMIT), None
+                # The slot before the first answer counts as well: of many shards, each has one.
+                self._next = max(self._next, (self._taken or [0.0])[-1] + self._interval)
             if heard.throttled_seconds:
                 self._slow_down(heard.throttled_seconds, time.monotonic())
         for _ in range(heard.slots):

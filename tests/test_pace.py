@@ -80,6 +80,14 @@ def test_slots_are_evenly_spaced_at_the_smaller_limit(
     assert gaps(answered(Pacer(cap, parts), limit), clock, 20) == pytest.approx([seconds] * 20)
 
 
+def test_the_slot_before_the_first_answer_is_one_of_those_that_are_allowed(clock: Clock) -> None:
+    pacer, stop = Pacer(None, parts=4), Waiting(clock)
+    pacer.take(stop)
+    began = clock.now
+    answered(pacer, 300).take(stop)
+    assert clock.now - began == pytest.approx(60 * 4 / (300 * 0.99))
+
+
 def test_what_is_sent_beside_the_feeder_is_taken_off_the_next_slots(clock: Clock) -> None:
     pacer = answered(Pacer(60))
     gaps(pacer, clock, 1)
