@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conversion_api import ConversionApi
+from tests.converters import marking
 from tests.s3_server import S3Server
 from tests.servers.kinds import KINDS
 
@@ -55,6 +56,10 @@ class TestBucket:
     def put(self, key: str, body: bytes) -> None:
         """Put one object."""
         self.client.put_object(Bucket=self.name, Key=key, Body=body)
+
+    def read(self, key: str) -> bytes:
+        """The bytes of one object."""
+        return self.client.get_object(Bucket=self.name, Key=key)["Body"].read()
 
     def keys(self, prefix: str = "") -> list[str]:
         """The keys that begin so."""
@@ -163,6 +168,15 @@ def api() -> Iterator[ConversionApi]:
     """A fresh stand-in of the API."""
     with ConversionApi() as server:
         yield server
+
+
+@pytest.fixture
+def strict_api(api: ConversionApi) -> ConversionApi:
+    """The API at its strictest: a key belongs to the bytes that were first sent with it, whatever came of them."""
+    api.behaviour.convert = marking
+    api.behaviour.compare_raw_body = True
+    api.behaviour.remember_failed_bodies = True
+    return api
 
 
 class Run:

@@ -17,23 +17,12 @@ import pytest
 
 import s3_bulk_convert as program
 from tests.conversion_api import ConversionApi, Fault, Request
-from tests.converters import Conversion, marking
+from tests.promises import assert_all_promises_are_kept, fill
 from tests.s3_server import S3Server
 
 Cli = Callable[..., Any]
-PNG = b"\x89PNG\r\n\x1a\n"
 THREE = ("--workers", "6", "--set", "run.processes=3")
 PATIENCE_SECONDS = 30
-
-
-def fill(bucket: Any, count: int) -> dict[str, bytes]:
-    """Put sources; the outputs that they must come to."""
-    expected = {}
-    for number in range(count):
-        source = PNG + f"picture {number}".encode() * 50
-        bucket.put(f"{number:03}.png", source)
-        expected[f"converted/{number:03}.jpg"] = marking(Conversion(source, "png", "jpg", None)).body
-    return expected
 
 
 def worker_pids(run: Any) -> list[int]:
@@ -64,31 +53,13 @@ def has_paid(api: ConversionApi, count: int) -> bool:
     return len(api.paid) >= count
 
 
-@pytest.fixture
-def strict_api(api: ConversionApi) -> ConversionApi:
-    """The API at its strictest: a key belongs to the bytes that were first sent with it."""
-    api.behaviour.convert = marking
-    api.behaviour.compare_raw_body = True
-    api.behaviour.remember_failed_bodies = True
-    return api
-
-
-def assert_all_is_well(run: Any, api: ConversionApi, bucket: Any, expected: dict[str, bytes]) -> None:
-    assert run.exit_code == 0, run.err + run.out
-    assert run.summary["converted"] + run.summary["already_done"] == len(expected)
-    assert api.paid_twice() == []
-    assert len(api.paid) == len(expected)
-    assert run.rows("in_flight") == []
-    assert {key: body for key, (body, *_) in bucket.outputs().items()} == expected
-
-
 @pytest.mark.parametrize("transfer", ["url", "upload"])
 def test_each_object_is_converted_once_by_three_processes(
     transfer: str, run_cli: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:
     expected = fill(bucket, 30)
     run = run_cli(*THREE, "--set", f"api.transfer={transfer}")
-    assert_all_is_well(run, strict_api, bucket, expected)
+    assert_all_promises_are_kept(run, strict_api, bucket, expected)
     assert run.summary["requests"] == len(strict_api.requests)
     assert run_cli(*THREE).summary["already_done"] == 30
 
@@ -102,7 +73,7 @@ def test_a_worker_process_that_is_killed_is_replaced_and_nothing_is_paid_twice(
     for paid in (8, 16, 24):
         wait_until(functools.partial(has_paid, strict_api, paid))
         os.kill(min(worker_pids(run)), signal.SIGKILL)
-    assert_all_is_well(run.wait(), strict_api, bucket, expected)
+    assert_all_promises_are_kept(run.wait(), strict_api, bucket, expected)
     assert "a worker process died with" in run.err
     assert run.summary["converted"] >= 36
 
@@ -122,7 +93,7 @@ def test_worker_processes_that_all_die_end_the_run_and_the_next_one_finishes(
     assert run.summary["left"] == 10
     release.set()
     strict_api.faults.clear()
-    assert_all_is_well(start().wait(), strict_api, bucket, expected)
+    assert_all_promises_are_kept(start().wait(), strict_api, bucket, expected)
 
 
 def test_ctrl_c_lets_all_processes_finish_what_is_in_flight(
@@ -141,7 +112,7 @@ def test_ctrl_c_lets_all_processes_finish_what_is_in_flight(
     assert run.summary["converted"] == 6
     assert len(strict_api.paid) == 6
     strict_api.faults.clear()
-    assert_all_is_well(start(*THREE).wait(), strict_api, bucket, expected)
+    assert_all_promises_are_kept(start(*THREE).wait(), strict_api, bucket, expected)
 
 
 def test_worker_processes_end_with_a_parent_that_is_killed(
@@ -157,7 +128,7 @@ def test_worker_processes_end_with_a_parent_that_is_killed(
     wait_until(lambda: not any(map(is_alive, workers)))
     release.set()
     strict_api.faults.clear()
-    assert_all_is_well(start(*THREE).wait(), strict_api, bucket, expected)
+    assert_all_promises_are_kept(start(*THREE).wait(), strict_api, bucket, expected)
 
 
 def test_what_one_process_hears_stops_them_all(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:
@@ -187,8 +158,8 @@ def test_one_pace_holds_for_all_processes(run_cli: Cli, strict_api: ConversionAp
     run = run_cli(*THREE)
     posts = [request for request in strict_api.requests if request.method == "POST"]
     assert (run.exit_code, run.summary["throttled"]) == (0, 0)
-    # 1,200 a minute are one every 50 ms, after the first answer has said so; the second may have been late by one.
-    assert posts[-1].started - posts[1].started > 87 * 0.05
+    # 1,200 a minute are one every 50 ms; the first may have been late by a few of them.
+    assert posts[-1].started - posts[0].started > 85 * 0.05
 
 
 def test_a_429_that_one_process_gets_lets_nobody_send(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:

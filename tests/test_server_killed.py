@@ -8,34 +8,17 @@ import pytest
 
 from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Event
-from tests.converters import Conversion, marking
+from tests.promises import assert_all_promises_are_kept, fill
 from tests.s3_server import S3Server
 from tests.test_hardship import SHORT_PAGES, WITH_SHORT_PAGES
 
 Cli = Callable[..., Any]
 OBJECTS = 24
-PNG = b"\x89PNG\r\n\x1a\n"
 # Pages so short that the listing goes on while objects are converted: each moment is one of the listing, too.
 PATIENT = ("-c", WITH_SHORT_PAGES[1].replace(SHORT_PAGES, "program.PAGE_KEYS = 4"))
 COMMANDS = {"at once": PATIENT, "after the run": WITH_SHORT_PAGES}
 
 pytestmark = pytest.mark.needs("restart")
-
-
-def fill(bucket: Any) -> dict[str, bytes]:
-    """Put sources of 200 KB; the outputs that they must come to."""
-    expected = {}
-    for number in range(OBJECTS):
-        source = PNG + f"picture {number:03}".encode() * 20_000
-        bucket.put(f"{number:03}.png", source)
-        expected[f"converted/{number:03}.jpg"] = marking(Conversion(source, "png", "jpg", None)).body
-    return expected
-
-
-def read(bucket: Any, key: str) -> bytes:
-    """An object's bytes."""
-    found: bytes = bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read()
-    return found
 
 
 def kill_at(api: ConversionApi, moment: Event, s3: S3Server) -> threading.Event:
@@ -51,15 +34,6 @@ def kill_at(api: ConversionApi, moment: Event, s3: S3Server) -> threading.Event:
 
     api.on(moment, kill)
     return is_dead
-
-
-@pytest.fixture
-def strict_api(api: ConversionApi) -> ConversionApi:
-    """The API at its strictest: a key belongs to the bytes that were first sent with it."""
-    api.behaviour.convert = marking
-    api.behaviour.compare_raw_body = True
-    api.behaviour.remember_failed_bodies = True
-    return api
 
 
 @pytest.mark.parametrize(
@@ -84,7 +58,7 @@ def test_a_run_whose_server_is_killed_survives_or_stops_and_the_next_one_finishe
     *, at: tuple[Event, int], transfer: str, back: str, start: Cli, strict_api: ConversionApi, bucket: Any, s3: S3Server
 ) -> None:
     moment, workers = at
-    expected = fill(bucket)
+    expected = fill(bucket, OBJECTS, repeated=20_000)
     is_dead = kill_at(strict_api, moment, s3)
     mode = ("--set", f"api.transfer={transfer}", "--workers", str(workers))
     run = start(*mode, command=COMMANDS[back], PYTHONPATH=str(SCRIPT.parent))
@@ -98,11 +72,4 @@ def test_a_run_whose_server_is_killed_survives_or_stops_and_the_next_one_finishe
         run.wait(100)
     assert run.exit_code == (0 if back == "at once" else 3), run.out + run.err
     assert run.failures == []
-    again = start(*mode).wait(100)
-    assert again.exit_code == 0, again.out + again.err
-    assert strict_api.paid_twice() == []
-    assert len(strict_api.paid) == OBJECTS
-    assert again.rows("in_flight") == []
-    # One by one: what Swift had stored and not yet acknowledged when it was killed is there, and in no listing.
-    assert {key: read(bucket, key) for key in expected} == expected
-    assert set(bucket.outputs()) <= set(expected)
+    assert_all_promises_are_kept(start(*mode).wait(100), strict_api, bucket, expected)
