@@ -473,7 +473,7 @@ class Event(str, Enum):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one task ended, with what it took. `unsettled`: the API may have done the work, so the request is kept."""
+    """How one task ended, with what it took. `unsettled`: the API may know of the request, so it is kept."""
 
     task: Task
     event: Event
@@ -555,6 +555,11 @@ class Exchange:
     failed_jobs: int = 0  # that may not fail again
     timeouts: int = 0  # 504s: the conversion takes longer than the API's synchronous call may
     remaining: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the API may know of it. Of what it has put off, it may remember the body: no other may be sent."""
+        return self.maybe_done or self.throttled > 0
 
 
 @dataclass
@@ -4888,9 +4893,9 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         )
     except RunStopped as stopped:
         shared.stop.request(replace(stopped.stop, because=hide(stopped.stop.because)))
-        outcome = Outcome(task, Event.LEFT, unsettled=exchange.maybe_done)
+        outcome = Outcome(task, Event.LEFT, unsettled=exchange.is_open)
     except Interrupted:
-        outcome = Outcome(task, Event.LEFT, unsettled=exchange.maybe_done)
+        outcome = Outcome(task, Event.LEFT, unsettled=exchange.is_open)
     except Exception as bug:
         log.exception("a worker failed")
         message = f"{type(bug).__name__}: {bug}"

@@ -252,10 +252,11 @@ def in_flight_keys(workdir: Path) -> list[str]:
 
 
 # What may be more in the last quarter than in the first. A long run remembers 50,000 keys, because a file may name one
-# twice: some 200 bytes each. The log is written back to the database when it has 4 MB; rows and files come and go.
-ALLOWED = {"rss_mb": 3.0, "peak_mb": 3.0, "files": 4, "threads": 2, "wal_mb": 0.5, "in_flight": WORKERS}
+# twice: some 200 bytes each. Rows and files come and go. The log is written back to the database when it has 4 MB,
+# which a short soak does not reach: of that, what is too much is said below.
+ALLOWED = {"rss_mb": 3.0, "peak_mb": 3.0, "files": 4, "threads": 2, "in_flight": WORKERS}
 MEGABYTES_A_KEY = 200 / MEGABYTE
-WARM_UP = 30  # weighings, in which connections are made and the write-ahead log reaches its size
+WARM_UP = 30  # weighings, in which connections are made
 LEAST_TO_COMPARE = 16  # weighings after that
 ALLOWED_PEAK_MB = 8.0  # of a short run, which looks into a larger checkpoint each time
 MOST_WAL_MB = 5.0
@@ -279,11 +280,11 @@ def growth(weights: Sequence[Weight], keys: int) -> Iterator[str]:
     """What has grown or was too much, a sentence each. `keys`: how many the run was given."""
     if not weights:
         return
-    for figure in fields(Weight) if len(weights) >= WARM_UP + LEAST_TO_COMPARE else ():
-        first, last, _ = quarters(weights, figure.name)
-        allowed = ALLOWED[figure.name] + (keys * MEGABYTES_A_KEY if figure.name in {"rss_mb", "peak_mb"} else 0)
+    for name in ALLOWED if len(weights) >= WARM_UP + LEAST_TO_COMPARE else ():
+        first, last, _ = quarters(weights, name)
+        allowed = ALLOWED[name] + (keys * MEGABYTES_A_KEY if name in {"rss_mb", "peak_mb"} else 0)
         if last > first + allowed:
-            yield f"{figure.name} grew from {first:.1f} to {last:.1f}, by more than {allowed:.1f}"
+            yield f"{name} grew from {first:.1f} to {last:.1f}, by more than {allowed:.1f}"
     if (most := quarters(weights, "wal_mb")[2]) > MOST_WAL_MB:
         yield f"the write-ahead log had {most:.1f} MB"
     if (most := quarters(weights, "in_flight")[2]) > MOST_IN_FLIGHT:

@@ -9,6 +9,8 @@ import pytest
 
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
+from tests.promises import assert_all_promises_are_kept, fill
+from tests.test_resume import until_next_second
 
 Cli = Callable[..., Any]
 
@@ -35,6 +37,21 @@ def test_a_run_that_stops_before_it_has_listed_anything_says_only_why(run_cli: C
     run = run_cli(S3_BUCKET="no-such-bucket")
     assert run.exit_code == 3
     assert run.out == "stopped: the bucket no-such-bucket does not exist\nhint: correct s3.bucket or s3.output_bucket\n"
+
+
+def test_what_the_api_had_put_off_when_a_run_ended_is_sent_again_as_it_was(
+    start: Cli, bucket: Any, strict_api: ConversionApi
+) -> None:
+    expected = fill(bucket, 3)
+    limited = strict_api.faults.add(Fault.status_reply(429, "rate_limited", retry_after="30"))
+    run = start("--set", "api.transfer=url")
+    assert limited.reached.wait(30)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait().exit_code == 143
+    until_next_second()  # in which a presigned URL is another one
+    again = start("--set", "api.transfer=url").wait()
+    assert_all_promises_are_kept(again, strict_api, bucket, expected)
+    assert again.summary["possible_double_charges"] == 0
 
 
 @pytest.mark.parametrize(
