@@ -1,6 +1,6 @@
 """The main job, end to end: the real script, a real S3 server, a real HTTP API that counts what is paid."""
 
-import json
+import itertools
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,24 +14,6 @@ from tests.conversion_api import ConversionApi, Fault
 from tests.samples import number_in, photo
 
 Cli = Callable[..., Any]
-# Notes when each object is begun and done. The journal's times would not do: a slow disk comes between.
-WITH_SPANS = """
-import json, pathlib, sys, time
-import s3_bulk_convert as program
-
-convert_object, spans = program.convert_object, []
-
-def timed(*arguments):
-    begin = time.monotonic()
-    outcome = convert_object(*arguments)
-    spans.append((begin, time.monotonic()))
-    return outcome
-
-program.convert_object = timed
-code = program.main(sys.argv[1:])
-pathlib.Path("spans.json").write_text(json.dumps(spans))
-program.leave(code)
-"""
 
 
 def put_photos(bucket: Any, count: int) -> None:
@@ -47,21 +29,35 @@ def assert_each_output_shows_its_source(bucket: Any, count: int) -> None:
         assert media_type == "image/jpeg"
 
 
-def objects_in_hand(spans: list[list[float]], workers: int) -> list[int]:
-    """How many objects workers had in hand each time one was begun, but for the first and the last round."""
-    spans.sort()
-    return [sum(begin <= moment < end for begin, end in spans) for moment, _ in spans[workers:-workers]]
+def let_ten_meet(api: ConversionApi) -> None:
+    """The second to the eleventh request wait for each other, and fail where they are not there at the same time."""
+    meeting, numbers = threading.Barrier(10), itertools.count(1)
+    api.on("request_received", lambda _: 2 <= next(numbers) <= 11 and meeting.wait(60))
 
 
-def test_120_objects_are_converted_once_each_by_10_workers(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    api.behaviour.latency = 0.05
+def hold_one_back(api: ConversionApi, count: int, release: threading.Event) -> None:
+    """One of so many conversions waits until all the others are answered: none of them may wait for it."""
+    answers = itertools.count(1)
+    api.faults.add(Fault.hang_until(release).at(lambda _: len(api.requests) > 20))
+
+    def let_go(_: object) -> None:
+        if next(answers) == count - 1:
+            release.set()
+
+    api.on("answered", let_go)
+
+
+def test_120_objects_are_converted_once_each_by_10_workers(
+    run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
     put_photos(bucket, 120)
-    first = run_cli(command=("-c", WITH_SPANS), PYTHONPATH=str(SCRIPT.parent))
+    let_ten_meet(api)
+    hold_one_back(api, 120, release)
+    first = run_cli()
     assert first.exit_code == 0, first.err
     assert first.summary["converted"] == len(api.paid) == len(api.requests) == 120
     assert_each_output_shows_its_source(bucket, 120)
-    assert api.max_in_flight <= 10
-    assert min(objects_in_hand(json.loads((first.workdir / "spans.json").read_text()), workers=10)) >= 7
+    assert api.max_in_flight == 10
     assert run_cli().summary["already_done"] == 120
     assert len(api.requests) == 120
     bucket.put("in/photo 7.png", photo(120, "png"))

@@ -102,7 +102,7 @@ def siege(start: Cli, bucket: Any, api: ConversionApi) -> Siege:
 
 
 def test_a_few_kills_at_random_moments_cost_nothing(siege: Siege) -> None:
-    siege.survive(kills=6, objects=100)
+    siege.survive(kills=4, objects=60)
 
 
 @pytest.mark.slow
