@@ -133,12 +133,15 @@ S3_PLACES = {
 }
 
 
+# What each peer that falls silent stands for its like with.
+QUIET = {"before answer": Does.VANISH, "middle of answer": Does.STALL, "middle of PUT": Does.STALL}
+
+
 def breaks(places: Iterable[str]) -> list[Any]:
     """Each place with each thing that may happen there; what another case stands for is slow."""
     cases = []
     for place, does in itertools.product(places, (Does.RESET, Does.CLOSE, Does.VANISH, Does.STALL)):
-        is_typical = does is Does.RESET or does is (Does.STALL if "middle" in place else Does.VANISH)
-        marks = () if is_typical else (pytest.mark.slow,)
+        marks = () if does is Does.RESET or QUIET.get(place) is does else (pytest.mark.slow,)
         cases.append(pytest.param(place, does, marks=marks, id=f"{place}-{does.name}"))
     return cases
 
