@@ -21,13 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.servers.daemons import end_all
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 PACKAGES = "slurmctld slurmd slurm-client munge"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo", "scancel", "squeue")
 START_SECONDS = 60
-STOP_SECONDS = 10
 REQUEUE_SECONDS = (
     5  # that a task waits which is to run again: the life of its credentials, and the least that Slurm takes
 )
@@ -191,10 +192,4 @@ class Slurm:
 
     def stop(self) -> None:
         """End the daemons, the last one first."""
-        for daemon in reversed(self._daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        end_all(self._daemons)

@@ -19,7 +19,18 @@ from tests.s3_server import HOST, end_with_parent
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-STOP_SECONDS = 5.0  # for each
+STOP_SECONDS = 10.0  # for each
+
+
+def end_all(running: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End programs, the last one first, by force if need be."""
+    for daemon in reversed(running):
+        daemon.terminate()
+        try:
+            daemon.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
 
 
 class Daemons:
@@ -33,13 +44,7 @@ class Daemons:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for daemon in reversed(self._running):
-            daemon.terminate()
-            try:
-                daemon.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        end_all(self._running)
 
     def spawn(self, *command: str, environment: Mapping[str, str] | None = None) -> None:
         """Start a program that stays in the foreground."""
