@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -363,6 +364,15 @@ def test_an_answer_that_cannot_be_written_is_no_success(flags: tuple[str, ...], 
     assert "error: stdout cannot be written: No space left on device\nhint: " in run.err
 
 
+def press_ctrl_c(run: Any) -> None:
+    """And again, as a person does: Python does not hear of a signal that comes just as it begins to wait."""
+    for _ in range(3):
+        run.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.process.wait(10)
+    run.wait(20)
+
+
 @pytest.mark.parametrize("flags", [("--check",), ("--dry-run",)], ids=" ".join)
 def test_a_command_that_is_interrupted_says_so(flags: tuple[str, ...], start: Cli, bucket: Any) -> None:
     bucket.put("a.png", picture())
@@ -371,8 +381,7 @@ def test_a_command_that_is_interrupted_says_so(flags: tuple[str, ...], start: Cl
         run = start(*flags, "--set", f"api.url=http://127.0.0.1:{silent.getsockname()[1]}")
         connection, _ = silent.accept()
         with connection:
-            run.process.send_signal(signal.SIGINT)
-            run.wait(20)
+            press_ctrl_c(run)
     assert (run.exit_code, run.err) == (130, "\ninterrupted\n")
 
 
