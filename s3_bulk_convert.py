@@ -2049,14 +2049,15 @@ class Journal:
         query = " UNION ALL ".join(
             f"SELECT * FROM (SELECT 1 FROM log INDEXED BY log_state WHERE {others} LIMIT 1)"
             for others in (
-                "bucket < ?1",
-                "bucket > ?1",
-                "bucket = ?1 AND fingerprint < ?2",
-                "bucket = ?1 AND fingerprint > ?2",
+                "bucket < :bucket",
+                "bucket > :bucket",
+                "bucket = :bucket AND fingerprint < :fingerprint",
+                "bucket = :bucket AND fingerprint > :fingerprint",
             )
         )
         with self._lock, explaining_sqlite(self.path):
-            return self._db.execute(query, (self.bucket, fingerprint)).fetchone() is None
+            known = {"bucket": self.bucket, "fingerprint": fingerprint}
+            return self._db.execute(query, known).fetchone() is None
 
     def sent(self, fingerprint: str, keys: Sequence[str]) -> dict[str, Sent]:
         """The unsettled requests of earlier runs for those of the keys that have one."""
