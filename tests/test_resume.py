@@ -137,7 +137,6 @@ class Model:
         self.collided.update({self.work(key): self.live[key] for key in plan.collide})
         self.unsettled.clear()
 
-    @property
     def can_lose_checkpoint(self) -> bool:
         """Whether what is stored tells all that the checkpoint knew: which source an output key belongs to, say."""
         is_owner = [self.owners.get(output_key(key, self.target), key) == key for key in self.live]
@@ -283,11 +282,11 @@ class Resuming(RuleBasedStateMachine):
     @rule(trap=MOMENTS)
     def kill_and_lose_checkpoint(self, trap: Trap) -> None:
         """Lose the checkpoint of a run that was killed; what is stored tells the next one what is done."""
-        if not self.model.can_lose_checkpoint:
+        if not self.model.can_lose_checkpoint():
             return
         self.put(set(self.model.live))
         self._run(replace(trap))
-        if not self.model.can_lose_checkpoint:
+        if not self.model.can_lose_checkpoint():
             return
         for path in self.workdir.glob("s3_bulk_convert.sqlite3*"):
             path.unlink()
