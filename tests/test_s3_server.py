@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote_plus, urlsplit
 
 import pytest
@@ -104,7 +105,10 @@ def test_an_expired_presigned_url_is_refused(
     for minutes, status in ((0.5, 200), (2, 403)):
         signed = datetime.now(timezone.utc).replace(tzinfo=None) - timedelta(minutes=minutes)
         with monkeypatch.context() as past:
-            past.setattr("botocore.auth.get_current_datetime", lambda signed=signed: signed)
+            # The clock of botocore, which had another name in the oldest version that is admitted.
+            clock = SimpleNamespace(datetime=SimpleNamespace(utcnow=lambda signed=signed: signed))
+            past.setattr("botocore.auth.datetime", clock)
+            past.setattr("botocore.auth.get_current_datetime", clock.datetime.utcnow, raising=False)
             url = presigned(client, bucket, "a.png")
         reply = fetched(s3, url)
         assert reply.status_code == status, reply.text
