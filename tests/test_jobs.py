@@ -14,14 +14,15 @@ import pytest
 import urllib3
 
 import s3_bulk_convert as program
+from tests import promises
 from tests.conftest import HASTY
 from tests.conversion_api import ConversionApi, Fault, Request
-from tests.converters import Conversion, marking
+from tests.converters import marking
 
 Cli = Callable[..., Any]
-PNG = b"\x89PNG\r\n\x1a\n"
 JOBS = ("--set", "api.jobs_above=1")
 UPLOAD = ("--set", "api.transfer=upload")
+fill = partial(promises.fill, count=1, name="{}", repeated=1)
 
 
 def is_poll(request: Request) -> bool:
@@ -32,16 +33,6 @@ def is_poll(request: Request) -> bool:
 def is_download(request: Request) -> bool:
     """Whether it asks for a result."""
     return request.path.startswith("/v1/jobs/download/")
-
-
-def fill(bucket: Any, count: int = 1) -> dict[str, bytes]:
-    """Put sources; the outputs that they must come to."""
-    expected = {}
-    for number in range(count):
-        source = PNG + f"picture {number}".encode()
-        bucket.put(f"{number}.png", source)
-        expected[f"converted/{number}.jpg"] = marking(Conversion(source, "png", "jpg", None)).body
-    return expected
 
 
 def bodies(bucket: Any) -> dict[str, bytes]:
@@ -165,7 +156,7 @@ def test_a_job_of_yesterday_is_asked_for_before_anything_is_sent(
 def test_a_link_that_is_refused_is_asked_for_anew(
     *, status: int, elsewhere: bool, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
-    expected = fill(bucket, 2)
+    expected = fill(bucket, count=2)
     api.behaviour.separate_download_host = elsewhere
     api.faults.add(Fault.redirect("http://127.0.0.1:9/login", status).at(is_download))
     run = run_cli(*JOBS)

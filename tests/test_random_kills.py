@@ -95,13 +95,10 @@ class Siege:
 
 
 @pytest.fixture
-def siege(start: Cli, bucket: Any, api: ConversionApi) -> Siege:
+def siege(start: Cli, bucket: Any, strict_api: ConversionApi) -> Siege:
     """A strict API that takes its time, and a seed that makes the moments the same in every run."""
-    api.behaviour.convert = marking
-    api.behaviour.latency = 0.02
-    api.behaviour.compare_raw_body = True
-    api.behaviour.remember_failed_bodies = True
-    return Siege(start, bucket, api, random.Random(20261124))
+    strict_api.behaviour.latency = 0.02
+    return Siege(start, bucket, strict_api, random.Random(20261124))
 
 
 def test_a_few_kills_at_random_moments_cost_nothing(siege: Siege) -> None:
