@@ -24,6 +24,7 @@ from tests.servers.kinds import KINDS
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client
 
+pytest.register_assert_rewrite("tests.promises")  # so that it says what differs
 # Under nohup, or in the background of a script, signals are ignored, and the programs under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

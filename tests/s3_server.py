@@ -38,6 +38,8 @@ import boto3
 import trustme
 from botocore.config import Config
 
+from tests.ports import reserved_port
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from typing_extensions import Self
@@ -105,6 +107,7 @@ class S3Server:
         self.endpoint = ""
         self.ca_bundle = ""
         self._port, self._tls = port, tls
+        self._reservation: socket.socket | None = None  # of a port that is not given
         self._process: subprocess.Popen[str] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if directory is None and not self.is_external:
@@ -118,6 +121,8 @@ class S3Server:
 
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
+        if self._reservation:
+            self._reservation.close()
         if self._temporary:
             self._temporary.cleanup()
 
@@ -138,6 +143,9 @@ class S3Server:
         if missing := self.missing():
             raise RuntimeError(missing)
         self.directory.mkdir(parents=True, exist_ok=True)
+        if not self._port:
+            self._reservation = reserved_port(HOST)
+            self._port = self._reservation.getsockname()[1]
         log = self.directory / "server.log"  # a file, because a pipe that nobody reads would block the server
         command = [sys.executable, "-m", self.module, str(self.directory.resolve()), str(self._port)]
         if self._tls:
@@ -152,7 +160,6 @@ class S3Server:
         except BaseException:
             self.stop()
             raise
-        self._port = int(self.endpoint.rpartition(":")[2])
 
     def _certificate(self, directory: Path) -> Path:
         """The server's certificate and key, made with the first start."""

@@ -33,6 +33,8 @@ from urllib.parse import urlsplit
 
 import trustme
 
+from tests.ports import reserved_port
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -205,7 +207,9 @@ class TcpProxy:
         """`target`: the server's URL, of which host and port are used; `host`: the address to listen on."""
         address = urlsplit(target)
         self._server_address = address.hostname or HOST, address.port or 80
-        self._tls, self._host, self.port = tls, host, 0
+        self._tls, self._host = tls, host
+        self._reservation = reserved_port(host)
+        self.port: int = self._reservation.getsockname()[1]
         self.faults: list[Fault] = []  # the first that is meant strikes
         self.up, self.down = Weather(), Weather()
         self.connections = 0  # that were made, in all
@@ -230,6 +234,7 @@ class TcpProxy:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._reservation.close()
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -267,7 +272,6 @@ class TcpProxy:
 
     async def _listen(self) -> None:
         self._listener = await asyncio.start_server(self._accepted, self._host, self.port, ssl=self._tls, backlog=1024)
-        self.port = self._listener.sockets[0].getsockname()[1]
 
     async def _stop_listening(self) -> None:
         self._listener.close()
