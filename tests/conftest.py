@@ -30,12 +30,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPT = Path(__file__).parent.parent / "s3_bulk_convert.py"
+# As a module, because Python keeps a module's bytecode: to compile the script is a sixth of what a start costs.
+AS_A_MODULE = ("-m", SCRIPT.stem)
 # The real script, but that it waits for a fraction of a second where the API would be given seconds.
 HASTY = (
     "-c",
-    f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+    """
 import s3_bulk_convert as program
 program.JOB_POLL_SECONDS = (0.1, 0.2)
 program.BACKOFF_CAP_SECONDS = 0.2
@@ -244,7 +244,7 @@ def launch(
     s3: S3Server,
     api: ConversionApi,
     bucket: TestBucket,
-    command: tuple[str, ...] = (str(SCRIPT),),
+    command: tuple[str, ...] = AS_A_MODULE,
     stdin: int | None = None,
     terminal: int | None = None,
     **changes: str | None,
@@ -253,6 +253,7 @@ def launch(
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(workdir.parent / "home"),
+        "PYTHONPATH": str(SCRIPT.parent),
         **s3.environment(),
         "CTF_API_KEY": api.api_key,
         "S3_BUCKET": bucket.name,

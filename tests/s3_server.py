@@ -107,6 +107,7 @@ class S3Server:
         self.endpoint = ""
         self.ca_bundle = ""
         self._port, self._tls = port, tls
+        self._session = boto3.session.Session()  # it keeps what it has read of S3, which takes a tenth of a second
         self._reservation: socket.socket | None = None  # of a port that is not given
         self._process: subprocess.Popen[str] | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -197,7 +198,7 @@ class S3Server:
 
     def client(self, *, secret_key: str | None = None) -> S3Client:
         """A boto3 client of this server, which threads may share; another `secret_key` makes one to be refused."""
-        return boto3.session.Session().client(
+        return self._session.client(
             "s3",
             endpoint_url=self.endpoint,
             region_name=self.region,

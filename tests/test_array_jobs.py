@@ -310,7 +310,7 @@ def test_a_killed_shard_that_restarts_on_another_machine_pays_nothing_twice(
     start: Cli, bucket: Any, api: ConversionApi, killed_once: Path
 ) -> None:
     upload = ("--prefix", "in/", "--set", "api.transfer=upload")
-    killed = start("--shard", "2/4", *upload, command=(str(killed_once),), PYTHONPATH=str(SCRIPT.parent)).wait()
+    killed = start("--shard", "2/4", *upload, command=(str(killed_once),)).wait()
     assert killed.exit_code == -9
     for path in killed.workdir.glob("*.sqlite3*"):
         path.unlink()

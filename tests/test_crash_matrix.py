@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Fault
 from tests.crashing import EFFECTS, HALF_READ
 from tests.promises import assert_all_promises_are_kept, fill
@@ -19,6 +18,12 @@ MOMENTS = [
     *((effect, when) for effect in EFFECTS if effect != "failure-written" for when in ("before", "after")),
     (HALF_READ, "after"),
 ]
+WITHOUT_A_TRANSFER = {"requests-recorded", "summary-written"}
+CASES = [
+    pytest.param(*moment, transfer, marks=[pytest.mark.slow] if is_alike else [])
+    for moment in MOMENTS
+    for transfer, is_alike in (("url", False), ("upload", moment[0] in WITHOUT_A_TRANSFER))
+]
 
 fill_bucket = partial(fill, count=OBJECTS, name="in/picture {}", repeated=400)
 
@@ -26,13 +31,12 @@ fill_bucket = partial(fill, count=OBJECTS, name="in/picture {}", repeated=400)
 def die_at(start: Cli, effect: str, when: str, nth: int, *options: str) -> Any:
     """Run the program with three workers until an effect, and kill it there. The killed run."""
     command = ("-m", "tests.crashing", effect, when, str(nth))
-    killed = start(*options, command=command, PYTHONPATH=str(SCRIPT.parent), CONCURRENCY="3").wait()
+    killed = start(*options, command=command, CONCURRENCY="3").wait()
     assert killed.exit_code == KILLED, killed.err
     return killed
 
 
-@pytest.mark.parametrize("transfer", ["url", "upload"])
-@pytest.mark.parametrize(("effect", "when"), MOMENTS, ids=str)
+@pytest.mark.parametrize(("effect", "when", "transfer"), CASES)
 def test_a_run_after_a_kill_finishes_and_pays_nothing_twice(
     *, effect: str, when: str, transfer: str, start: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:

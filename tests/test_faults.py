@@ -87,12 +87,6 @@ ROWS = [
     stopped("a redirect", lambda: Fault.redirect("http://127.0.0.1:9/elsewhere")),
     survived("409 while an earlier attempt is at work", reply(409, "bad_request", retry_after="0")),
     survived("429 rate_limited, seconds", reply(429, "rate_limited", retry_after="1")),
-    survived("429 rate_limited, a fraction", reply(429, "rate_limited", retry_after="0.2")),
-    survived(
-        "429 rate_limited, a date that is past", reply(429, "rate_limited", retry_after="Sun, 06 Nov 1994 08:49:37 GMT")
-    ),
-    survived("429 rate_limited, malformed", reply(429, "rate_limited", retry_after="soon")),
-    survived("429 rate_limited, negative", reply(429, "rate_limited", retry_after="-5")),
     survived("429 rate_limited, without Retry-After", reply(429, "rate_limited")),
     survived("429 without a code", reply(429)),
     survived("500 once", reply(500)),
@@ -156,6 +150,18 @@ ROWS = [
     ),
 ]
 
+# The reading of Retry-After has tests of its own in test_rules.py; here for the whole way.
+FORMS_OF_RETRY_AFTER = {
+    "a fraction": "0.2",
+    "a date that is past": "Sun, 06 Nov 1994 08:49:37 GMT",
+    "malformed": "soon",
+    "negative": "-5",
+}
+LONG_ROWS = [
+    survived(f"429 rate_limited, {name}", reply(429, "rate_limited", retry_after=header))
+    for name, header in FORMS_OF_RETRY_AFTER.items()
+]
+
 
 def prepare(api: ConversionApi, row: Row) -> None:
     api.behaviour.convert = marking
@@ -185,7 +191,9 @@ def assert_the_key_went_to_the_api_alone(api: ConversionApi) -> None:
     assert not any("Authorization" in request.headers for request in elsewhere)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [*ROWS, *(pytest.param(row, marks=pytest.mark.slow) for row in LONG_ROWS)], ids=lambda row: row.name
+)
 def test_each_fault_has_its_consequence(row: Row, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     bucket.put("a.png", SOURCE)
     prepare(api, row)
@@ -263,10 +271,12 @@ def is_conversion_number(wanted: int) -> Callable[[Request], bool]:
 
 NO_WORD_ON_THE_OBJECT = [
     pytest.param(reply(401, "invalid_api_key"), 3, id="the key"),
-    pytest.param(reply(403), 3, id="the account"),
-    pytest.param(lambda: Fault.redirect("http://127.0.0.1:9/elsewhere", 302), 3, id="the address"),
+    pytest.param(reply(403), 3, id="the account", marks=pytest.mark.slow),
+    pytest.param(
+        lambda: Fault.redirect("http://127.0.0.1:9/elsewhere", 302), 3, id="the address", marks=pytest.mark.slow
+    ),
     pytest.param(reply(400), 1, id="a gateway's 400"),
-    pytest.param(lambda: Fault.html_page(413), 1, id="a gateway's 413"),
+    pytest.param(lambda: Fault.html_page(413), 1, id="a gateway's 413", marks=pytest.mark.slow),
 ]
 
 

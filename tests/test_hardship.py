@@ -68,7 +68,7 @@ def test_a_listing_that_breaks_off_is_no_end_of_the_work(
     put_some(bucket, 30)
     api.on("request_received", lambda _: s3.kill() if len(api.requests) == 3 else None)
     try:
-        run = start("--workers", "1", command=WITH_SHORT_PAGES, PYTHONPATH=str(SCRIPT.parent)).wait(110)
+        run = start("--workers", "1", command=WITH_SHORT_PAGES).wait(110)
     finally:
         s3.start()
     assert_stopped_without_blame(run)

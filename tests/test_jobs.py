@@ -56,7 +56,11 @@ def _marks(api: ConversionApi) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [JOBS, (*JOBS, *UPLOAD)], ids=["url", "upload"])
+@pytest.mark.parametrize(
+    "options",
+    # Which way the source went is nothing to the question; the long proofs ask for it all the same.
+    [pytest.param(JOBS, id="url"), pytest.param((*JOBS, *UPLOAD), id="upload", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(
     ("status", "code", "exit_code"),
     [
@@ -151,7 +155,10 @@ def test_a_job_of_yesterday_is_asked_for_before_anything_is_sent(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("elsewhere", [False, True], ids=["own host", "another host"])
+@pytest.mark.parametrize(
+    "elsewhere",
+    [pytest.param(False, id="own host"), pytest.param(True, id="another host", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("status", [302, 401, 403, 404, 405, 422])
 def test_a_link_that_is_refused_is_asked_for_anew(
     *, status: int, elsewhere: bool, run_cli: Cli, bucket: Any, api: ConversionApi

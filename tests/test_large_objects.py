@@ -26,9 +26,7 @@ with standins(keys=files, size=size, answer_bytes=size, latency=0.0, put_latency
 print(json.dumps([cost.exit_code, cost.summary, cost.peak_mb, cost.err]))
 """
 # Five of the parts that S3 takes make 26 MB: enough for several, and little enough for every test run.
-IN_PARTS = f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+IN_PARTS = """
 import s3_bulk_convert as program
 program.MULTIPART_BYTES = 6_000_000
 program.leave(program.main())

@@ -451,24 +451,23 @@ def test_the_tallies_count_each_object_by_its_newest_row(tmp_path: Path) -> None
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("key", "said"),
-    [
-        ("new.png", "the next run would convert it to jpg, which is paid for"),
-        ("done.png", "the next run would leave it: already_done"),
-        ("bad.png", "the next run would leave it: it failed for good before; --retry-failed tries it again"),
-        ("same.jpg", "the next run would leave it: same_format: it is in the target format already"),
-        ("folder/", "the next run would leave it: folder"),
-        ("empty.png", "the next run would leave it: empty"),
-        ("notes.txt", "the next run would leave it: not_matched"),
-        ("converted/done.jpg", "the next run would leave it: own_output"),
-        ("done.heic", "the next run would fail: output_collision, converted/done.jpg: belongs to done.png; put {ext}"),
-        ("gone.png", "the next run would do nothing: it is not in the bucket"),
-        ("/new.png", "the next run would do nothing: it is not in the bucket; did you mean new.png?"),
-        ("s3://BUCKET/new.png", "the next run would convert it to jpg, which is paid for"),
-    ],
-)
-def test_why_says_what_the_next_run_does(key: str, said: str, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+WHAT_THE_NEXT_RUN_DOES = {
+    "new.png": "the next run would convert it to jpg, which is paid for",
+    "done.png": "the next run would leave it: already_done",
+    "bad.png": "the next run would leave it: it failed for good before; --retry-failed tries it again",
+    "same.jpg": "the next run would leave it: same_format: it is in the target format already",
+    "folder/": "the next run would leave it: folder",
+    "empty.png": "the next run would leave it: empty",
+    "notes.txt": "the next run would leave it: not_matched",
+    "converted/done.jpg": "the next run would leave it: own_output",
+    "done.heic": "the next run would fail: output_collision, converted/done.jpg: belongs to done.png; put {ext}",
+    "gone.png": "the next run would do nothing: it is not in the bucket",
+    "/new.png": "the next run would do nothing: it is not in the bucket; did you mean new.png?",
+    "s3://BUCKET/new.png": "the next run would convert it to jpg, which is paid for",
+}
+
+
+def test_why_says_what_the_next_run_does(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for name in ("bad.png", "done.png"):
         bucket.put(name, picture(name))
     api.faults.add(Fault.status_reply(422, "unsupported_route"))
@@ -477,9 +476,10 @@ def test_why_says_what_the_next_run_does(key: str, said: str, run_cli: Cli, buck
         bucket.put(name, picture(name))
     bucket.put("empty.png", b"")
     keys = bucket.keys()
-    run = run_cli("--set", "convert.exclude=*.txt", "--why", key.replace("BUCKET", bucket.name), CTF_API_KEY=None)
-    assert last_line(run).startswith(said), run.out
-    assert (left_in(run), bucket.keys(), len(api.paid)) == (before, keys, 1)
+    for key, said in WHAT_THE_NEXT_RUN_DOES.items():
+        run = run_cli("--set", "convert.exclude=*.txt", "--why", key.replace("BUCKET", bucket.name), CTF_API_KEY=None)
+        assert last_line(run).startswith(said), run.out
+        assert (left_in(run), bucket.keys(), len(api.paid)) == (before, keys, 1)
 
 
 def test_why_tells_all_that_is_known(run_cli: Cli, bucket: Any) -> None:

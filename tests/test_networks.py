@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SCRIPT, Run
+from tests.conftest import Run
 from tests.conversion_api import ConversionApi
 from tests.converters import Conversion, marking
 from tests.s3_server import S3Server
@@ -71,7 +71,7 @@ class Site:
         return self._start(
             *(part for option in given for part in ("--set", option)),
             command=with_constants(constants or {}, inside),
-            **{"PYTHONPATH": str(SCRIPT.parent), "AWS_ENDPOINT_URL_S3": self.to_s3.url, **environment},
+            **{"AWS_ENDPOINT_URL_S3": self.to_s3.url, **environment},
         )
 
     def wait_for_first_output(self) -> None:

@@ -53,7 +53,7 @@ def has_paid(api: ConversionApi, count: int) -> bool:
     return len(api.paid) >= count
 
 
-@pytest.mark.parametrize("transfer", ["url", "upload"])
+@pytest.mark.parametrize("transfer", [pytest.param("url", marks=pytest.mark.slow), "upload"])
 def test_each_object_is_converted_once_by_three_processes(
     transfer: str, run_cli: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:

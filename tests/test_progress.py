@@ -17,16 +17,13 @@ from typing import Any
 import pytest
 
 import s3_bulk_convert as program
-from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
 from tests.test_feeder import FakeBucket, Fed, feed, feeder, pages_of, settings, settle
 
 Cli = Callable[..., Any]
 # Starts the real script with other numbers, so that no test waits for a minute.
-HASTY_PROGRAM = f"""
-import sys
-sys.path.insert(0, {str(SCRIPT.parent)!r})
+HASTY_PROGRAM = """
 import s3_bulk_convert as program
 program.LINE_SECONDS = program.SILENCE_SECONDS = 0.5
 program.leave(program.main())

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from tests.conftest import SCRIPT, Run, TestBucket
+from tests.conftest import AS_A_MODULE, SCRIPT, Run, TestBucket
 from tests.conversion_api import ConversionApi, Event, Fault, Request
 from tests.converters import Conversion, Converted, marking
 from tests.s3_server import S3Server
@@ -200,6 +200,7 @@ class Resuming(RuleBasedStateMachine):
         self.environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.workdir),
+            "PYTHONPATH": str(SCRIPT.parent),
             **s3.environment(),
             "CTF_API_KEY": self.api.api_key,
             "S3_BUCKET": self.bucket.name,
@@ -329,7 +330,7 @@ class Resuming(RuleBasedStateMachine):
             f"convert.target={self.model.target}",
             f"convert.quality={self.model.quality or 'none'}",
         ]
-        command = [sys.executable, str(SCRIPT), *(part for option in options for part in ("--set", option))]
+        command = [sys.executable, *AS_A_MODULE, *(part for option in options for part in ("--set", option))]
         self.trap = trap
         run = Run(command, self.workdir, self.environment)
         if trap:
@@ -463,10 +464,9 @@ def test_bytes_are_sent_for_what_was_in_flight_as_a_url_that_the_api_refuses(
 
 
 # The program on a machine whose table of media types was changed, by a package or by another Python.
-WITH_OTHER_TYPES = f"""
-import mimetypes, sys
+WITH_OTHER_TYPES = """
+import mimetypes
 mimetypes.add_type("application/x-other", ".png")
-sys.path.insert(0, {str(SCRIPT.parent)!r})
 import s3_bulk_convert as program
 program.leave(program.main())
 """

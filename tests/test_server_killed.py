@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SCRIPT
 from tests.conversion_api import ConversionApi, Event
 from tests.promises import assert_all_promises_are_kept, fill
 from tests.s3_server import S3Server
@@ -61,7 +60,7 @@ def test_a_run_whose_server_is_killed_survives_or_stops_and_the_next_one_finishe
     expected = fill(bucket, OBJECTS, repeated=20_000)
     is_dead = kill_at(strict_api, moment, s3)
     mode = ("--set", f"api.transfer={transfer}", "--workers", str(workers))
-    run = start(*mode, command=COMMANDS[back], PYTHONPATH=str(SCRIPT.parent))
+    run = start(*mode, command=COMMANDS[back])
     try:
         assert is_dead.wait(60)
         if back == "after the run":

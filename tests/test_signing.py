@@ -4,6 +4,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from botocore.auth import S3SigV4QueryAuth
 from botocore.awsrequest import AWSRequest
@@ -53,6 +54,7 @@ def test_a_url_is_boto3_s_own_to_the_signature(
 ) -> None:
     here = bucket(monkeypatch, f"s3.endpoint_url={endpoint}", f"s3.bucket={name}", token=token)
 
+    @hypothesis.settings(max_examples=25)  # for each of the twelve
     @given(key=KEYS)
     def holds_for(key: str) -> None:
         theirs = here._presigned_by_boto3(key)

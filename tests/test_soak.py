@@ -23,6 +23,7 @@ def test_some_seconds_of_it_pass(s3: S3Server, capsys: pytest.CaptureFixture[str
     assert said.endswith("nothing paid twice, lost or wrong; nothing has grown\n")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_broken_promise_is_named_and_ends_it_with_1(
     s3: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
