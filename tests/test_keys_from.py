@@ -53,20 +53,12 @@ def make_bucket(name: str = SOURCE, **environment: str) -> program.Bucket:
 
 
 @pytest.fixture(scope="module")
-def clients(s3: S3Server) -> program.Bucket:
-    """A bucket with its clients, which takes a tenth of a second to make."""
+def source(s3: S3Server) -> Iterator[program.Bucket]:
+    """The program's bucket on the real S3 server, which need not exist; what else is made has its environment, too."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3.environment().items():
             patch.setenv(name, value)
-        return make_bucket()
-
-
-@pytest.fixture
-def source(clients: program.Bucket, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> program.Bucket:
-    """The program's bucket on the real S3 server; it need not exist. What a test makes has its environment, too."""
-    for name, value in s3.environment().items():
-        monkeypatch.setenv(name, value)
-    return clients
+        yield make_bucket()
 
 
 def keys(path: Path | str, source: program.Bucket) -> list[str]:
