@@ -32,18 +32,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 SCRIPT = Path(__file__).parent.parent / "s3_bulk_convert.py"
 # As a module, because Python keeps a module's bytecode: to compile the script is a sixth of what a start costs.
 AS_A_MODULE = ("-m", SCRIPT.stem)
-# The real script, but that it waits for a fraction of a second where the API would be given seconds.
-HASTY = (
-    "-c",
-    """
-import s3_bulk_convert as program
-program.JOB_POLL_SECONDS = (0.1, 0.2)
-program.BACKOFF_CAP_SECONDS = 0.2
-program.leave(program.main())
-""",
-)
 # The interpreter for the script, if it is not the tests' own: see all_pythons.py.
 PYTHON = os.environ.get("S3_TEST_PYTHON", sys.executable)
+
+
+def script_with(changes: str) -> tuple[str, str]:
+    """The real script after some statements about `program`, for other numbers: so that no test waits for a minute."""
+    return "-c", f"import s3_bulk_convert as program\n{changes}\nprogram.leave(program.main())"
+
+
+# It waits for a fraction of a second where the API would be given seconds.
+HASTY = script_with("program.JOB_POLL_SECONDS, program.BACKOFF_CAP_SECONDS = (0.1, 0.2), 0.2")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SCRIPT, Run
+from tests.conftest import SCRIPT, Run, script_with
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
 from tests.s3_server import S3Server
@@ -18,11 +18,7 @@ sys.argv[0] = {str(SCRIPT)!r}
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 WITH_SMALL_FILES = ("-c", LIMITED)
-SHORT_PAGES = "program.PAGE_KEYS, program.OUTAGE_SECONDS = 4, 1"
-WITH_SHORT_PAGES = (
-    "-c",
-    f"import sys; import s3_bulk_convert as program; {SHORT_PAGES}; program.leave(program.main(sys.argv[1:]))",
-)
+WITH_SHORT_PAGES = script_with("program.PAGE_KEYS, program.OUTAGE_SECONDS = 4, 1")
 
 
 def put_some(bucket: Any, count: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.bench.harness import PROJECT
-from tests.conftest import SCRIPT
+from tests.conftest import SCRIPT, script_with
 from tests.conversion_api import ConversionApi
 from tests.converters import Conversion, marking
 
@@ -26,11 +26,7 @@ with standins(keys=files, size=size, answer_bytes=size, latency=0.0, put_latency
 print(json.dumps([cost.exit_code, cost.summary, cost.peak_mb, cost.err]))
 """
 # Five of the parts that S3 takes make 26 MB: enough for several, and little enough for every test run.
-IN_PARTS = """
-import s3_bulk_convert as program
-program.MULTIPART_BYTES = 6_000_000
-program.leave(program.main())
-"""
+IN_PARTS = script_with("program.MULTIPART_BYTES = 6_000_000")
 
 
 def source(size: int) -> bytes:
@@ -38,7 +34,7 @@ def source(size: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(number.to_bytes(4, "big") * 250_000 for number in range(size // MB))
 
 
-@pytest.mark.parametrize("script", [(str(SCRIPT),), ("-c", IN_PARTS)], ids=["one PUT", "in parts"])
+@pytest.mark.parametrize("script", [(str(SCRIPT),), IN_PARTS], ids=["one PUT", "in parts"])
 def test_a_large_object_comes_out_whole(script: tuple[str, ...], run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     api.behaviour.convert = marking
     large = source(21 * MB)

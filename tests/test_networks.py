@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Run
+from tests.conftest import Run, script_with
 from tests.conversion_api import ConversionApi
 from tests.converters import Conversion, marking
 from tests.s3_server import S3Server
@@ -37,11 +37,10 @@ COUNT = 3
 
 def with_constants(constants: Mapping[str, float], inside: str) -> tuple[str, str]:
     """The script as it is, but for some numbers; `inside`: the beginning of a command that takes it elsewhere."""
-    changes = "".join(f"program.{name} = {value}; " for name, value in {**SHORT, **constants}.items())
-    start = "program.leave(program.main(sys.argv[1:]))"
-    script = f"import sys; import s3_bulk_convert as program; {changes}{start}"
-    elsewhere = f"import os, sys; os.execvp('ip', [*{inside.split()}, sys.executable, '-c', {script!r}, *sys.argv[1:]])"
-    return "-c", elsewhere if inside else script
+    numbers = {**SHORT, **constants}
+    command = script_with("; ".join(f"program.{name} = {value}" for name, value in numbers.items()))
+    elsewhere = f"import os, sys; os.execvp('ip', [*{inside.split()}, sys.executable, *{command!r}, *sys.argv[1:]])"
+    return ("-c", elsewhere) if inside else command
 
 
 def picture(number: int) -> bytes:

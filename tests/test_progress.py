@@ -17,17 +17,13 @@ from typing import Any
 import pytest
 
 import s3_bulk_convert as program
+from tests.conftest import script_with
 from tests.conversion_api import ConversionApi, Fault
 from tests.converters import marking
 from tests.test_feeder import FakeBucket, Fed, feed, feeder, pages_of, settings, settle
 
 Cli = Callable[..., Any]
-# Starts the real script with other numbers, so that no test waits for a minute.
-HASTY_PROGRAM = """
-import s3_bulk_convert as program
-program.LINE_SECONDS = program.SILENCE_SECONDS = 0.5
-program.leave(program.main())
-"""
+SHORT_SILENCE = "program.LINE_SECONDS = program.SILENCE_SECONDS = 0.5"
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d .+")
 
 
@@ -106,13 +102,20 @@ def test_the_total_is_an_estimate_until_the_listing_has_ended(
 
 
 def test_a_second_pass_over_the_listing_gives_the_total_while_the_workers_are_busy(
-    start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal, release: threading.Event
+    *, start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal, release: threading.Event, tmp_path: Path
 ) -> None:
     put_some(bucket, 25)
     api.faults.add(Fault.hang_until(release))
-    script = HASTY_PROGRAM.replace("program.LINE", "program.PAGE_KEYS = 5\nprogram.LINE")
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    # A quick server's second pass would be over before the bar has drawn the estimate: it waits until that is seen.
+    count = f"count = program.TotalCount.run; gate = {str(gate)!r}"
+    late = "program.TotalCount.run = lambda self: (open(gate).read(), count(self))"
+    script = script_with(f"program.PAGE_KEYS = 5; {SHORT_SILENCE}; {count}; {late}")
     known = ("--workers", "1", "--set", "api.requests_per_minute=100000")
-    run = start(*known, command=("-c", script), terminal=terminal.slave)
+    run = start(*known, command=script, terminal=terminal.slave)
+    terminal.read_until(r"0 of ~5 done")
+    gate.write_text("go on")
     terminal.read_until(r"0 of 25 done")
     release.set()
     assert run.wait().exit_code == 0
@@ -205,7 +208,7 @@ def test_a_line_comes_even_when_nothing_finishes_and_says_what_is_waited_for(
 ) -> None:
     put_some(bucket, 5)
     api.faults.add(Fault.hang_until(release, times=2))
-    run = start("--workers", "2", command=("-c", HASTY_PROGRAM))
+    run = start("--workers", "2", command=script_with(SHORT_SILENCE))
     said = next(line for line in run.process.stderr if "nothing since" in line)
     assert re.search(r"0 of ~5 done, .*nothing since \d\d:\d\d:\d\d[+-]\d\d:\d\d: waiting for 2 in flight$", said)
     release.set()

@@ -6,15 +6,16 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import script_with
 from tests.conversion_api import ConversionApi, Event
 from tests.promises import assert_all_promises_are_kept, fill
 from tests.s3_server import S3Server
-from tests.test_hardship import SHORT_PAGES, WITH_SHORT_PAGES
+from tests.test_hardship import WITH_SHORT_PAGES
 
 Cli = Callable[..., Any]
 OBJECTS = 24
 # Pages so short that the listing goes on while objects are converted: each moment is one of the listing, too.
-PATIENT = ("-c", WITH_SHORT_PAGES[1].replace(SHORT_PAGES, "program.PAGE_KEYS = 4"))
+PATIENT = script_with("program.PAGE_KEYS = 4")
 COMMANDS = {"at once": PATIENT, "after the run": WITH_SHORT_PAGES}
 
 pytestmark = pytest.mark.needs("restart")
