@@ -30,9 +30,9 @@ test-slow: .venv/ready  ## the long proofs: random kills, many examples
 test-all: .venv/ready  ## all tests but the slow ones on each Python that is here, and with the oldest packages
 	$(BIN)/python -m tests.all_pythons
 
-.venv-ministack/ready: tests/servers/requirements.txt
+.venv-ministack/ready: tests/standins/servers/requirements.txt
 	$(PYTHON) -m venv .venv-ministack
-	.venv-ministack/bin/python -m pip install --quiet --disable-pip-version-check -r tests/servers/requirements.txt
+	.venv-ministack/bin/python -m pip install --quiet --disable-pip-version-check -r tests/standins/servers/requirements.txt
 	@touch $@
 
 test-real: .venv/ready .venv-ministack/ready  ## against real S3 servers, also over TLS, and with real tools; ONLY=ceph one of them

@@ -62,7 +62,7 @@ def plans() -> list[Plan]:
     return [
         *(Plan(name, path, ["-r", str(REQUIREMENTS), "-r", str(TOOLS)], everything) for name, path in pythons.items()),
         Plan("oldest", first, [*oldest, "-r", str(TOOLS)], everything),
-        Plan("bare", first, oldest, ["tests/test_main_job.py"]),
+        Plan("bare", first, oldest, ["tests/runs/test_main_job.py"]),
     ]
 
 

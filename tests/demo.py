@@ -33,9 +33,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from tests.conversion_api import ConversionApi
-from tests.s3_server import HOST, PROJECT, S3Server
-from tests.samples import number_in, photo_samples
+from tests.standins.conversion_api import ConversionApi
+from tests.standins.s3_server import HOST, PROJECT, S3Server
+from tests.standins.samples import number_in, photo_samples
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -16,13 +16,13 @@ import sys
 from time import monotonic
 from typing import NamedTuple
 
-from tests.s3_server import PROJECT
-from tests.servers.kinds import KINDS
+from tests.standins.s3_server import PROJECT
+from tests.standins.servers.kinds import KINDS
 
 PYTEST = (sys.executable, "-m", "pytest", "-c", "tests/pytest.ini")
 OVER_TLS = (
-    *("crash_matrix", "from_outside", "keys_from", "large_objects", "listing", "looking", "main_job", "s3_server"),
-    "what_is_converted",
+    *("test_listing", "test_s3_server", "runs/test_crash_matrix", "runs/test_from_outside", "runs/test_keys_from"),
+    *("runs/test_large_objects", "runs/test_looking", "runs/test_main_job", "runs/test_what_is_converted"),
 )
 
 
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 def plans() -> list[Plan]:
     """What there is to run."""
-    over_tls = ("--tls", *(f"tests/test_{name}.py" for name in OVER_TLS))
+    over_tls = ("--tls", *(f"tests/{name}.py" for name in OVER_TLS))
     ours = [name for name in KINDS if name != "external"]
     return [
         *(Plan(name, name, ("--s3", name, "-n", "2", "tests")) for name in ours),

@@ -41,12 +41,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import Run, TestBucket, launch
-from tests.conversion_api import ConversionApi, Fault, Request
-from tests.converters import marking
-from tests.s3_server import S3Server
-from tests.test_processes import worker_pids
-from tests.test_random_kills import PNG, Siege
+from tests.runs.test_processes import worker_pids
+from tests.runs.test_random_kills import PNG, Siege
+from tests.standins.conversion_api import ConversionApi, Fault, Request
+from tests.standins.converters import marking
+from tests.standins.program import Run, TestBucket, launch
+from tests.standins.s3_server import S3Server
 
 WORKERS = 6
 MOST_LIVING = 400  # objects at a time: with more of them deleted than added, the comparison stays short

@@ -21,9 +21,9 @@ import pytest
 import requests
 from PIL import Image, ImageDraw
 
-from tests import converters
-from tests.conversion_api import ConversionApi, Fault, Request
-from tests.converters import Conversion, Converted
+from tests.standins import converters
+from tests.standins.conversion_api import ConversionApi, Fault, Request
+from tests.standins.converters import Conversion, Converted
 
 PICTURE = b"a picture, as far as the marker is concerned"
 ROOT = Path(__file__).parent.parent
@@ -794,7 +794,7 @@ def test_the_marker_looks_like_its_target(target: str) -> None:
 
 
 def test_it_runs_in_the_foreground_and_counts_at_the_end() -> None:
-    command = [sys.executable, "-m", "tests.conversion_api", "--marking", "--latency", "0.01"]
+    command = [sys.executable, "-m", "tests.standins.conversion_api", "--marking", "--latency", "0.01"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         ready, url, key = server.stdout.readline().split()
@@ -812,7 +812,7 @@ def test_it_runs_in_the_foreground_and_counts_at_the_end() -> None:
 def test_it_dies_with_its_parent() -> None:
     parent = (
         "import subprocess, sys, os, signal\n"
-        "server = subprocess.Popen([sys.executable, '-m', 'tests.conversion_api'], stdout=subprocess.PIPE)\n"
+        "server = subprocess.Popen([sys.executable, '-m', 'tests.standins.conversion_api'], stdout=subprocess.PIPE)\n"
         "print(server.stdout.readline().split()[1].decode(), flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -14,7 +14,7 @@ import pytest
 
 import s3_bulk_convert as program
 from tests import messages
-from tests.conftest import SCRIPT
+from tests.standins.program import SCRIPT
 
 ROOT = SCRIPT.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

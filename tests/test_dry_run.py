@@ -1,52 +1,14 @@
 """--dry-run: what it foresees is what the run then does, and it sends nothing to be converted and leaves nothing."""
 
-import json
-import re
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import s3_bulk_convert as program
 from s3_bulk_convert import Event, JournalInMind, Outcome, Usage
-from tests.conversion_api import ConversionApi, Fault, Request
-from tests.converters import marking
 from tests.test_feeder import NOW, FakeBucket, pages_of, settings
 from tests.test_journal import converted, task
-from tests.test_looking import kill_with_one_in_flight, left_in, picture
-
-Cli = Callable[..., Any]
-JSON = ("--log-format", "json")
-# More of these objects fail than the 2 % at which a run would stop.
-ANY_RATE = ("--set", "run.max_failure_rate=never")
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing: what is looked at here is not what they make."""
-    api.behaviour.convert = marking
-
-
-def put_all(bucket: Any, *names: str) -> None:
-    """Put an object of some bytes under each of the names."""
-    for name in names:
-        bucket.put(name, picture(name))
-
-
-def is_of(request: Request, name: str) -> bool:
-    """Whether a request is for the object of that name."""
-    return name in request.fields.get("file_url", "")
-
-
-def foreseen(run_cli: Cli, *arguments: str, **changes: str | None) -> dict[str, Any]:
-    """The forecast as JSON."""
-    run = run_cli("--dry-run", *JSON, *arguments, **changes)
-    assert run.exit_code == 0, run.err
-    found: dict[str, Any] = json.loads(run.out)
-    return found
 
 
 def foresee(bucket: FakeBucket, path: Path) -> list[Outcome]:
@@ -60,60 +22,6 @@ def foresee(bucket: FakeBucket, path: Path) -> list[Outcome]:
             told += planner.settled
             forecast.plan(tasks, planner)
     return told
-
-
-def test_a_forecast_is_what_the_run_then_does(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    put_all(bucket, "done.png", "bad.png", "flaky.png")
-    api.faults.add(Fault.status_reply(422, "unsupported_route")).at(lambda request: is_of(request, "bad.png"))
-    api.faults.add(Fault.status_reply(503, "service_unavailable")).at(lambda request: is_of(request, "flaky.png"))
-    run_cli("--workers", "1", "--set", "api.retries=0", *ANY_RATE)
-    put_all(bucket, "new.png", "done.heic", "same.jpg", "folder/", "notes.txt")
-    bucket.put("empty.png", b"")
-    options = ("--set", "convert.exclude=*.txt", *ANY_RATE)
-    before, paid = left_in(run_cli("--status")), len(api.paid)
-    found = foreseen(run_cli, *options)
-    job = found["jobs"]["default"]
-    run = run_cli(*options)
-    assert (left_in(run_cli("--version")).keys(), len(api.paid) - paid) == (before.keys(), found["conversions"])
-    assert (job["convert"], job["resume"], job["retried"], job["failed"]) == (1, 1, 1, {"output_collision": 1})
-    assert run.summary["converted"] == job["convert"] + job["resume"]
-    assert run.summary["already_done"] == job["already_done"]
-    assert run.summary["skipped"] == {**found["skipped"], **job["skipped"]}
-    assert run.summary["failed"] == job["failed"]
-    assert run.summary["listed"] == found["listed"]
-
-
-def test_nothing_is_sent_to_be_converted_and_nothing_is_written(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    put_all(bucket, "a.png", "b.png")
-    run = run_cli("--dry-run", "--set", "run.metrics=m.prom")
-    assert (run.exit_code, run.err) == (0, "")
-    assert (left_in(run), bucket.keys(), api.paid) == ({}, ["a.png", "b.png"], [])
-    assert {request.path for request in api.requests} == {"/v1/usage"}
-    assert "to convert  2, " in run.out
-    assert run.out.endswith("nothing was sent to be converted, and nothing was written\n")
-
-
-def test_a_checkpoint_is_left_as_it_is_to_the_byte(
-    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
-) -> None:
-    put_all(bucket, "a.png", "b.png")
-    before = left_in(kill_with_one_in_flight(start, api, release))
-    release.set()
-    found = foreseen(run_cli, "--set", "run.summary=none")
-    assert left_in(run_cli("--version")) == before
-    assert found["jobs"]["default"]["resume"] >= 1
-    assert found["conversions"] == 2
-
-
-def test_each_job_has_its_own_forecast(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
-    put_all(bucket, "a.png", "b.png", "c.docx", "d.txt")
-    ini = tmp_path / "jobs.ini"
-    ini.write_text("[job photos]\ninclude = *.png\ntarget = jpg\n[job documents]\ninclude = *.docx\ntarget = pdf\n")
-    found = foreseen(run_cli, "-c", str(ini))
-    assert {name: job["convert"] for name, job in found["jobs"].items()} == {"documents": 1, "photos": 2}
-    assert (found["skipped"], found["listed"]) == ({"not_matched": 1}, 4)
-    said = run_cli("--dry-run", "-c", str(ini)).out
-    assert re.search(r"job documents\n  to convert  1, 14 B\n", said), said
 
 
 def test_a_collision_with_an_object_of_another_page_is_foreseen(tmp_path: Path) -> None:
@@ -137,37 +45,6 @@ def test_without_a_checkpoint_outputs_that_are_there_count_as_done(tmp_path: Pat
     assert [(outcome.task.key, outcome.event) for outcome in told] == [("a.png", Event.FOUND)]
 
 
-def test_keys_from_a_file_are_foreseen_too(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
-    put_all(bucket, "a.png", "b.png")
-    keys = tmp_path / "keys.txt"
-    keys.write_text("a.png\nno-such.png\n")
-    job = foreseen(run_cli, "--keys-from", str(keys), *ANY_RATE)["jobs"]["default"]
-    assert (job["convert"], job["failed"]) == (1, {"source_gone": 1})
-
-
-def test_a_forecast_works_beside_a_run_at_work(
-    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
-) -> None:
-    put_all(bucket, "a.png", "b.png", "c.png")
-    fault = api.faults.add(Fault.hang_until(release))
-    run = start("--workers", "1")
-    assert fault.reached.wait(30)
-    job = foreseen(run_cli, "--set", "run.summary=none")["jobs"]["default"]
-    assert job["convert"] + job["resume"] == 3
-    release.set()
-    assert run.wait().exit_code == 0
-
-
-def test_the_quota_and_the_cap_bound_what_is_foreseen(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    put_all(bucket, *(f"{number}.png" for number in range(5)))
-    api.behaviour.month_quota = 3
-    said = run_cli("--dry-run").out
-    assert "conversions   5 to pay for at the most; 3 are left of this month's 3\n" in said
-    assert "warning       2 conversions more than the month has left are billed as overage; --limit 3 keeps" in said
-    found = foreseen(run_cli, "--limit", "2")
-    assert (found["conversions"], found["conversions_in_one_run"], found["warnings"]) == (5, 2, [])
-
-
 @pytest.mark.parametrize(
     ("usage", "options", "warning"),
     [
@@ -181,18 +58,6 @@ def test_the_quota_and_the_cap_bound_what_is_foreseen(run_cli: Cli, bucket: Any,
 def test_what_the_quota_means_is_said(usage: Usage, options: list[str], warning: str) -> None:
     found = list(program.quota_warnings(10, usage, "", settings(*options).api))
     assert [said[: len(warning)] for said in found] == ([warning] if warning else [])
-
-
-def test_without_a_key_or_an_api_the_rest_is_foreseen(run_cli: Cli, bucket: Any) -> None:
-    put_all(bucket, "a.png")
-    without_key = foreseen(run_cli, CTF_API_KEY=None)
-    assert (without_key["conversions"], without_key["remaining"]) == (1, None)
-    assert "(there is no API key; [api] key is missing: set CTF_API_KEY," in without_key["warnings"][0]
-    assert "cannot be reached" in foreseen(run_cli, "--set", "api.url=http://127.0.0.1:1")["warnings"][0]
-    refused = foreseen(run_cli, CTF_API_KEY="ctf_sk_wrong")["warnings"][0]
-    assert re.search(
-        r"not known \(the API refused the key: 401 .*; check CTF_API_KEY, api.key or api.key_file\)", refused
-    )
 
 
 @pytest.mark.parametrize(
@@ -216,48 +81,3 @@ def test_the_time_is_bound_by_the_rate_or_by_the_workers(
         planner = program.Planner(settings(), FakeBucket([]), reader, program.StopFlag())
         forecast.plan([replace(task(str(number)), job="default") for number in range(100)], planner)
         assert forecast.seconds == pytest.approx(seconds)
-
-
-def test_failures_that_cost_nothing_do_not_stop_a_run_and_no_stop_is_foreseen(
-    run_cli: Cli, bucket: Any, api: ConversionApi
-) -> None:
-    put_all(bucket, *(f"{number:02}.{ext}" for number in range(30) for ext in ("png", "heic")))
-    found = foreseen(run_cli)
-    assert [warning for warning in found["warnings"] if "max_failure_rate" in warning] == []
-    example = found["examples"]["output_collision"]
-    assert (example["key"], "belongs to 00.heic" in example["said"]) == ("00.png", True)
-    assert "{ext}" in example["remedy"]
-    run = run_cli()
-    assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 30}, 30)
-
-
-def test_a_prefix_that_matches_nothing_is_warned_of(run_cli: Cli, bucket: Any) -> None:
-    put_all(bucket, "uploads/a.png")
-    said = f'no key begins with "/uploads" in s3://{bucket.name}; keys rarely begin with "/": did you mean "uploads"?'
-    assert foreseen(run_cli, "--prefix", "/uploads")["warnings"][0] == said
-    run = run_cli("-q", "--prefix", "/uploads")
-    assert (run.exit_code, run.err.partition(" ")[2]) == (0, f"{said}\n")
-    assert run.out.startswith("converted 0 in ")
-    assert run_cli("-q", "--prefix", "/uploads", "--shard", "0/2").err == ""
-    assert run_cli("-q", "--prefix", "uploads").err == ""
-
-
-@pytest.mark.parametrize(
-    ("changes", "exit_code", "said"),
-    [
-        ({"S3_BUCKET": "no-such-bucket"}, 3, "error: the bucket no-such-bucket does not exist\nhint: "),
-        pytest.param(
-            {"AWS_SECRET_ACCESS_KEY": "not-the-secret"},
-            3,
-            "error: S3 refused the listing of ",
-            marks=pytest.mark.needs("secrets"),
-        ),
-        ({"TARGET_FORMAT": None}, 2, "error: the configuration has 1 problem\n  - [convert] target is missing"),
-    ],
-)
-def test_what_keeps_a_forecast_from_being_made_is_said(
-    changes: dict[str, str | None], exit_code: int, said: str, run_cli: Cli
-) -> None:
-    run = run_cli("--dry-run", **changes)
-    assert (run.exit_code, run.out) == (exit_code, "")
-    assert run.err.startswith(said)

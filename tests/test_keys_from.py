@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import hashlib
-import io
 import itertools
 import json
 import os
@@ -13,7 +10,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,25 +21,21 @@ import pytest
 
 import s3_bulk_convert as program
 from s3_bulk_convert import ObjectFailed, RunStopped, S3Object, UserError, keys_from
-from tests.conftest import SCRIPT
-from tests.conversion_api import ConversionApi
-from tests.converters import marking
+from tests.runs.test_what_is_converted import ODD_KEYS as CONVERTED_KEYS
+from tests.standins.key_files import DATE, SCHEMA, SOURCE, full_row, inventory_rows, write, write_manifest
+from tests.standins.program import SCRIPT
+from tests.standins.relay import Relay
 from tests.test_feeder import settings as feeder_settings
-from tests.test_from_outside import Relay
 from tests.test_s3_server import DOTTED_KEYS
 from tests.test_s3_server import ODD_KEYS as SERVER_KEYS
-from tests.test_what_is_converted import ODD_KEYS as CONVERTED_KEYS
 
 if TYPE_CHECKING:
-    from tests.conftest import TestBucket
-    from tests.s3_server import S3Server
+    from tests.standins.program import TestBucket
+    from tests.standins.s3_server import S3Server
 
-Cli = Callable[..., Any]
-ODD_KEYS = list(dict.fromkeys([*CONVERTED_KEYS, *SERVER_KEYS, *DOTTED_KEYS]))
-LINES = [key for key in ODD_KEYS if "\n" not in key]
-SCHEMA = "Bucket, Key, VersionId, IsLatest, IsDeleteMarker, Size, LastModifiedDate, ETag, StorageClass"
-DATE = "2026-11-24T01:00:00.000Z"
-SOURCE = "bucket"
+
+def inventory_file(directory: Path) -> Path:
+    return write(directory / "1.csv", inventory_rows([SOURCE, quote_plus(key, safe="/")] for key in ODD_KEYS))
 
 
 def make_bucket(name: str = SOURCE, **environment: str) -> program.Bucket:
@@ -66,45 +59,18 @@ def keys(path: Path | str, source: program.Bucket) -> list[str]:
     return [found.key for page in keys_from(str(path), source) for found in page]
 
 
-def write(path: Path, content: str | bytes) -> Path:
-    """Write a file, as gz where its name says so."""
-    content = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
+########################################################################
+# The version that is there now
+########################################################################
 
 
-def inventory_rows(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as S3 Inventory writes them: all quoted, keys URL-encoded with + for a space."""
-    written = io.StringIO()
-    csv.writer(written, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
-    return written.getvalue()
+def named(*given: str) -> list[S3Object]:
+    """Objects of which only the key is known."""
+    return [S3Object(key, "", 0, "") for key in given]
 
 
-def full_row(key: str, latest: str = "true", deleted: str = "false", storage: str = "STANDARD") -> list[str]:
-    """A row with all columns of SCHEMA."""
-    return [SOURCE, quote_plus(key, safe="/"), "v1", latest, deleted, "7", DATE, "e1", storage]
-
-
-def write_manifest(root: Path, rows: Iterable[Sequence[str]], **changes: Any) -> Path:
-    """An inventory of one data file below `root` as S3 lays it out."""
-    packed = write(root / "inv/bucket/daily/data/1.csv.gz", inventory_rows(rows)).read_bytes()
-    part = {
-        "key": "inv/bucket/daily/data/1.csv.gz",
-        "size": len(packed),
-        "MD5checksum": hashlib.md5(packed).hexdigest(),
-    }
-    manifest = {
-        "sourceBucket": SOURCE,
-        "destinationBucket": "arn:aws:s3:::inventories",
-        "version": "2016-11-30",
-        "creationTimestamp": "1790000000000",
-        "fileFormat": "CSV",
-        "fileSchema": SCHEMA,
-        "files": [part],
-        **changes,
-    }
-    return write(root / "inv/bucket/daily/2026-11-24T01-00Z/manifest.json", json.dumps(manifest, indent=2))
+ODD_KEYS = list(dict.fromkeys([*CONVERTED_KEYS, *SERVER_KEYS, *DOTTED_KEYS]))
+LINES = [key for key in ODD_KEYS if "\n" not in key]
 
 
 def failure(key: str, bucket: str = SOURCE) -> str:
@@ -118,10 +84,6 @@ def plain_form(directory: Path) -> Path:
 
 def plain_form_of_windows(directory: Path) -> Path:
     return write(directory / "keys.gz", "\ufeff" + "\r\n".join(["", *LINES, "", ""]))
-
-
-def inventory_file(directory: Path) -> Path:
-    return write(directory / "1.csv", inventory_rows([SOURCE, quote_plus(key, safe="/")] for key in ODD_KEYS))
 
 
 def whole_inventory_file(directory: Path) -> Path:
@@ -361,16 +323,6 @@ def test_a_manifest_in_a_bucket_that_refuses_stops_the_run(source: program.Bucke
         keys("s3://no-such-bucket/manifest.json", source)
 
 
-########################################################################
-# The version that is there now
-########################################################################
-
-
-def named(*given: str) -> list[S3Object]:
-    """Objects of which only the key is known."""
-    return [S3Object(key, "", 0, "") for key in given]
-
-
 @pytest.mark.usefixtures("source")
 def test_current_objects_are_as_a_listing_has_them(bucket: TestBucket) -> None:
     for key in ODD_KEYS:
@@ -441,113 +393,6 @@ def test_an_archived_object_is_known_by_its_head(*, storage: str | None, restore
     more = {"StorageClass": storage, "Restore": restore}
     found = program.headed_object("k", {**head, **{name: value for name, value in more.items() if value}})
     assert (found.key, found.etag, found.archived) == ("k", "e", archived)
-
-
-########################################################################
-# The whole program
-########################################################################
-
-
-def test_only_the_named_keys_are_converted_and_missing_ones_are_failures(
-    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
-) -> None:
-    api.behaviour.convert = marking
-    for key in ("a.png", "b c/ü+%.png", "c.png", "d.jpg"):
-        bucket.put(key, b"\x89PNG\r\n\x1a\n" + key.encode())
-    named = tmp_path / "keys.txt"
-    named.write_text("a.png\nb c/ü+%.png\nd.jpg\ngone.png\na.png\n", encoding="utf-8")
-    run = run_cli("--keys-from", str(named), "--set", "run.max_failure_rate=never")
-    assert run.exit_code == 1, run.err
-    assert {line["key"]: line["code"] for line in run.failures} == {"gone.png": "source_gone"}
-    assert sorted(bucket.outputs()) == ["converted/a.jpg", "converted/b c/ü+%.jpg"]
-    assert (run.summary["listed"], run.summary["converted"], run.summary["skipped"]) == (4, 2, {"same_format": 1})
-    bucket.put("gone.png", b"\x89PNG\r\n\x1a\nback")
-    again = run_cli("--keys-from", "conversion_failures.jsonl")
-    assert (again.exit_code, again.summary["converted"], len(api.paid)) == (0, 1, 3)
-
-
-def test_a_named_key_outside_a_job_s_prefix_is_not_its_business(
-    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
-) -> None:
-    api.behaviour.convert = marking
-    bucket.put("in/a.png", b"\x89PNG\r\n\x1a\n1")
-    bucket.put("b.png", b"\x89PNG\r\n\x1a\n2")
-    (tmp_path / "keys").write_text("in/a.png\nb.png\n")
-    run = run_cli("--keys-from", str(tmp_path / "keys"), "--prefix", "in/")
-    assert (run.summary["converted"], run.summary["skipped"]) == (1, {"not_matched": 1})
-
-
-def test_keys_come_from_stdin_too(start: Cli, bucket: Any, api: ConversionApi) -> None:
-    api.behaviour.convert = marking
-    for key in ("a.png", "b.png"):
-        bucket.put(key, b"\x89PNG\r\n\x1a\n" + key.encode())
-    reading, writing = os.pipe()
-    os.write(writing, b"b.png\n")
-    os.close(writing)
-    run = start("--keys-from", "-", stdin=reading)
-    os.close(reading)
-    assert (run.wait().exit_code, list(bucket.outputs())) == (0, ["converted/b.jpg"])
-
-
-def test_a_silent_stdin_does_not_keep_a_run_from_stopping(start: Cli) -> None:
-    reading, writing = os.pipe()
-    run = start("--keys-from", "-", "--set", "run.max_runtime=1s", stdin=reading)
-    assert run.wait().exit_code == 3
-    assert run.summary["stopped_because"] == "run.max_runtime is over"
-    os.close(reading)
-    os.close(writing)
-
-
-def test_a_file_that_is_not_there_is_a_usage_error(run_cli: Cli) -> None:
-    run = run_cli("--keys-from", "nowhere.txt")
-    assert run.exit_code == 2
-    assert "nowhere.txt cannot be read: No such file or directory" in run.out + run.err
-
-
-def test_an_inventory_s_finished_objects_are_not_even_looked_at(
-    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
-) -> None:
-    api.behaviour.convert = marking
-    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
-    etag = bucket.client.head_object(Bucket=bucket.name, Key="a.png")["ETag"].strip('"')
-    write_inventory(tmp_path, bucket.name, [("a.png", etag)])
-    named = str(tmp_path / "manifest.json")
-    assert run_cli("--keys-from", named).summary["converted"] == 1
-    # What the journal knows in the version that the inventory names needs no request: S3 may even have lost it.
-    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
-    again = run_cli("--keys-from", named)
-    assert (again.exit_code, again.summary["already_done"], again.failures) == (0, 1, [])
-
-
-def write_inventory(directory: Path, bucket: str, rows: list[tuple[str, str]]) -> None:
-    """An inventory of objects with their ETags: its manifest and one data file beside it."""
-    lines = "".join(f'"{bucket}","{key}","10","{DATE}","{etag}"\n' for key, etag in rows)
-    (directory / "part.csv.gz").write_bytes(gzip.compress(lines.encode()))
-    manifest = {
-        "sourceBucket": bucket,
-        "destinationBucket": "arn:aws:s3:::inventories",
-        "fileFormat": "CSV",
-        "fileSchema": "Bucket, Key, Size, LastModifiedDate, ETag",
-        "files": [{"key": "part.csv.gz"}],
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize("form", ["keys", "inventory"])
-def test_a_key_that_is_gone_for_a_while_takes_nothing_from_what_is_known_of_its_object(
-    form: str, run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
-) -> None:
-    api.behaviour.convert = marking
-    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
-    assert run_cli().summary["converted"] == 1
-    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
-    write_inventory(tmp_path, bucket.name, [("a.png", "another")])
-    named = str(write(tmp_path / "keys", "a.png") if form == "keys" else tmp_path / "manifest.json")
-    gone = run_cli("--keys-from", named)
-    assert (gone.summary["failed"], [line["code"] for line in gone.failures]) == ({"source_gone": 1}, ["source_gone"])
-    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
-    assert run_cli().summary["already_done"] == 1
-    assert len(api.paid) == 1
 
 
 def test_a_key_of_a_file_is_counted_by_one_shard_and_looked_at_by_two_at_most(

@@ -1,17 +1,11 @@
 """The pace: evenly spaced, learned from what the API says, slowed down by a 429, and back again after a while."""
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
 import s3_bulk_convert as program
 from s3_bulk_convert import Gate, Heard, Pacer, StopFlag
-from tests.conversion_api import ConversionApi
-from tests.samples import photo
-
-Cli = Callable[..., Any]
 
 
 class Clock:
@@ -192,16 +186,3 @@ def test_a_limit_that_is_raised_is_heard_of(clock: Clock) -> None:
     for limit in ("60", "60", "300"):
         gate.learn({"X-RateLimit-Limit": limit, "X-RateLimit-Reset": "1000030"}, clock.now)
     assert [news.limit for news in told] == [60, 300]
-
-
-def test_the_limit_is_known_before_the_second_request_even_if_the_first_is_refused(
-    run_cli: Cli, bucket: Any, api: ConversionApi
-) -> None:
-    api.behaviour.per_minute, api.behaviour.window_seconds = 1200, 60
-    bucket.put("00.txt", b"of a format that is refused")
-    for number in range(1, 25):
-        bucket.put(f"{number:02}.png", photo(number, "png", size=(64, 48)))
-    run = run_cli("--set", "run.max_failure_rate=never")
-    assert (run.exit_code, run.summary["throttled"]) == (1, 0)
-    posts = [request.started for request in api.requests if request.is_conversion]
-    assert posts[-1] - posts[1] > 22 * 0.05

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from tests.ports import reserved_port
+from tests.standins.ports import reserved_port
 
 HOST = "127.0.0.1"
 

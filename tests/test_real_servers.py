@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.real_servers import PYTEST, Plan, plans, result_of
-from tests.s3_server import PROJECT
-from tests.servers.kinds import KINDS
+from tests.standins.s3_server import PROJECT
+from tests.standins.servers.kinds import KINDS
 
 
 def pytest_says(*arguments: str, **environment: str) -> str:

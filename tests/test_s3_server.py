@@ -22,9 +22,9 @@ from botocore.exceptions import ClientError
 from mypy_boto3_s3 import S3Client
 from PIL import Image
 
-from tests.s3_server import PROJECT, S3Server
-from tests.samples import PIL_NAMES, number_in, photo, photo_samples
-from tests.servers.kinds import KINDS
+from tests.standins.s3_server import PROJECT, S3Server
+from tests.standins.samples import PIL_NAMES, number_in, photo, photo_samples
+from tests.standins.servers.kinds import KINDS
 
 NewServer = Callable[..., S3Server]
 ODD_KEYS = [
@@ -197,7 +197,7 @@ def test_a_server_that_cannot_start_says_why(s3: S3Server, new_server: NewServer
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent ended")
 def test_a_server_ends_with_a_killed_parent(new_server: NewServer, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from tests.servers.kinds import KINDS\n"
+        "import sys, time; from pathlib import Path; from tests.standins.servers.kinds import KINDS\n"
         "server = KINDS[sys.argv[1]](Path(sys.argv[2])); server.start()\n"
         "print(server.pid, server.endpoint, flush=True); time.sleep(60)"
     )
@@ -293,8 +293,8 @@ def test_the_samples_are_always_the_same_and_numbered_in_their_keys() -> None:
 
 
 def test_asked_for_help_it_starts_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.s3_server", "--help"]
+    command = [sys.executable, "-m", "tests.standins.s3_server", "--help"]
     said = subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=60, cwd=PROJECT, env={"HOME": str(tmp_path)}
     )
-    assert said.stdout.startswith("usage: python -m tests.s3_server [-h] DIRECTORY [PORT] [CERTIFICATE]\n")
+    assert said.stdout.startswith("usage: python -m tests.standins.s3_server [-h] DIRECTORY [PORT] [CERTIFICATE]\n")

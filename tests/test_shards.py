@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import s3_bulk_convert as program
-from tests.conversion_api import ConversionApi
-from tests.converters import marking
+from tests.runs.test_shards import REMEDY, kubernetes
 from tests.test_settings import COMPLETE
 
-Cli = Callable[..., Any]
 Load = Callable[..., program.Settings]
 COUNTS = st.integers(1, 200)
-REMEDY = "or give --shard 0/1 to convert everything here"
 I_OF_N = "expected I/N such as 0/8, with I from 0 to N - 1 and N at most 10000"
 
 
@@ -32,10 +28,6 @@ def batch(index: str, count: str) -> dict[str, str]:
 
 def cloud_run(index: str, count: str) -> dict[str, str]:
     return {"CLOUD_RUN_TASK_INDEX": index, "CLOUD_RUN_TASK_COUNT": count}
-
-
-def kubernetes(index: str, count: str) -> dict[str, str]:
-    return {"JOB_COMPLETION_INDEX": index, "SHARD_COUNT": count}
 
 
 def slurm(index: str, count: str, first: str, last: str, step: str = "1") -> dict[str, str]:
@@ -279,43 +271,3 @@ def test_problems_with_the_shard_come_with_all_the_others(load: Load) -> None:
     ]
     with pytest.raises(program.ConfigError, match=r"wokers(.|\n)*SHARD_COUNT = 8: set JOB_COMPLETION_INDEX too"):
         load(environ={"SHARD_COUNT": "8"}, more="wokers = 1\n")
-
-
-########################################################################
-# The script
-########################################################################
-
-
-PNG = b"\x89PNG\r\n\x1a\n picture"
-KEY_OF_SHARD_2 = next(
-    key for key in map("{}.png".format, range(99)) if program.Shard(2, 3).owns(f"converted/{key[:-4]}.jpg")
-)
-
-
-def test_a_share_of_nothing_converts_nothing_and_says_so(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    api.behaviour.convert = marking
-    bucket.put(KEY_OF_SHARD_2, PNG)
-    run = run_cli("--shard", "2/3", "--limit", "2")
-    assert (run.exit_code, api.requests) == (3, [])
-    assert "stopped: the cap of 0 conversions for shard 2/3 is reached" in run.out
-    assert run_cli("--shard", "2/3").exit_code == 0
-    assert run_cli("--shard", "2/3", "--limit", "2").exit_code == 0
-
-
-def test_the_script_takes_its_shard_from_the_environment(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    api.behaviour.convert = marking
-    bucket.put(KEY_OF_SHARD_2, PNG)
-    run = run_cli(**kubernetes("2", "3"))
-    assert (run.exit_code, len(api.paid)) == (0, 1), run.err
-    assert "for shard 2/3" in run.err
-    assert {path.name for path in run.workdir.iterdir()} == {
-        "s3_bulk_convert.2-of-3.sqlite3",
-        "s3_bulk_convert.2-of-3.sqlite3.lock",
-        "summary.2-of-3.json",
-    }
-
-
-def test_a_wrong_environment_starts_nothing(run_cli: Cli, api: ConversionApi) -> None:
-    run = run_cli(JOB_COMPLETION_INDEX="3")
-    assert (run.exit_code, api.requests, list(run.workdir.iterdir())) == (2, [], [])
-    assert f"JOB_COMPLETION_INDEX = 3: set SHARD_COUNT too, {REMEDY}" in run.err

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import s3_bulk_convert as program
-from tests.conversion_api import ConversionApi
-from tests.converters import marking
-from tests.test_looking import kill_with_one_in_flight, picture
+from tests.runs.test_looking import kill_with_one_in_flight, picture
+from tests.standins.conversion_api import ConversionApi
+from tests.standins.converters import marking
 
 Cli = Callable[..., Any]
 # As version 1 made it, to the letter.

@@ -2,7 +2,7 @@
 
     python -m tests.bench.standins [options]     prints READY http://127.0.0.1:PORT, serves until its parent ends
 
-It checks nothing and remembers nothing but counts: tests/conversion_api.py and tests/s3_server.py are the strict ones.
+It checks nothing and remembers nothing but counts: the strict ones are those in tests/standins.
 `GET /counts` says what was asked for, how long it took and the process's own CPU time since the last `POST /counts`.
 
 Its cost is checked by `python -m tests.bench cost`: the CPU time of this process for each request, and of the program
@@ -28,7 +28,7 @@ from urllib.parse import parse_qs, quote, unquote
 from xml.sax.saxutils import escape
 
 from tests.bench.keys import Keys
-from tests.s3_server import HOST, end_on_signals, end_with_parent
+from tests.standins.s3_server import HOST, end_on_signals, end_with_parent
 
 BACKLOG = 4096
 WHOLE_BYTES = 1 << 20  # a longer body is sent in pieces of this size

@@ -1,0 +1,90 @@
+"""The promise of the crash: killed before or after any effect, the next run finishes, nothing is paid twice or lost."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.runs.test_resume import until_next_second
+from tests.standins.conversion_api import ConversionApi, Fault
+from tests.standins.crashing import EFFECTS, HALF_READ
+from tests.standins.promises import assert_all_promises_are_kept, fill
+
+Cli = Callable[..., Any]
+OBJECTS = 6
+KILLED = -9
+MOMENTS = [
+    *((effect, when) for effect in EFFECTS if effect != "failure-written" for when in ("before", "after")),
+    (HALF_READ, "after"),
+]
+WITHOUT_A_TRANSFER = {"requests-recorded", "summary-written"}
+CASES = [
+    pytest.param(*moment, transfer, marks=[pytest.mark.slow] if is_alike else [])
+    for moment in MOMENTS
+    for transfer, is_alike in (("url", False), ("upload", moment[0] in WITHOUT_A_TRANSFER))
+]
+
+fill_bucket = partial(fill, count=OBJECTS, name="in/picture {}", repeated=400)
+
+
+def die_at(start: Cli, effect: str, when: str, nth: int, *options: str) -> Any:
+    """Run the program with three workers until an effect, and kill it there. The killed run."""
+    command = ("-m", "tests.standins.crashing", effect, when, str(nth))
+    killed = start(*options, command=command, CONCURRENCY="3").wait()
+    assert killed.exit_code == KILLED, killed.err
+    return killed
+
+
+@pytest.mark.parametrize(("effect", "when", "transfer"), CASES)
+def test_a_run_after_a_kill_finishes_and_pays_nothing_twice(
+    *, effect: str, when: str, transfer: str, start: Cli, strict_api: ConversionApi, bucket: Any
+) -> None:
+    expected = fill_bucket(bucket)
+    mode = ["--set", f"api.transfer={transfer}"]
+    nth = 1 if effect in {"summary-written", "requests-recorded"} else 3
+    die_at(start, effect, when, nth, *mode)
+    run = start(*mode).wait()
+    assert_all_promises_are_kept(run, strict_api, bucket, expected)
+    assert run.summary["possible_double_charges"] == 0
+
+
+def test_a_kill_after_a_refused_url_ends_at_the_same_upload(start: Cli, strict_api: ConversionApi, bucket: Any) -> None:
+    strict_api.behaviour.accept_file_url = False
+    expected = fill_bucket(bucket)
+    die_at(start, "output-put", "before", 3)
+    assert_all_promises_are_kept(start().wait(), strict_api, bucket, expected)
+
+
+def test_a_kill_between_a_failure_line_and_its_commit_leaves_the_line(
+    start: Cli, api: ConversionApi, bucket: Any
+) -> None:
+    bucket.put("broken.png", b"not a picture at all")
+    die_at(start, "failure-written", "after", 1)
+    run = start().wait()
+    assert run.exit_code == 1
+    assert {line["key"] for line in run.failures} == {"broken.png"}
+    assert api.paid == []
+
+
+@pytest.mark.parametrize(
+    ("transfer", "exit_code", "doubles"),
+    [("auto", 0, 1), ("url", 1, 0)],
+    ids=["auto uploads", "url waits for the next run"],
+)
+def test_a_url_that_died_with_its_credentials_condemns_no_object(
+    *, transfer: str, exit_code: int, doubles: int, start: Cli, strict_api: ConversionApi, bucket: Any
+) -> None:
+    strict_api.behaviour.remember_failed_bodies = False
+    expected = fill_bucket(bucket)
+    mode = ["--set", f"api.transfer={transfer}", "--set", "run.max_failure_rate=never"]
+    killed = die_at(start, "request-sent", "before", 1, *mode)
+    recorded = [row["url"] for row in killed.rows("in_flight")]
+    dead = strict_api.faults.add(Fault.status_reply(422, "fetch_failed", times=None))
+    dead.at(lambda request: request.fields.get("file_url") in recorded)
+    until_next_second()  # in which a presigned URL is another one
+    second = start(*mode).wait()
+    assert second.exit_code == exit_code, second.out
+    assert not any(line["permanent"] for line in second.failures)
+    assert (second.summary["possible_double_charges"] > 0) == bool(doubles)
+    assert_all_promises_are_kept(start(*mode).wait(), strict_api, bucket, expected)

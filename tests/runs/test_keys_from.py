@@ -1,0 +1,128 @@
+"""Keys from a file: every form comes out as the same keys, and nothing that is cut or damaged looks finished."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.standins.conversion_api import ConversionApi
+from tests.standins.converters import marking
+from tests.standins.key_files import DATE, write
+
+if TYPE_CHECKING:
+    pass
+
+Cli = Callable[..., Any]
+
+
+########################################################################
+# The whole program
+########################################################################
+
+
+def test_only_the_named_keys_are_converted_and_missing_ones_are_failures(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    for key in ("a.png", "b c/ü+%.png", "c.png", "d.jpg"):
+        bucket.put(key, b"\x89PNG\r\n\x1a\n" + key.encode())
+    named = tmp_path / "keys.txt"
+    named.write_text("a.png\nb c/ü+%.png\nd.jpg\ngone.png\na.png\n", encoding="utf-8")
+    run = run_cli("--keys-from", str(named), "--set", "run.max_failure_rate=never")
+    assert run.exit_code == 1, run.err
+    assert {line["key"]: line["code"] for line in run.failures} == {"gone.png": "source_gone"}
+    assert sorted(bucket.outputs()) == ["converted/a.jpg", "converted/b c/ü+%.jpg"]
+    assert (run.summary["listed"], run.summary["converted"], run.summary["skipped"]) == (4, 2, {"same_format": 1})
+    bucket.put("gone.png", b"\x89PNG\r\n\x1a\nback")
+    again = run_cli("--keys-from", "conversion_failures.jsonl")
+    assert (again.exit_code, again.summary["converted"], len(api.paid)) == (0, 1, 3)
+
+
+def test_a_named_key_outside_a_job_s_prefix_is_not_its_business(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("in/a.png", b"\x89PNG\r\n\x1a\n1")
+    bucket.put("b.png", b"\x89PNG\r\n\x1a\n2")
+    (tmp_path / "keys").write_text("in/a.png\nb.png\n")
+    run = run_cli("--keys-from", str(tmp_path / "keys"), "--prefix", "in/")
+    assert (run.summary["converted"], run.summary["skipped"]) == (1, {"not_matched": 1})
+
+
+def test_keys_come_from_stdin_too(start: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.behaviour.convert = marking
+    for key in ("a.png", "b.png"):
+        bucket.put(key, b"\x89PNG\r\n\x1a\n" + key.encode())
+    reading, writing = os.pipe()
+    os.write(writing, b"b.png\n")
+    os.close(writing)
+    run = start("--keys-from", "-", stdin=reading)
+    os.close(reading)
+    assert (run.wait().exit_code, list(bucket.outputs())) == (0, ["converted/b.jpg"])
+
+
+def test_a_silent_stdin_does_not_keep_a_run_from_stopping(start: Cli) -> None:
+    reading, writing = os.pipe()
+    run = start("--keys-from", "-", "--set", "run.max_runtime=1s", stdin=reading)
+    assert run.wait().exit_code == 3
+    assert run.summary["stopped_because"] == "run.max_runtime is over"
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_file_that_is_not_there_is_a_usage_error(run_cli: Cli) -> None:
+    run = run_cli("--keys-from", "nowhere.txt")
+    assert run.exit_code == 2
+    assert "nowhere.txt cannot be read: No such file or directory" in run.out + run.err
+
+
+def test_an_inventory_s_finished_objects_are_not_even_looked_at(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
+    etag = bucket.client.head_object(Bucket=bucket.name, Key="a.png")["ETag"].strip('"')
+    write_inventory(tmp_path, bucket.name, [("a.png", etag)])
+    named = str(tmp_path / "manifest.json")
+    assert run_cli("--keys-from", named).summary["converted"] == 1
+    # What the journal knows in the version that the inventory names needs no request: S3 may even have lost it.
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    again = run_cli("--keys-from", named)
+    assert (again.exit_code, again.summary["already_done"], again.failures) == (0, 1, [])
+
+
+def write_inventory(directory: Path, bucket: str, rows: list[tuple[str, str]]) -> None:
+    """An inventory of objects with their ETags: its manifest and one data file beside it."""
+    lines = "".join(f'"{bucket}","{key}","10","{DATE}","{etag}"\n' for key, etag in rows)
+    (directory / "part.csv.gz").write_bytes(gzip.compress(lines.encode()))
+    manifest = {
+        "sourceBucket": bucket,
+        "destinationBucket": "arn:aws:s3:::inventories",
+        "fileFormat": "CSV",
+        "fileSchema": "Bucket, Key, Size, LastModifiedDate, ETag",
+        "files": [{"key": "part.csv.gz"}],
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("form", ["keys", "inventory"])
+def test_a_key_that_is_gone_for_a_while_takes_nothing_from_what_is_known_of_its_object(
+    form: str, run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
+    assert run_cli().summary["converted"] == 1
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    write_inventory(tmp_path, bucket.name, [("a.png", "another")])
+    named = str(write(tmp_path / "keys", "a.png") if form == "keys" else tmp_path / "manifest.json")
+    gone = run_cli("--keys-from", named)
+    assert (gone.summary["failed"], [line["code"] for line in gone.failures]) == ({"source_gone": 1}, ["source_gone"])
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
+    assert run_cli().summary["already_done"] == 1
+    assert len(api.paid) == 1

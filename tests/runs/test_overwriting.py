@@ -1,0 +1,150 @@
+"""Whose an output is: nothing that another source, bucket or person has put there is overwritten or taken."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.standins.conversion_api import ConversionApi, Fault
+from tests.standins.converters import marking
+from tests.standins.program import TestBucket
+from tests.standins.samples import photo
+
+
+@pytest.fixture(autouse=True)
+def _cheap(api: ConversionApi) -> None:
+    """The stand-in does not really convert."""
+    api.behaviour.convert = marking
+
+
+Cli = Callable[..., Any]
+PNG, JPG = b"\x89PNG\r\n\x1a\n", photo(1, "jpg")
+BESIDE = ("--prefix", "in/", "--set", "s3.output_key={stem}.{target}")
+PRECIOUS = b"somebody's own"
+
+
+def body_of(bucket: Any, key: str) -> bytes:
+    return bytes(bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read())
+
+
+def wait_for_another_second() -> None:
+    """Let what is put next be newer than what was put last: listings have whole seconds."""
+    time.sleep(1.1 - time.time() % 1)
+
+
+def refused(run: Any) -> bool:
+    """Whether the only object was refused, before anything was sent."""
+    return (run.exit_code, run.summary["failed"], run.summary["requests"]) == (1, {"output_collision": 1}, 0)
+
+
+########################################################################
+# Objects that are no outputs
+########################################################################
+
+
+def test_a_copy_overwrites_no_object_among_the_sources(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("in/a.jpg", JPG)
+    bucket.put("a.jpg", PRECIOUS)
+    assert refused(run_cli(*BESIDE, "--set", "convert.same_format=copy"))
+    assert body_of(bucket, "a.jpg") == PRECIOUS
+
+
+def test_a_copy_overwrites_no_object_below_the_output_prefix(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("converted/a.jpg", PRECIOUS)
+    wait_for_another_second()
+    bucket.put("a.jpg", JPG)
+    assert "fail: output_collision" in run_cli("--set", "convert.same_format=copy", "--why", "a.jpg").out
+    assert refused(run_cli("--set", "convert.same_format=copy"))
+    assert body_of(bucket, "converted/a.jpg") == PRECIOUS
+
+
+def test_an_archive_of_pages_overwrites_no_other_archive(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.faults.add(Fault.zip_of_pages(2, times=None))
+    bucket.put("in/a.png", PNG)
+    bucket.put("a.jpg.zip", PRECIOUS)
+    assert refused(run_cli(*BESIDE))
+    bucket.put("converted/b.jpg.zip", PRECIOUS)
+    wait_for_another_second()
+    bucket.put("b.png", PNG)
+    assert refused(run_cli("--set", "convert.include=b.png"))
+    assert [body_of(bucket, key) for key in ("a.jpg.zip", "converted/b.jpg.zip")] == [PRECIOUS] * 2
+
+
+########################################################################
+# Several source buckets with one output bucket
+########################################################################
+
+
+@pytest.fixture
+def two(bucket: Any) -> tuple[Any, Any, Any]:
+    """Two source buckets with one picture each under the same key, and a bucket for outputs."""
+    made = [TestBucket(f"{bucket.name}-{name}", bucket.client) for name in ("one", "two", "outputs")]
+    for created in made:
+        created.client.create_bucket(Bucket=created.name)
+    for sources in made[:2]:
+        sources.put("a.png", PNG + sources.name.encode())
+    return (made[0], made[1], made[2])
+
+
+def test_of_two_buckets_with_one_output_bucket_none_overwrites_the_other_s(
+    run_cli: Cli, two: tuple[Any, Any, Any], api: ConversionApi
+) -> None:
+    one, other, outputs = two
+    shared = ("--set", f"s3.output_bucket={outputs.name}")
+    assert run_cli(*shared, S3_BUCKET=one.name).summary["converted"] == 1
+    before = outputs.outputs("")
+    second = run_cli(*shared, S3_BUCKET=other.name)
+    assert refused(second)
+    assert f"belongs to s3://{one.name}/a.png; give each bucket's outputs a prefix" in second.failures[0]["message"]
+    assert (outputs.outputs(""), len(api.paid)) == (before, 1)
+    assert before["converted/a.jpg"][2]["source-bucket"] == one.name
+    assert run_cli(*shared, S3_BUCKET=one.name).summary["already_done"] == 1
+
+
+def test_an_output_of_another_bucket_is_not_found_without_a_checkpoint_that_knows_it(
+    run_cli: Cli, two: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    one, other, outputs = two
+    wait_for_another_second()
+    shared = ("--set", f"s3.output_bucket={outputs.name}")
+    first = run_cli(*shared, S3_BUCKET=one.name)
+    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
+        path.unlink()
+    assert refused(run_cli(*shared, S3_BUCKET=other.name))
+    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
+        path.unlink()
+    assert (first.summary["converted"], run_cli(*shared, S3_BUCKET=one.name).summary["already_done"]) == (1, 1)
+
+
+########################################################################
+# Several configurations of one bucket
+########################################################################
+
+
+def test_two_configurations_of_one_bucket_do_not_convert_each_other_s_outputs(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for name in ("in/a.heic", "in/b.heic"):
+        bucket.put(name, name.encode())
+    both = [
+        (
+            "--target",
+            target,
+            "--set",
+            f"s3.output_key={target}s/{{stem}}.{{target}}",
+            "--set",
+            f"run.checkpoint={target}",
+        )
+        for target in ("jpg", "png")
+    ]
+    for configuration in both * 2:
+        assert run_cli(*configuration).exit_code == 0
+    assert len(api.paid) == 4
+    assert sorted(bucket.keys()) == ["in/a.heic", "in/b.heic", "jpgs/a.jpg", "jpgs/b.jpg", "pngs/a.png", "pngs/b.png"]
+    looked = json.loads(run_cli(*both[0], "--dry-run", "--log-format", "json").out)
+    assert (looked["jobs"]["default"]["skipped"], looked["conversions"]) == ({"own_output": 2}, 0)
