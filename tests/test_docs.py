@@ -89,7 +89,7 @@ def test_the_kubernetes_job_has_as_many_shards_as_completions() -> None:
 
 
 def test_every_test_that_readme_names_exists() -> None:
-    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", README))
     assert named
     assert {name for name in named if f"def {name}(" not in tests} == set()
