@@ -1,0 +1,221 @@
+"""What listings and looks say when they are cut, out of order, old or refused; and whose an output's key then is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs.test_resume import killed_when_paid, until_next_second
+from tests.standins.conversion_api import ConversionApi, Fault
+from tests.standins.converters import marking
+from tests.standins.key_files import write
+from tests.standins.program import script_with, shard_of
+from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
+from tests.standins.relay import Relay
+
+Cli = Callable[..., Any]
+PRECIOUS = b"somebody's own"
+ENTRY = re.compile(rb"<Contents>.*?</Contents>", re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def cheap(api: ConversionApi) -> None:
+    """Conversions that cost nothing, for tests of the flow."""
+    api.behaviour.convert = marking
+
+
+@pytest.fixture
+def there(relay: Relay) -> dict[str, str]:
+    """The environment of a run that reaches S3 through the relay."""
+    return {"AWS_ENDPOINT_URL_S3": relay.url}
+
+
+def lose_checkpoint(tmp_path: Path) -> None:
+    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
+        path.unlink()
+
+
+def shows(key: str) -> Callable[[str, str], bool]:
+    """Whether a request is one for an object, or for what is known of it."""
+    return lambda method, path: method in {"GET", "HEAD"} and path.split("?")[0].endswith(f"/{key}")
+
+
+def reversed_entries(body: bytes) -> bytes:
+    """A page of a listing with its entries the other way round."""
+    entries = ENTRY.findall(body)
+    return body.replace(b"".join(entries), b"".join(reversed(entries)))
+
+
+########################################################################
+# Listings
+########################################################################
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["a whole entry", "a part of an entry, and of no count"])
+def test_a_page_that_lacks_an_entry_is_asked_for_again(
+    *, is_cut: bool, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str]
+) -> None:
+    expected = fill(bucket, 3)
+    damaged: list[bytes] = []
+
+    def lose_the_second(body: bytes) -> bytes:
+        entries = ENTRY.findall(body)
+        if len(entries) != 3 or damaged:
+            return body
+        damaged.append(body)
+        if not is_cut:
+            return body.replace(entries[1], b"")
+        # Not every server says how many there are.
+        uncounted = re.sub(rb"<KeyCount>\d+</KeyCount>", b"", body)
+        return uncounted.replace(entries[1], entries[1].replace(b"</ETag>", b""))
+
+    relay.rewrite = lose_the_second
+    assert_all_promises_are_kept(run_cli(**there), api, bucket, expected)
+    assert damaged
+
+
+@pytest.mark.parametrize("what", ["sources", "outputs"])
+def test_a_listing_out_of_order_stops_the_run_before_anything_is_paid(
+    *, what: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str], tmp_path: Path
+) -> None:
+    fill(bucket, 3)
+    paid = 0
+    if what == "outputs":
+        assert run_cli(**there).exit_code == 0
+        paid = 3
+        lose_checkpoint(tmp_path)
+    relay.rewrite = lambda body: reversed_entries(body) if (what == "sources") is (b"<Key>000.png<" in body) else body
+    run = run_cli(**there)
+    assert run.exit_code == 3, run.out
+    assert "order" in run.summary["stopped_because"]
+    assert len(api.paid) == paid
+
+
+def test_a_listing_that_is_refused_is_said_and_is_no_bug(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str]
+) -> None:
+    fill(bucket, 1)
+    relay.refuse = lambda _, path: "list-type=2" in path
+    run = run_cli(**there)
+    assert (run.exit_code, api.requests) == (3, [])
+    assert "S3 refused the listing" in run.summary["stopped_because"]
+    assert "bug" not in run.out + run.err
+
+
+########################################################################
+# Whose a key is
+########################################################################
+
+
+def test_the_key_of_an_archive_of_pages_is_taken(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.faults.add(Fault.zip_of_pages(2, times=None))
+    bucket.put("a.png", PNG + b"the first")
+    assert run_cli().summary["converted"] == 1
+    before = bucket.outputs()
+    assert list(before) == ["converted/a.jpg.zip"]
+    bucket.put("a.heic", b"the second")
+    # So that it is the checkpoint, and no look, that tells whose it is.
+    run = run_cli("--set", "run.skip_existing=no")
+    assert (run.exit_code, run.summary["failed"], run.summary["already_done"]) == (1, {"output_collision": 1}, 1)
+    assert (bucket.outputs(), len(api.paid)) == (before, 1)
+
+
+def test_an_output_that_was_found_is_no_other_source_s_on_the_next_page(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    bucket.put("a.heic", b"the first")
+    bucket.put("a.png", PNG + b"the second")
+    until_next_second()  # so that the output is newer than both
+    assert run_cli("--set", "convert.include=a.heic").summary["converted"] == 1
+    lose_checkpoint(tmp_path)
+    # A page for each, and what was found on the first is not in the checkpoint when the second is planned.
+    run = run_cli(command=script_with("program.PAGE_KEYS, program.COMMIT_SECONDS = 1, 1"))
+    assert [(line["key"], line["code"]) for line in run.failures] == [("a.png", "output_collision")]
+    assert (run.exit_code, run.summary["already_done"], len(api.paid)) == (1, 1, 1)
+
+
+def test_two_sources_of_one_output_meet_in_one_shard(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    pairs = [(f"{n}.heic", f"{n}.png") for n in range(99)]
+    apart = next(pair for pair in pairs if shard_of(pair[0], 2) != shard_of(pair[1], 2))
+    for key in apart:
+        bucket.put(key, PNG + key.encode())
+    # Without a look at what is there, so that two shards that both took one would overwrite each other's output.
+    runs = [run_cli("--shard", f"{shard}/2", "--set", "run.skip_existing=no") for shard in (0, 1)]
+    assert sorted(run.exit_code for run in runs) == [0, 1]
+    assert len(api.paid) == 1
+
+
+def test_a_key_of_a_file_is_converted_by_the_shard_of_its_output(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    both = [(f"{n}.png", f"converted/{n}.jpg") for n in range(99)]
+    crossing = [pair for pair in both if shard_of(pair[0], 2) != shard_of(pair[1], 2)]
+    named = [next(pair for pair in crossing if shard_of(pair[1], 2) == shard) for shard in (0, 1)]
+    for key, _ in named:
+        bucket.put(key, PNG + key.encode())
+    file = write(tmp_path / "keys", "".join(f"{key}\n" for key, _ in named))
+    for shard in (0, 1):
+        run = run_cli("--keys-from", str(file), "--shard", f"{shard}/2")
+        assert run.exit_code == 0
+        assert named[shard][1] in bucket.outputs()
+    assert len(api.paid) == 2
+
+
+########################################################################
+# Looks
+########################################################################
+
+
+def test_an_output_that_may_not_be_looked_at_is_not_overwritten(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str]
+) -> None:
+    bucket.put("converted/a.jpg", PRECIOUS)
+    until_next_second()  # so that it does not count as done
+    bucket.put("a.png", PNG)
+    relay.refuse = shows("converted/a.jpg")
+    run = run_cli(**there)
+    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"output_collision": 1}, [])
+    assert bucket.read("converted/a.jpg") == PRECIOUS
+
+
+def test_what_was_paid_keeps_its_key_while_its_source_may_not_be_looked_at(
+    start: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    bucket.put("a.png", PNG + b"the first")
+    through = ("--set", f"s3.endpoint_url={relay.url}", "--set", "api.transfer=upload")
+    killed_when_paid(start, api, *through)
+    bucket.put("a.heic", b"the second")
+    relay.refuse = lambda method, path: method == "HEAD" and shows("a.png")(method, path)
+    run = start(*through, "--set", "run.max_failure_rate=never").wait()
+    assert {line["key"]: line["code"] for line in run.failures}["a.heic"] == "output_collision"
+    assert len(api.paid) == 1
+    assert all(b"the first" in body for body, *_ in bucket.outputs().values())
+
+
+@pytest.mark.parametrize("is_same_second", [False, True], ids=["older", "of the same second"])
+def test_an_output_that_is_not_newer_than_its_source_is_not_taken_for_done(
+    *,
+    is_same_second: bool,
+    run_cli: Cli,
+    bucket: Any,
+    api: ConversionApi,
+    relay: Relay,
+    there: dict[str, str],
+    tmp_path: Path,
+) -> None:
+    bucket.put("a.png", PNG + b"version 1")
+    assert run_cli(**there).summary["converted"] == 1
+    lose_checkpoint(tmp_path)
+    if is_same_second:
+        same = b"<LastModified>2026-01-02T03:04:05.000Z</LastModified>"
+        relay.rewrite = lambda body: re.sub(rb"<LastModified>[^<]*</LastModified>", same, body)
+    else:
+        until_next_second()
+    bucket.put("a.png", PNG + b"version 2")
+    run = run_cli(**there)
+    assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 2)
+    assert b"version 2" in bucket.read("converted/a.jpg")
