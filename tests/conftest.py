@@ -139,7 +139,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """Show each run of a test that fails: its command, its exit code and what it has said."""
     report = yield
     if report.failed:
-        started = item.stash[STARTED] if STARTED in item.stash else []
+        started = item.stash.get(STARTED, None) or []
         report.sections += [(f"run {number}", repr(run)) for number, run in enumerate(started, 1)]
     return report
 
