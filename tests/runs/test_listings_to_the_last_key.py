@@ -49,7 +49,7 @@ def test_every_key_is_listed_once_though_many_pages_are_read_at_a_time(
 
 
 def test_an_output_at_the_very_end_of_a_page_is_found(
-    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, s3: S3Server, tmp_path: Path
+    *, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, s3: S3Server, tmp_path: Path
 ) -> None:
     api.behaviour.convert = marking
     expected = fill(bucket, 2 * KEYS_IN_A_PAGE)
