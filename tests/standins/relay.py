@@ -1,23 +1,57 @@
 """An S3 that refuses or says otherwise: it relays everything to a real one, and changes what a test wants changed."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from requests.structures import CaseInsensitiveDict
 
 from tests.standins.s3_server import S3Server
 
 
+@dataclass(frozen=True)
+class Asked:
+    """One request as it came in."""
+
+    method: str
+    path: str  # with its query
+    headers: Mapping[str, str]  # names in whatever case
+
+    @property
+    def query(self) -> dict[str, str]:
+        """What stands behind the `?`."""
+        return dict(parse_qsl(urlsplit(self.path).query, keep_blank_values=True))
+
+    @property
+    def key(self) -> str:
+        """The key of the object that it is about; empty if it is about a bucket."""
+        return unquote(urlsplit(self.path).path).removeprefix("/").partition("/")[2]
+
+    @property
+    def is_listing(self) -> bool:
+        """Whether it asks for a page of keys."""
+        return self.method == "GET" and self.query.get("list-type") == "2"
+
+
 class Relay(ThreadingHTTPServer):
-    """Stands before the S3 server: `refuse` may take a request's method and path, `rewrite` an answer's body."""
+    """Stands before the S3 server, and keeps what it was `asked`.
+
+    `refuse` may take a request's method and path, `rewrite` an answer's body; `instead` gives the body of a 200 that
+    takes the place of S3's answer, or None.
+    """
 
     daemon_threads = True
 
     def __init__(self, s3: S3Server) -> None:
         super().__init__(("127.0.0.1", 0), Relayed)
         self.s3 = s3
+        self.asked: list[Asked] = []
         self.refuse: Callable[[str, str], bool] = lambda *_: False
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+        self.instead: Callable[[Asked], bytes | None] = lambda _: None
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
 
     @property
@@ -40,8 +74,14 @@ class Relayed(BaseHTTPRequestHandler):
     def relay(self) -> None:
         """Send the request on and the answer back, or refuse as S3 does when permission is missing."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        asked = Asked(self.command, self.path, CaseInsensitiveDict(self.headers.items()))
+        self.server.asked.append(asked)
         if self.server.refuse(self.command, self.path):
             self.answer(403, [], self.server.refusal)
+            return
+        instead = self.server.instead(asked)
+        if instead is not None:
+            self.answer(200, [("ETag", '"made-up"')], instead)
             return
         connection = self.server.s3.connection()
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)

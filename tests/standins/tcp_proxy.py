@@ -166,7 +166,8 @@ class Connection:
                 await asyncio.sleep(self._proxy.seconds_for(way, piece))
                 passed = self._passing(way, piece)
                 if not self.has_vanished:
-                    sink.write(self._proxy.rewritten(piece[:passed]) if way == "up" else piece[:passed])
+                    change = self._proxy.rewritten if way == "up" else self._proxy.retold
+                    sink.write(change(piece[:passed]))
                     await sink.drain()
                 if passed < len(piece) and self._fault:
                     await self._strike(self._fault)
@@ -261,6 +262,10 @@ class TcpProxy:
 
     def rewritten(self, piece: bytes) -> bytes:
         """What the server gets of a piece."""
+        return piece
+
+    def retold(self, piece: bytes) -> bytes:
+        """What the client gets of a piece."""
         return piece
 
     def _do(self, work: Coroutine[Any, Any, T]) -> T:
