@@ -1588,6 +1588,18 @@ def age_of_job(job: Mapping[str, Any], now: str) -> float:
     return age.total_seconds()
 
 
+def is_older(headers: Mapping[str, str], asked: float) -> bool:
+    """Whether an answer was made before it was asked for, in Unix seconds: the API repeats it, headers and all."""
+    reset = headers.get("X-RateLimit-Reset", "")
+    if reset.isdigit() and int(reset) < asked:
+        return True
+    try:
+        made = email.utils.parsedate_to_datetime(headers.get("Date", ""))
+        return made.replace(tzinfo=made.tzinfo or timezone.utc).timestamp() < math.floor(asked)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return False
+
+
 def retry_after_seconds(header: str | None, now: float) -> float | None:
     """What `Retry-After` asks for, capped: seconds or an HTTP date; None if it is absent or makes no sense."""
     if not header:
@@ -4046,8 +4058,10 @@ class ConvertClient:
         exchange.maybe_done = True
         self.shared.gate.learn(response.headers, time.time())
         remaining = response.headers.get("X-CTF-Remaining", "")
-        # A replay has the headers of the first answer, which may be a day old.
-        if remaining.isdigit() and not exchange.replayed:
+        # A replay has the headers of the first answer, which may be a day old. That the API may have done the work
+        # before makes no replay: it may as well have done it, and charged for it, just now.
+        asked = time.time() - (time.monotonic() - exchange.asked_at)
+        if remaining.isdigit() and not (exchange.replayed and is_older(response.headers, asked)):
             exchange.remaining = int(remaining)
             self._keep_remaining(exchange.remaining)
 
