@@ -518,6 +518,11 @@ class Counted:
 
 
 @dataclass(frozen=True)
+class Asking:
+    """A worker process is about to send a request of any kind."""
+
+
+@dataclass(frozen=True)
 class TotalKnown:
     """A count over the whole listing has come to its end: how many objects this run is to try."""
 
@@ -3498,14 +3503,17 @@ class Pacer:
 
 
 class Gate:
-    """The pace as the workers of one process see it. Safe to use from several threads."""
+    """The pace as the workers of one process see it. Safe to use from several threads.
 
-    def __init__(self, tell: Callable[[Heard], None]) -> None:
-        self._tell = tell
+    `tell_asking`: where a worker process says of each request that it is about to be sent.
+    """
+
+    def __init__(self, tell: Callable[[Heard], None], tell_asking: Callable[[Asking], None] = lambda _: None) -> None:
+        self._tell, self._tell_asking = tell, tell_asking
         self._closed_until = 0.0
         self._limit: int | None = None  # as last told; None before the first answer
         self._lock = threading.Lock()
-        self.requests = 0  # sent by this process, whether or not they are answered
+        self.requests = 0  # sent by this process and those that it has started, whether or not they are answered
 
     def close(self, until: float) -> None:
         """Let nobody through before a time in monotonic seconds, which all processes of a machine share."""
@@ -3519,6 +3527,11 @@ class Gate:
     def count(self, exchange: Exchange) -> None:
         """Note that a request of any kind is about to be sent."""
         exchange.requests += 1
+        self.note_asking()
+        self._tell_asking(Asking())
+
+    def note_asking(self) -> None:
+        """Count one request of this process, or of one that it has started."""
         with self._lock:
             self.requests += 1
 
@@ -5085,9 +5098,11 @@ class WorkerProcess:
         self._is_fed = task is None
         return task
 
-    def _take(self, note: "Heard | Stop | Outcome | JobStarted") -> None:
+    def _take(self, note: "Heard | Asking | Stop | Outcome | JobStarted") -> None:
         """Pass a note on to whom it concerns."""
-        if isinstance(note, Heard):
+        if isinstance(note, Asking):
+            self.shared.gate.note_asking()
+        elif isinstance(note, Heard):
             self.pacer.hear(note)
             self.shared.url_trust.hear(note)
         elif isinstance(note, Stop):
