@@ -1387,9 +1387,13 @@ def claim_of(key: str) -> str:
     return key.removesuffix(".zip")
 
 
-def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None) -> str:
-    """The API's key for one conversion; another object, version, target or option has another (docs/idempotency)."""
-    return digest(["s3_bulk_convert/1", bucket, source.key, source.etag, source.size, target, quality])
+def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None, place: str) -> str:
+    """The API's key for one conversion; another object, version, target, option or place has another.
+
+    `place`: of the output. Two jobs that differ in nothing else send two requests, with URLs signed at two moments:
+    under one key the API would refuse the second (docs/idempotency).
+    """
+    return digest(["s3_bulk_convert/2", bucket, source.key, source.etag, source.size, target, quality, place])
 
 
 def has_dot_segments(key: str) -> bool:
@@ -4599,6 +4603,8 @@ class Planner:
         # What was sent for another version of the object can never be asked for again.
         if earlier and earlier.etag != source.etag:
             earlier = None
+        planned, quality = output_key(job, source.key), job.options.quality
+        place = f"{self.settings.s3.written_bucket}/{planned}"
         is_overdue = earlier is not None and time.time() - earlier.sent_at > IDEMPOTENCY_WINDOW_SECONDS
         task = Task(
             job=job.name,
@@ -4607,9 +4613,9 @@ class Planner:
             etag=source.etag,
             size=source.size,
             target=job.options.target,
-            quality=job.options.quality,
-            output_key=output_key(job, source.key),
-            idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
+            quality=quality,
+            output_key=planned,
+            idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, quality, place),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
             job_id=earlier.job_id if earlier else "",
@@ -5658,7 +5664,19 @@ class Recorder:
             share = f"run.max_failure_rate = {100 * most:.3g}%"
             because = f"{failed.total()} of {tried} failed ({reasons}), more than {share}"
             hint = f"see {self.run.failures}; then run it again, or raise run.max_failure_rate"
-            self.shared.stop.request(Stop(because, hint))
+            self.shared.stop.request(Stop(because, hint, is_limit=True))
+
+    def _watch_refusals(self, outcome: Outcome) -> None:
+        """Stop the run where one refusal after another shows that it is not the objects that are refused."""
+        is_converted = outcome.event is Event.CONVERTED and not outcome.task.copy
+        if not (is_converted or (outcome.event is Event.FAILED and outcome.status)):
+            return
+        refusal = (outcome.status, outcome.code) if outcome.status in REFUSALS else None
+        self._refused = self._refused + 1 if refusal == self._refusal else 1
+        self._refusal = refusal
+        if refusal and self._refused == REFUSALS_ENDURED:
+            stop = refusal_by_api(*refusal, outcome.message).stop
+            self.shared.stop.request(replace(stop, because=f"{REFUSALS_ENDURED} in a row: {stop.because}"))
 
     def _watch_time(self) -> None:
         # Looked at at least five times a second, whether or not anything has come.
