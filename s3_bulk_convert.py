@@ -4783,8 +4783,28 @@ class Feeder:
             self.has_ended.set()
             self.is_ahead.set()
             self.tell(FeedEnded(stop, is_complete))
-            for _ in range(self.shared.settings.run.consumers):
-                self.tasks.put(None)
+            self._send_home()
+
+    def _send_home(self) -> None:
+        """Put an end marker into the queue for every worker, those that have died among them."""
+        markers = self.shared.settings.run.consumers
+        while markers:
+            try:
+                self.tasks.put(None, timeout=0.2)
+                markers -= 1
+            except queue.Full:
+                markers += self._make_room()
+
+    def _make_room(self) -> int:
+        """Leave to the next run what nobody may be alive to take; how many markers that has cost."""
+        if not self.shared.stop.requested:
+            return 0
+        try:
+            task = self.tasks.get_nowait()
+        except queue.Empty:
+            return 0
+        self._leave([task] if task else [])
+        return int(task is None)
 
     def feed(self) -> Stop | None:
         """Hand out the tasks of every page; why that is not all there is, if it is not."""
@@ -4883,8 +4903,15 @@ class TotalCount(threading.Thread):
         self._feeder, self._horizon = feeder, feeder.journal.newest_row()
 
     def run(self) -> None:
-        """Count, if there is something to wait for; tell the recorder once it is all counted."""
+        """Count, if there is something to wait for. A total that cannot be had is missed by nobody but the bar."""
         self._feeder.is_ahead.wait()
+        try:
+            self._count()
+        except Exception:
+            log.debug("the total could not be counted", exc_info=True)
+
+    def _count(self) -> None:
+        """Tell the recorder once it is all counted."""
         shared = self._feeder.shared
         with contextlib.suppress(RunStopped, UserError, Interrupted), self._own_journal() as journal:
             planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
@@ -5204,7 +5231,8 @@ def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
 #   - An outcome is counted after it is written. What cannot be written is left to do, and its request stays recorded.
 ########################################################################################################################
 
-Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None  # None: a worker, or a process of them, has left
+# None: the feeder, a worker, or a process of them, has left.
+Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None
 # Failures that cost nothing and say nothing of the API: they do not count for run.max_failure_rate.
 FREE_FAILURES = ("output_collision", "output_key_too_long", "too_large", "source_gone")
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
@@ -5572,10 +5600,13 @@ class Recorder:
         self.shared, self.pacer, self.journal, self.report, self.progress = shared, pacer, journal, report, progress
         self.run = shared.settings.run
         self._can_write = True
+        self._refusal: tuple[int, str] | None = None  # of the last object that the API had a word on: status and code
+        self._refused = 0  # objects in a row, for that reason
+        self._announced: Stop | None = None
 
     def record(self, notes: "queue.Queue[Note]") -> bool:
-        """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
-        working = self.run.consumers
+        """Settle all that comes until every thread has left. False if some had to be abandoned after the grace."""
+        working = self.run.consumers + 1  # the feeder, which may outlive the workers and waits for room for its notes
         self.progress.show(self.report)
         while working:
             batch = next_batch(notes)
@@ -5758,8 +5789,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         feeder = Feeder(shared, pacer, journal, tasks)
         if not (settings.quiet or settings.keys_from):
             TotalCount(feeder).start()
-        pool.submit(feeder.run)
-        for work in workforce(shared, pacer, tasks):
+        for work in (feeder.run, *workforce(shared, pacer, tasks)):
             pool.submit(work_until_done, work, stop).add_done_callback(lambda _: notes.put(None))
         # The main thread records, because it is the one that signals wake.
         is_complete = Recorder(shared, pacer, journal, report, progress).record(notes)
