@@ -186,6 +186,7 @@ SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for s
 FOUND_KEPT = 10_000  # more than the notes that can wait for the recorder: 8 for each of at most 1,000 workers
 LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
+REFUSALS_ENDURED = 10  # in a row, for the same reason, before all objects are taken to be refused
 COMMIT_SECONDS = 0.05  # that an outcome waits for others: a commit for each would cost more than its conversion
 CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
 MOST_SHOWN = 200  # characters of a key or a message in the summary; the failures file has all of them
@@ -206,6 +207,8 @@ MOST_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
 OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3": "2.0.2"}
 CONVERT_PATH, JOBS_PATH, USAGE_PATH = "/v1/convert", "/v1/jobs", "/v1/usage"
 JOB_LOST = "job_lost"
+# About the account or the address, if the API says so; a filter on the way says it of a single object.
+REFUSALS = frozenset({*range(300, 400), 401, 402, 403, 404, 405})
 FORMAT_ALIASES = {
     "jpeg": "jpg",
     "jpe": "jpg",
@@ -308,6 +311,7 @@ class Stop:
     because: str
     hint: str
     exit_code: ExitCode = ExitCode.STOPPED
+    is_limit: bool = False  # of time, conversions or failures: if the very last object meets it, it stops nothing
 
     @property
     def is_by_signal(self) -> bool:
@@ -511,6 +515,11 @@ class Heard:
 
 
 @dataclass(frozen=True)
+class Asking:
+    """A worker process is about to send a request of any kind."""
+
+
+@dataclass(frozen=True)
 class Counted:
     """What the feeder disposed of without a worker: (job, name of the count) -> how many; no job's own under ""."""
 
@@ -539,6 +548,7 @@ class Verdict(Enum):
     WAIT = "the same request again later, free of charge"
     NEW_KEY = "the idempotency key is taken by another body"
     GIVE_UP = "this object cannot be converted"
+    REFUSED = "this request was refused, and whether all others will be is for them to show"
     STOP_RUN = "no object can be converted"
 
 
@@ -1382,9 +1392,13 @@ def claim_of(key: str) -> str:
     return key.removesuffix(".zip")
 
 
-def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None) -> str:
-    """The API's key for one conversion; another object, version, target or option has another (docs/idempotency)."""
-    return digest(["s3_bulk_convert/1", bucket, source.key, source.etag, source.size, target, quality])
+def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | None, place: str) -> str:
+    """The API's key for one conversion; another object, version, target, option or place has another.
+
+    `place`: of the output. Two jobs that differ in nothing else send two requests, with URLs signed at two moments:
+    under one key the API would refuse the second (docs/idempotency).
+    """
+    return digest(["s3_bulk_convert/2", bucket, source.key, source.etag, source.size, target, quality, place])
 
 
 def has_dot_segments(key: str) -> bool:
@@ -1531,13 +1545,15 @@ def is_archive_of_pages(kind: str, media_type: str, disposition: str, head: byte
 
 def judge_reply(status: int, code: str) -> Verdict:
     """What an error reply means (docs/errors). The status comes first, then the code."""
-    if status == 409 or (status == 429 and code != "quota_exceeded"):
+    # The API's own word on its key or on the month, and a proxy's on its password, are said of every request.
+    if code == "quota_exceeded" or status == 407 or (status == 401 and code):
+        return Verdict.STOP_RUN
+    if status in {409, 429}:
         return Verdict.WAIT
     if status == 422 and code == "bad_request":
         return Verdict.NEW_KEY
-    # A redirect, a 404 or a 405 for the endpoint itself is about the address, not about the object.
-    if status in {401, 402, 403, 404, 405, 407, 429} or 300 <= status < 400:
-        return Verdict.STOP_RUN
+    if status in REFUSALS:
+        return Verdict.REFUSED
     if status in {408, 425} or status >= 500 or status < 300:
         return Verdict.RETRY
     return Verdict.GIVE_UP
@@ -1547,7 +1563,8 @@ def judge_poll(status: int, code: str) -> Verdict:
     """What an error reply to the question for a job means. GIVE_UP: the job is lost; nothing else is about the job."""
     if status in {404, 410}:
         return Verdict.GIVE_UP
-    if status in {401, 403} or code == "quota_exceeded":
+    # Without the API's code it is the word of something on the way, about this question.
+    if (status in {401, 403} and code) or code == "quota_exceeded":
         return Verdict.STOP_RUN
     return Verdict.WAIT if status == 429 else Verdict.RETRY
 
@@ -1586,6 +1603,18 @@ def age_of_job(job: Mapping[str, Any], now: str) -> float:
     except (TypeError, ValueError):
         return 0.0
     return age.total_seconds()
+
+
+def is_older(headers: Mapping[str, str], asked: float) -> bool:
+    """Whether an answer was made before it was asked for, in Unix seconds: the API repeats it, headers and all."""
+    reset = headers.get("X-RateLimit-Reset", "")
+    if reset.isdigit() and int(reset) < asked:
+        return True
+    try:
+        made = email.utils.parsedate_to_datetime(headers.get("Date", ""))
+        return made.replace(tzinfo=made.tzinfo or timezone.utc).timestamp() < math.floor(asked)
+    except (TypeError, ValueError, OverflowError, OSError):
+        return False
 
 
 def retry_after_seconds(header: str | None, now: float) -> float | None:
@@ -1637,33 +1666,46 @@ STOP_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class StopFlag:
-    """The one way in which a run is asked to end. The first reason counts.
+    """The one way in which a run is asked to end. The first reason counts, and a signal before any other.
 
     `tell`: what else to do when it is asked for the first time; a worker process tells its parent.
     """
 
     def __init__(self, tell: Callable[[Stop], None] = lambda _: None) -> None:
-        self._event, self._tell = threading.Event(), tell
-        self.stop: Stop | None = None
+        self._event, self._tell, self._lock = threading.Event(), tell, threading.Lock()
+        self._asked: Stop | None = None  # by any thread, under the lock
+        self._by_signal: Stop | None = None  # by the handler alone, which must not wait for a lock
         self.since = 0.0
         self.in_flight: Callable[[], int] = lambda: 0  # how many requests a second signal would cut off
 
     @property
+    def stop(self) -> Stop | None:
+        """Why the run is to end; None as long as it is not."""
+        return self._by_signal or self._asked
+
+    @property
     def requested(self) -> bool:
         """Whether the run is to end."""
-        return self._event.is_set()
+        return self.stop is not None
 
     def request(self, stop: Stop, *, is_told: bool = False) -> None:
         """Ask the run to end. `is_told`: whoever would be told has said it."""
-        if not self._event.is_set():
-            self.stop, self.since = stop, time.monotonic()
+        with self._lock:
+            if self.requested:
+                return
+            self._asked, self.since = stop, time.monotonic()
+        self._event.set()
+        if not is_told:
+            self._tell(stop)
+
+    def pass_on(self) -> None:
+        """Wake whoever waits, if there was a signal. Its handler cannot: it may have cut in where others are woken."""
+        if self._by_signal:
             self._event.set()
-            if not is_told:
-                self._tell(stop)
 
     def sleep(self, seconds: float) -> None:
         """Wait. Raises Interrupted as soon as the run is to end."""
-        if self._event.wait(seconds):
+        if self._event.wait(seconds) or self.requested:
             raise Interrupted
 
     def install(self) -> None:
@@ -1675,10 +1717,11 @@ class StopFlag:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
-        if self.requested:
+        if self._by_signal:
             leave_at_once(f"ended at once: {self.in_flight()} in flight are asked for again by the next run", code)
         name = signal.Signals(number).name
-        self.request(Stop(f"interrupted by {name}", "run it again: it goes on where this run ended", code))
+        self.since = time.monotonic()
+        self._by_signal = Stop(f"interrupted by {name}", "run it again: it goes on where this run ended", code)
 
 
 def leave_at_once(said: str, code: ExitCode) -> NoReturn:
@@ -3486,14 +3529,17 @@ class Pacer:
 
 
 class Gate:
-    """The pace as the workers of one process see it. Safe to use from several threads."""
+    """The pace as the workers of one process see it. Safe to use from several threads.
 
-    def __init__(self, tell: Callable[[Heard], None]) -> None:
-        self._tell = tell
+    `tell_asking`: where a worker process says of each request that it is about to be sent.
+    """
+
+    def __init__(self, tell: Callable[[Heard], None], tell_asking: Callable[[Asking], None] = lambda _: None) -> None:
+        self._tell, self._tell_asking = tell, tell_asking
         self._closed_until = 0.0
         self._limit: int | None = None  # as last told; None before the first answer
         self._lock = threading.Lock()
-        self.requests = 0  # sent by this process, whether or not they are answered
+        self.requests = 0  # sent by this process and those that it has started, whether or not they are answered
 
     def close(self, until: float) -> None:
         """Let nobody through before a time in monotonic seconds, which all processes of a machine share."""
@@ -3507,6 +3553,11 @@ class Gate:
     def count(self, exchange: Exchange) -> None:
         """Note that a request of any kind is about to be sent."""
         exchange.requests += 1
+        self.note_asking()
+        self._tell_asking(Asking())
+
+    def note_asking(self) -> None:
+        """Count one request of this process, or of one that it has started."""
         with self._lock:
             self.requests += 1
 
@@ -3640,11 +3691,12 @@ class RetryPolicy(Retry):
         failure = ObjectFailed(
             code or f"http_{status}",
             message,
-            permanent=verdict is Verdict.GIVE_UP and not self.exchange.maybe_done,
+            # A page of something on the way may not be there tomorrow: only the API knows what it cannot convert.
+            permanent=verdict is Verdict.GIVE_UP and bool(code) and not self.exchange.maybe_done,
             status=status,
         )
         self.exchange.timeouts += status == 504
-        if verdict in {Verdict.GIVE_UP, Verdict.NEW_KEY} or self._is_for_jobs(status, str(url)):
+        if verdict in {Verdict.GIVE_UP, Verdict.REFUSED, Verdict.NEW_KEY} or self._is_for_jobs(status, str(url)):
             raise failure
         return self._again(failure, costs_attempt=verdict is Verdict.RETRY or self.is_elsewhere, asked=asked)
 
@@ -3744,7 +3796,8 @@ def error_body(response: urllib3.BaseHTTPResponse) -> bytes:
 
 def refusal_by_api(status: int, code: str, message: str, address: str = "") -> RunStopped:
     """The end of the run for a reply that every object would get."""
-    said = f"{status} {code} {message}".strip()
+    said = f"{status} {'' if code == f'http_{status}' else code} {message}"
+    said = " ".join(said.split())
     if status == 407:
         return RunStopped(f"the proxy {proxy_for(address)} wants a password: {said}", PROXY_HINT)
     if code == "quota_exceeded" or status == 402:
@@ -3752,7 +3805,8 @@ def refusal_by_api(status: int, code: str, message: str, address: str = "") -> R
     if status == 401:
         return RunStopped(f"the API refused the key: {said}", "check CTF_API_KEY, api.key or api.key_file")
     if status == 403:
-        return RunStopped(f"the API refused the account: {said}", "check the API key and the plan")
+        hint = "check the API key and the plan; where the API gives no code, a proxy on the way may have refused it"
+        return RunStopped(f"the API refused the account: {said}", hint)
     return RunStopped(f"the API is not at this address: {said}", "check api.url; redirects are not followed")
 
 
@@ -3928,8 +3982,9 @@ class ConvertClient:
             return False
         if isinstance(failure, JobFailed):
             return failure.permanent
-        # A 5xx may come after the work: another body would pay for it a second time.
-        return 400 <= failure.status < 500
+        # A 5xx may come after the work: another body would pay for it a second time. What is said of the account or of
+        # the address, no other body would change.
+        return 400 <= failure.status < 500 and failure.status not in REFUSALS
 
     def _form_fields(self, task: Task) -> tuple[tuple[str, str], ...]:
         # Without `source`, a URL's query or an unknown extension would leave the format to be guessed from the bytes.
@@ -4046,8 +4101,10 @@ class ConvertClient:
         exchange.maybe_done = True
         self.shared.gate.learn(response.headers, time.time())
         remaining = response.headers.get("X-CTF-Remaining", "")
-        # A replay has the headers of the first answer, which may be a day old.
-        if remaining.isdigit() and not exchange.replayed:
+        # A replay has the headers of the first answer, which may be a day old. That the API may have done the work
+        # before makes no replay: it may as well have done it, and charged for it, just now.
+        asked = time.time() - (time.monotonic() - exchange.asked_at)
+        if remaining.isdigit() and not (exchange.replayed and is_older(response.headers, asked)):
             exchange.remaining = int(remaining)
             self._keep_remaining(exchange.remaining)
 
@@ -4055,7 +4112,8 @@ class ConvertClient:
         # Here and not at the recorder's desk: by then this worker would have sent the next one.
         if remaining <= self._api.keep_remaining:
             because = f"{remaining} conversions remain this month, and api.keep_remaining is {self._api.keep_remaining}"
-            self.shared.stop.request(Stop(because, "run it again next month, or lower api.keep_remaining"))
+            hint = "run it again next month, or lower api.keep_remaining"
+            self.shared.stop.request(Stop(because, hint, is_limit=True))
 
     def _receive(self, response: requests.Response, target: str, deadline: float) -> Result:
         """The whole body of a 200, judged. Raises BadAnswer; leaves nothing behind."""
@@ -4207,7 +4265,7 @@ def ask_usage(api: ApiOptions) -> Usage:
         status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
     code, message = parse_error(json.dumps(body).encode())
     # An API that has no such page says nothing of the key.
-    if status not in {404, 405} and judge_reply(status, code) is Verdict.STOP_RUN:
+    if status not in {404, 405} and judge_reply(status, code) in {Verdict.STOP_RUN, Verdict.REFUSED}:
         raise refusal_by_api(status, code, message, api.url)
     # No retry: whoever asks wants to know how it is now.
     if status >= 500 or status == 429:
@@ -4572,6 +4630,8 @@ class Planner:
         # What was sent for another version of the object can never be asked for again.
         if earlier and earlier.etag != source.etag:
             earlier = None
+        planned, quality = output_key(job, source.key), job.options.quality
+        place = f"{self.settings.s3.written_bucket}/{planned}"
         is_overdue = earlier is not None and time.time() - earlier.sent_at > IDEMPOTENCY_WINDOW_SECONDS
         task = Task(
             job=job.name,
@@ -4580,9 +4640,9 @@ class Planner:
             etag=source.etag,
             size=source.size,
             target=job.options.target,
-            quality=job.options.quality,
-            output_key=output_key(job, source.key),
-            idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
+            quality=quality,
+            output_key=planned,
+            idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, quality, place),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
             job_id=earlier.job_id if earlier else "",
@@ -4750,8 +4810,28 @@ class Feeder:
             self.has_ended.set()
             self.is_ahead.set()
             self.tell(FeedEnded(stop, is_complete))
-            for _ in range(self.shared.settings.run.consumers):
-                self.tasks.put(None)
+            self._send_home()
+
+    def _send_home(self) -> None:
+        """Put an end marker into the queue for every worker, those that have died among them."""
+        markers = self.shared.settings.run.consumers
+        while markers:
+            try:
+                self.tasks.put(None, timeout=0.2)
+                markers -= 1
+            except queue.Full:
+                markers += self._make_room()
+
+    def _make_room(self) -> int:
+        """Leave to the next run what nobody may be alive to take; how many markers that has cost."""
+        if not self.shared.stop.requested:
+            return 0
+        try:
+            task = self.tasks.get_nowait()
+        except queue.Empty:
+            return 0
+        self._leave([task] if task else [])
+        return int(task is None)
 
     def feed(self) -> Stop | None:
         """Hand out the tasks of every page; why that is not all there is, if it is not."""
@@ -4788,6 +4868,7 @@ class Feeder:
         return Stop(
             f"the cap of {counted(settings.api.max_conversions or 0, 'conversion')}{settings.shard.named} is reached",
             "run it again to go on, or raise api.max_conversions (--limit); failed ones count, for they may be charged",
+            is_limit=True,
         )
 
     def _within_budget(self, tasks: Iterable[Task]) -> Iterator[Task]:
@@ -4850,8 +4931,15 @@ class TotalCount(threading.Thread):
         self._feeder, self._horizon = feeder, feeder.journal.newest_row()
 
     def run(self) -> None:
-        """Count, if there is something to wait for; tell the recorder once it is all counted."""
+        """Count, if there is something to wait for. A total that cannot be had is missed by nobody but the bar."""
         self._feeder.is_ahead.wait()
+        try:
+            self._count()
+        except Exception:
+            log.debug("the total could not be counted", exc_info=True)
+
+    def _count(self) -> None:
+        """Tell the recorder once it is all counted."""
         shared = self._feeder.shared
         with contextlib.suppress(RunStopped, UserError, Interrupted), self._own_journal() as journal:
             planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
@@ -4888,7 +4976,7 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
-        keeps = exchange.maybe_done and not failure.permanent
+        keeps = exchange.is_open and not failure.permanent
         outcome = Outcome(
             task, Event.FAILED, failure.code, failure.message, failure.status, failure.permanent, unsettled=keeps
         )
@@ -4972,7 +5060,7 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
             connection.send(note)
 
     stop = StopFlag(tell)
-    shared = Shared(settings, stop, Gate(tell), Bucket(settings, stop), UrlTrust(tell), tell)
+    shared = Shared(settings, stop, Gate(tell, tell), Bucket(settings, stop), UrlTrust(tell), tell)
     tasks: queue.Queue[Task | None] = queue.Queue()
     threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
     with ThreadPoolExecutor(workers) as pool:
@@ -5071,9 +5159,11 @@ class WorkerProcess:
         self._is_fed = task is None
         return task
 
-    def _take(self, note: "Heard | Stop | Outcome | JobStarted") -> None:
+    def _take(self, note: "Heard | Asking | Stop | Outcome | JobStarted") -> None:
         """Pass a note on to whom it concerns."""
-        if isinstance(note, Heard):
+        if isinstance(note, Asking):
+            self.shared.gate.note_asking()
+        elif isinstance(note, Heard):
             self.pacer.hear(note)
             self.shared.url_trust.hear(note)
         elif isinstance(note, Stop):
@@ -5169,7 +5259,8 @@ def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
 #   - An outcome is counted after it is written. What cannot be written is left to do, and its request stays recorded.
 ########################################################################################################################
 
-Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None  # None: a worker, or a process of them, has left
+# None: the feeder, a worker, or a process of them, has left.
+Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None
 # Failures that cost nothing and say nothing of the API: they do not count for run.max_failure_rate.
 FREE_FAILURES = ("output_collision", "output_key_too_long", "too_large", "source_gone")
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
@@ -5537,10 +5628,13 @@ class Recorder:
         self.shared, self.pacer, self.journal, self.report, self.progress = shared, pacer, journal, report, progress
         self.run = shared.settings.run
         self._can_write = True
+        self._refusal: tuple[int, str] | None = None  # of the last object that the API had a word on: status and code
+        self._refused = 0  # objects in a row, for that reason
+        self._announced: Stop | None = None
 
     def record(self, notes: "queue.Queue[Note]") -> bool:
-        """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
-        working = self.run.consumers
+        """Settle all that comes until every thread has left. False if some had to be abandoned after the grace."""
+        working = self.run.consumers + 1  # the feeder, which may outlive the workers and waits for room for its notes
         self.progress.show(self.report)
         while working:
             batch = next_batch(notes)
@@ -5569,6 +5663,7 @@ class Recorder:
             self.pacer.let_others_start()
             for outcome in self._settle(outcomes):
                 self.report.add(outcome)
+                self._watch_refusals(outcome)
             self._watch_results()
 
     def _settle(self, outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
@@ -5629,18 +5724,33 @@ class Recorder:
             share = f"run.max_failure_rate = {100 * most:.3g}%"
             because = f"{failed.total()} of {tried} failed ({reasons}), more than {share}"
             hint = f"see {self.run.failures}; then run it again, or raise run.max_failure_rate"
-            self.shared.stop.request(Stop(because, hint))
+            self.shared.stop.request(Stop(because, hint, is_limit=True))
+
+    def _watch_refusals(self, outcome: Outcome) -> None:
+        """Stop the run where one refusal after another shows that it is not the objects that are refused."""
+        is_converted = outcome.event is Event.CONVERTED and not outcome.task.copy
+        if not (is_converted or (outcome.event is Event.FAILED and outcome.status)):
+            return
+        refusal = (outcome.status, outcome.code) if outcome.status in REFUSALS else None
+        self._refused = self._refused + 1 if refusal == self._refusal else 1
+        self._refusal = refusal
+        if refusal and self._refused == REFUSALS_ENDURED:
+            stop = refusal_by_api(*refusal, outcome.message).stop
+            self.shared.stop.request(replace(stop, because=f"{REFUSALS_ENDURED} in a row: {stop.because}"))
 
     def _watch_time(self) -> None:
         # Looked at at least five times a second, whether or not anything has come.
         limit = self.run.max_runtime
         if limit is not None and time.monotonic() - self.report.started > limit:
-            self.shared.stop.request(Stop("run.max_runtime is over", "run it again: it goes on where this run ended"))
+            hint = "run it again: it goes on where this run ended"
+            self.shared.stop.request(Stop("run.max_runtime is over", hint, is_limit=True))
 
     def _announce_stop(self) -> None:
+        self.shared.stop.pass_on()
         stop = self.shared.stop.stop
-        if stop and not self.report.is_stopping:
-            self.report.is_stopping = True
+        # A signal is news though the run is stopping already: only then is there a grace.
+        if stop and stop != self._announced:
+            self.report.is_stopping, self._announced = True, stop
             again = (
                 f" for up to {self.run.shutdown_grace:.0f} s; once more ends it at once" if stop.is_by_signal else ""
             )
@@ -5711,8 +5821,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         feeder = Feeder(shared, pacer, journal, tasks)
         if not (settings.quiet or settings.keys_from):
             TotalCount(feeder).start()
-        pool.submit(feeder.run)
-        for work in workforce(shared, pacer, tasks):
+        for work in (feeder.run, *workforce(shared, pacer, tasks)):
             pool.submit(work_until_done, work, stop).add_done_callback(lambda _: notes.put(None))
         # The main thread records, because it is the one that signals wake.
         is_complete = Recorder(shared, pacer, journal, report, progress).record(notes)
@@ -5771,7 +5880,7 @@ def close_accounts(report: Report, *, is_complete: bool) -> None:
         report.stop = Stop(
             f"{missing} of the listed objects have no count", "this is a bug of the program; please report it"
         )
-    elif report.is_whole and not report.counts["left"] and report.stop and not report.stop.is_by_signal:
+    elif report.is_whole and not report.counts["left"] and report.stop and report.stop.is_limit:
         # The quota, the cap or the time was used up by the very last object: nothing is left that it could stop.
         report.stop = None
 
@@ -5810,8 +5919,9 @@ REMEDIES = {
     "fetch_failed": "the API could not read the presigned URL: set api.transfer = upload",
     "service_unavailable": "the API's converter was down: run it again later",
     "rate_limited": "the API's limit left no room for too long: lower api.requests_per_minute, or run it again later",
-    "http_422": "the API could not convert it: open one of the files; it may be damaged or protected by a password",
-    "http_413": "the API takes no larger ones: lower api.max_size to skip the attempt, or change the plan",
+    "http_403": "refused without a code of the API's: is there a proxy or a filter on the way? Run it again",
+    "http_413": "refused without a code of the API's: if nothing on the way limits the size, lower api.max_size",
+    "http_422": "refused without a code of the API's: if it stays so, open one of the files; it may be damaged",
     "too_large": "raise api.max_size, or api.jobs_above from never, if your plan takes such sizes",
     "network": "the connection broke, again and again: check network and proxy, and run it again",
     "html_answer": "a web page came in place of the file: is there a proxy or a captive portal on the way?",
@@ -5850,9 +5960,10 @@ def remedy(code: str) -> str:
     # The API may have codes that no page of it names; the status, where that is all there is, still says whose fault.
     if code.startswith("http_5"):
         return "the API's side: run it again later"
-    return REMEDIES.get(
-        code, "open one of the files: it may be damaged or protected by a password; its message says more"
-    )
+    if re.fullmatch("http_[34]..", code):
+        return REMEDIES.get(code, REMEDIES["http_403"])
+    unknown = "open one of the files: it may be damaged or protected by a password; its message says more"
+    return REMEDIES.get(code, unknown)
 
 
 def shown(text: str) -> str:

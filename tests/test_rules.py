@@ -184,9 +184,12 @@ def test_every_upload_name_is_plain_and_tells_the_same_format(key: str) -> None:
 ########################################################################
 
 
+PLACE = "bucket/converted/a.jpg"
+
+
 def test_the_idempotency_key_of_a_version_never_changes() -> None:
     # Another value here means that a run after an update pays again for what an interrupted one has sent.
-    assert program.idempotency_key("bucket", SOURCE, "jpg", None) == "2546dda618ffe8e42276e7e557448b23"
+    assert program.idempotency_key("bucket", SOURCE, "jpg", None, PLACE) == "79670b4aa8657b937c0090facf85f88d"
 
 
 @pytest.mark.parametrize(
@@ -204,18 +207,20 @@ def test_the_idempotency_key_of_a_version_never_changes() -> None:
 def test_each_component_changes_the_idempotency_key(
     bucket: str, source: program.S3Object, target: str, quality: int | None
 ) -> None:
-    usual = program.idempotency_key("bucket", SOURCE, "jpg", None)
-    assert program.idempotency_key(bucket, source, target, quality) != usual
+    usual = program.idempotency_key("bucket", SOURCE, "jpg", None, PLACE)
+    assert program.idempotency_key(bucket, source, target, quality, PLACE) != usual
+    assert program.idempotency_key("bucket", SOURCE, "jpg", None, "bucket/elsewhere/a.jpg") != usual
 
 
 def test_a_new_date_alone_is_no_new_version() -> None:
     touched = SOURCE._replace(last_modified="2026-09-21T14:13:21.000Z", archived=True)
-    assert program.idempotency_key("bucket", touched, "jpg", 1) == program.idempotency_key("bucket", SOURCE, "jpg", 1)
+    made = [program.idempotency_key("bucket", source, "jpg", 1, PLACE) for source in (touched, SOURCE)]
+    assert made[0] == made[1]
 
 
 @given(KEYS, st.text(max_size=40), st.integers(0, 5 * 10**9), st.none() | st.integers(1, 100))
 def test_every_idempotency_key_is_one_that_the_api_takes(key: str, etag: str, size: int, quality: int | None) -> None:
-    made = program.idempotency_key("bucket", program.S3Object(key, etag, size, LISTED), "jpg", quality)
+    made = program.idempotency_key("bucket", program.S3Object(key, etag, size, LISTED), "jpg", quality, PLACE)
     # Successors get a few characters more, of 128.
     assert re.fullmatch(r"[A-Za-z0-9._:+/-]{1,100}", made)
 
@@ -512,9 +517,12 @@ def test_an_answer_that_cannot_be_the_target_is_refused(target: str, media_type:
     [
         (400, "bad_request", Verdict.GIVE_UP),
         (401, "invalid_api_key", Verdict.STOP_RUN),
-        (401, "", Verdict.STOP_RUN),
-        (403, "", Verdict.STOP_RUN),
-        (404, "not_found", Verdict.STOP_RUN),
+        (401, "", Verdict.REFUSED),
+        (403, "", Verdict.REFUSED),
+        (403, "forbidden", Verdict.REFUSED),
+        (403, "quota_exceeded", Verdict.STOP_RUN),
+        (407, "", Verdict.STOP_RUN),
+        (404, "not_found", Verdict.REFUSED),
         (409, "bad_request", Verdict.WAIT),
         (409, "", Verdict.WAIT),
         (413, "file_too_large", Verdict.GIVE_UP),
@@ -533,9 +541,9 @@ def test_an_answer_that_cannot_be_the_target_is_refused(target: str, media_type:
         (599, "no such thing", Verdict.RETRY),
         (408, "", Verdict.RETRY),
         (418, "teapot", Verdict.GIVE_UP),
-        (301, "", Verdict.STOP_RUN),
-        (302, "", Verdict.STOP_RUN),
-        (307, "", Verdict.STOP_RUN),
+        (301, "", Verdict.REFUSED),
+        (302, "", Verdict.REFUSED),
+        (307, "", Verdict.REFUSED),
     ],
 )
 def test_an_error_reply_is_judged_as_the_contract_says(status: int, code: str, expected: Verdict) -> None:

@@ -1,0 +1,208 @@
+"""One object's trouble or everybody's: what a refusal or a number of the API's may be taken for, and what not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.runs.test_resume import until_next_second
+from tests.standins.conversion_api import ConversionApi, Fault, Request
+from tests.standins.converters import marking
+from tests.standins.program import HASTY
+from tests.standins.promises import assert_all_promises_are_kept, fill
+
+Cli = Callable[..., Any]
+PAGE = b"<!DOCTYPE html><html><body><h1>This site is blocked</h1></body></html>"
+ONE_BY_ONE = ("--workers", "1", "--set", "api.requests_per_minute=100000")
+# Slowly enough that what is counted is seen before the next ten are sent.
+IN_ORDER = ("--workers", "2", "--set", "api.requests_per_minute=3000")
+
+
+@pytest.fixture(autouse=True)
+def cheap(api: ConversionApi) -> None:
+    """Conversions that cost nothing, for tests of the flow."""
+    api.behaviour.convert = marking
+
+
+def is_about(key: str) -> Callable[[Request], bool]:
+    """Picks the requests for one source, whichever way it goes."""
+
+    def picks(request: Request) -> bool:
+        # A resumed request carries the URL it had; an upload has the key's last part for its name.
+        return request.is_conversion and (f"/{key}?" in request.fields.get("file_url", "") or request.filename == key)
+
+    return picks
+
+
+def page_of_a_proxy(status: int, key: str) -> Fault:
+    """A web page in place of the API's answer, whenever this source is sent."""
+    headers = {"Location": "http://127.0.0.1:9/login"} if 300 <= status < 400 else {}
+    fault = Fault(status=status, body=PAGE, content_type="text/html", times=None, headers=headers)
+    return fault.at(is_about(key))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refusals
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transfer", [pytest.param("upload", marks=pytest.mark.slow), "auto"])
+def test_what_a_proxy_refuses_is_the_failure_of_those_objects_alone(
+    transfer: str, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket, 24)
+    # More than ten in all, none of them ten times in a row.
+    statuses = (*[403] * 6, 401, 402, 404, 405, 302, 307)
+    refused = {f"{2 * number:03}.png": status for number, status in enumerate(statuses)}
+    faults = [api.faults.add(page_of_a_proxy(status, key)) for key, status in refused.items()]
+    run = run_cli(*ONE_BY_ONE, "--set", f"api.transfer={transfer}")
+    assert (run.exit_code, run.summary["converted"], len(api.paid)) == (1, 12, 12)
+    assert {line["key"]: line["status"] for line in run.failures} == refused
+    assert {(line["code"], line["permanent"]) for line in run.failures} == {
+        (f"http_{status}", False) for status in refused.values()
+    }
+    # Another body for the same object would be asked for, and perhaps paid, a second time.
+    assert [fault.struck for fault in faults] == [1] * 12
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli("--set", f"api.transfer={transfer}"), api, bucket, expected)
+
+
+@pytest.mark.parametrize("transfer", [pytest.param("upload", marks=pytest.mark.slow), "auto"])
+def test_without_the_api_s_own_code_nothing_has_failed_for_good(
+    transfer: str, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket, 8)
+    refused = {f"{number:03}.png": status for number, status in enumerate((400, 413, 414, 418, 422, 431, 451))}
+    for key, status in refused.items():
+        api.faults.add(page_of_a_proxy(status, key))
+    run = run_cli(*ONE_BY_ONE, "--set", f"api.transfer={transfer}")
+    assert (run.exit_code, len(api.paid)) == (1, 1)
+    assert {line["key"]: (line["status"], line["permanent"]) for line in run.failures} == {
+        key: (status, False) for key, status in refused.items()
+    }
+    assert "failed for good" not in run.out
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli("--set", f"api.transfer={transfer}"), api, bucket, expected)
+
+
+REFUSALS_OF_ALL = [
+    pytest.param(Fault.status_reply(403, "forbidden"), "refused the account: 403 forbidden", id="API"),
+    pytest.param(Fault.html_page(403), "refused the account: 403", id="proxy"),
+    pytest.param(
+        Fault.redirect("http://127.0.0.1:9/", 302), "not at this address: 302", id="address", marks=pytest.mark.slow
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "said"), REFUSALS_OF_ALL)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ten_refusals_in_a_row_are_about_all_objects_and_stop_the_run(
+    *, fault: Fault, said: str, processes: int, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket, 30)
+    api.faults.add(replace(fault, times=None))
+    run = run_cli(*IN_ORDER, "--set", f"run.processes={processes}")
+    assert (run.exit_code, len(api.paid)) == (3, 0)
+    assert said in run.summary["stopped_because"]
+    assert "in a row" in run.summary["stopped_because"]
+    assert "hint: check" in run.out
+    assert 10 <= len(run.failures) < 25
+    assert {line["permanent"] for line in run.failures} == {False}
+    assert run.summary["left"] == 30 - len(run.failures)
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli(), api, bucket, expected)
+
+
+def test_ten_refusals_of_a_bucket_that_has_no_more_are_still_said_to_be_about_all(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket, 10)
+    api.faults.add(Fault.status_reply(403, "forbidden", times=None))
+    run = run_cli(*IN_ORDER)
+    assert (run.exit_code, len(run.failures), run.summary["left"]) == (3, 10, 0)
+    assert "refused the account: 403 forbidden" in run.summary["stopped_because"]
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli(), api, bucket, expected)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault.status_reply(401, "invalid_api_key", times=None), id="key"),
+        pytest.param(Fault.status_reply(403, "quota_exceeded", times=None), id="quota"),
+    ],
+)
+def test_the_api_s_word_on_the_key_or_the_month_stops_the_run_at_once(
+    fault: Fault, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 12)
+    api.faults.add(fault)
+    run = run_cli(*ONE_BY_ONE)
+    assert (run.exit_code, run.failures, run.summary["left"], fault.struck) == (3, [], 12, 1)
+
+
+def test_a_proxy_s_page_in_place_of_a_job_s_state_stops_nobody(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    expected = fill(bucket, 4)
+    for status in (401, 403):
+        page = Fault(status=status, body=PAGE, content_type="text/html", times=1)
+        api.faults.add(page.at(lambda request: request.method == "GET" and request.path.startswith("/v1/jobs/")))
+    run = run_cli("--set", "api.jobs_above=1", command=HASTY)
+    assert_all_promises_are_kept(run, api, bucket, expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is left of the month
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def send_all_in_vain(run_cli: Cli, bucket: Any, api: ConversionApi, count: int) -> dict[str, bytes]:
+    """Let a run send all objects, and the API do none of them: whether it has is not known to anybody."""
+    expected = fill(bucket, count)
+    api.faults.add(Fault.cut_before_work(times=None))
+    run = run_cli("--set", "api.retries=0")
+    assert (len(run.rows("in_flight")), len(api.paid)) == (count, 0)
+    api.faults.clear()
+    return expected
+
+
+def fail_each_at_first(_: Cli, bucket: Any, api: ConversionApi, count: int) -> dict[str, bytes]:
+    """Let the first attempt for each object come to nothing, so that the second may be answered from memory."""
+    sent: dict[str, Request] = {}
+
+    def is_first(request: Request) -> bool:
+        return request.is_conversion and sent.setdefault(str(request.idempotency_key), request) is request
+
+    api.faults.add(Fault.status_reply(502, "service_unavailable", times=None, where=is_first))
+    return fill(bucket, count)
+
+
+@pytest.mark.parametrize("prepare", [send_all_in_vain, fail_each_at_first])
+def test_the_remainder_is_kept_though_the_api_may_have_done_what_is_sent_again(
+    prepare: Callable[..., dict[str, bytes]], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = prepare(run_cli, bucket, api, 14)
+    api.behaviour.month_quota = 100
+    run = run_cli("--workers", "4", "--set", "api.keep_remaining=95", command=HASTY)
+    # Five may be used; what the other three workers have sent by then cannot be taken back.
+    assert (run.exit_code, 5 <= len(api.paid) <= 8) == (3, True), len(api.paid)
+    assert "api.keep_remaining is 95" in run.summary["stopped_because"]
+    assert run.summary["converted"] + run.summary["left"] == 14
+    assert_all_promises_are_kept(run_cli(command=HASTY), api, bucket, expected)
+
+
+def test_what_remained_when_a_repeated_answer_was_made_stops_no_run(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 3)
+    api.behaviour.month_quota = 3
+    api.faults.add(Fault.cut_after_work(times=None))
+    assert run_cli("--set", "api.retries=0", "--workers", "1").exit_code == 1
+    assert len(api.paid) == 3
+    api.faults.clear()
+    api.behaviour.month_quota = None
+    expected = fill(bucket, 6)
+    until_next_second()  # by whole seconds it is told that an answer is older than the question
+    run = run_cli("--workers", "1")
+    assert_all_promises_are_kept(run, api, bucket, expected)
+    assert run.summary["replays"] == 3
