@@ -399,16 +399,17 @@ class S3Object(NamedTuple):
 
 
 class Page(NamedTuple):
-    """One page of a listing. `token` asks for the next one; it is empty on the last."""
+    """One page of a listing. `token` asks for the next one; without one, what comes next is after the last key."""
 
     objects: list[S3Object]
     folders: list[str]  # what lies behind the delimiter, if one was asked for: keys up to and including it
     token: str = ""
+    is_truncated: bool = False  # S3 says that there is more, whether or not it gives a token
 
     @property
     def is_last(self) -> bool:
         """Whether nothing comes after it."""
-        return not self.token
+        return not (self.token or self.is_truncated)
 
 
 class Candidate(NamedTuple):
@@ -2765,10 +2766,18 @@ class Bucket:
             return page_of_reply(self.client.list_objects_v2(**request))
         except (ClientError, BotoCoreError) as error:
             raise refused(error, f"the listing of {request['Bucket']}") from None
+        except BadListing as bad:
+            raise RunStopped(
+                f"the listing of {request['Bucket']} breaks off: {bad}",
+                "check s3.endpoint_url and whether a proxy is on the way, and run it again",
+            ) from None
 
     def _fetch_xml(self, request: Mapping[str, Any]) -> bytes:
         """A page as S3 sends it, because boto3's parser takes ten times as long as all the rest."""
-        address = self.client.generate_presigned_url("list_objects_v2", Params=request, ExpiresIn=LIST_URL_SECONDS)
+        # A copy, because boto3 writes into it that keys are to come URL-encoded: where a request says so itself, boto3
+        # leaves them as they come, and the page that it is asked for instead of this one would have other keys.
+        params = dict(request)
+        address = self.client.generate_presigned_url("list_objects_v2", Params=params, ExpiresIn=LIST_URL_SECONDS)
         # boto3 signs them with the URL, so they must be sent.
         headers = {"x-amz-optional-object-attributes": "RestoreStatus"}
         if self._payer:
@@ -3055,7 +3064,7 @@ UNSEEN = {"unseen": "403"}  # in place of the metadata of an object that this ru
 
 
 class BadListing(Exception):
-    """An answer that is not a page of a listing. boto3 is asked instead."""
+    """An answer that is not a page of a listing. boto3 is asked instead; if it has none either, the listing ends."""
 
 
 # An entry of a page of XML: these elements come in this order everywhere, on some servers with others in between.
@@ -3091,11 +3100,18 @@ def parse_page(xml: bytes) -> Page:
     is_whole = count in {-1, len(entries) + len(folders)} and root.find("Contents") is None
     is_whole &= text.count("<Contents>") == text.count("</Contents") == len(entries)
     is_whole &= root.tag == "ListBucketResult" and text.count("<CommonPrefixes>") == len(folders)
-    if not is_whole or truncated not in {"true", "false"} or (truncated == "true" and not token):
+    if not is_whole or truncated not in {"true", "false"}:
         raise BadListing(root.tag)
     # XML cannot carry every character that a key may have.
     decode = urllib.parse.unquote_plus if root.findtext("EncodingType") == "url" else str
-    return Page(parsed_objects(entries, decode), list(map(decode, folders)), token if truncated == "true" else "")
+    return page_of(parsed_objects(entries, decode), list(map(decode, folders)), token, is_truncated=truncated == "true")
+
+
+def page_of(objects: list[S3Object], folders: list[str], token: str, *, is_truncated: bool) -> Page:
+    """A page of these. Raises BadListing if there is more, and nothing from which to go on."""
+    if is_truncated and not token and not objects:
+        raise BadListing("a page says that there is more, and has neither a key nor a token to go on from")
+    return Page(objects, folders, token if is_truncated else "", is_truncated)
 
 
 def parsed_objects(entries: Sequence[tuple[str, ...]], decode: Callable[[str], str]) -> list[S3Object]:
@@ -3130,10 +3146,13 @@ def is_archived(entry: str) -> bool:
 
 
 def page_of_reply(reply: Any) -> Page:
-    """A page as boto3 has parsed it."""
+    """A page as boto3 has parsed it. Raises BadListing if it is none, or none to go on from."""
+    # boto3 takes any XML, a web page too, for a page without keys.
+    if "IsTruncated" not in reply:
+        raise BadListing("a page does not say whether it is the last")
     objects = [listed_object(line) for line in reply.get("Contents", [])]
     folders = [entry["Prefix"] for entry in reply.get("CommonPrefixes", [])]
-    return Page(objects, folders, reply.get("NextContinuationToken", "") if reply.get("IsTruncated") else "")
+    return page_of(objects, folders, reply.get("NextContinuationToken") or "", is_truncated=reply["IsTruncated"])
 
 
 def listed_object(line: Any) -> S3Object:
