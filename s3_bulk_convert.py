@@ -4622,8 +4622,10 @@ class Planner:
                 self._fail(
                     task, "too_large", f"{task.size} bytes are more than {most}; see api.max_size, api.jobs_above"
                 )
-            elif len(task.output_key.encode()) > S3_KEY_BYTES:
-                self._fail(task, "output_key_too_long", f"the output key has more than {S3_KEY_BYTES} bytes")
+            # Nobody knows before it is paid whether an archive of pages comes, and S3 must take its key too.
+            elif max(len(key.encode()) for key in made_keys(task.output_key)) > S3_KEY_BYTES:
+                said = f"the output key, with .zip behind it for an archive, has more than {S3_KEY_BYTES} bytes"
+                self._fail(task, "output_key_too_long", said)
             else:
                 yield task
 
