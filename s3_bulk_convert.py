@@ -172,6 +172,7 @@ LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes
 PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
 LIST_URL_SECONDS = 300
 FAST_FAILURES_ENDURED = 3  # in a row; after them boto3 lists alone
+REFUSALS_FOR_ALL = 10  # of sources, in a row: fewer may be about these objects, so many are about the credentials
 FOLDER_LEVELS_PROBED = 4  # for folders to list side by side
 PAGES_WORTH_A_SPAN = 4  # a shorter one is read to its end by whoever reads it: its last page is read by two
 DIGITS_OF_A_KEY = 6  # by which it is told where keys lie
@@ -277,6 +278,7 @@ JSON_TYPES = frozenset({"application/json", "application/problem+json", "text/js
 JSON_FORMATS = frozenset({"json", "ndjson", "jsonl", "geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest"})
 ANY_JSON = frozenset({"json", "ndjson", "jsonl"})  # those of them that may begin as the API's error does
 GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
+PACKINGS = frozenset({"br", "compress", "deflate", "gzip", "zstd"})  # Content-Encodings under which bytes are others
 HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
 STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
@@ -403,16 +405,17 @@ class S3Object(NamedTuple):
 
 
 class Page(NamedTuple):
-    """One page of a listing. `token` asks for the next one; it is empty on the last."""
+    """One page of a listing. `token` asks for the next one; without one, what comes next is after the last key."""
 
     objects: list[S3Object]
     folders: list[str]  # what lies behind the delimiter, if one was asked for: keys up to and including it
     token: str = ""
+    is_truncated: bool = False  # S3 says that there is more, whether or not it gives a token
 
     @property
     def is_last(self) -> bool:
         """Whether nothing comes after it."""
-        return not self.token
+        return not (self.token or self.is_truncated)
 
 
 class Candidate(NamedTuple):
@@ -2719,7 +2722,9 @@ class Bucket:
         self._connections = settings.run.workers + HEADS_AT_A_TIME
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._connect(None)
-        self._has_read = self._has_written = False
+        self._has_written = False
+        self._refusals = 0  # of sources, since the last one that could be read
+        self._most_bytes = settings.api.max_size
         self.pages_asked = 0  # of listings
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
@@ -2808,10 +2813,18 @@ class Bucket:
             return page_of_reply(self.client.list_objects_v2(**request))
         except (ClientError, BotoCoreError) as error:
             raise refused(error, f"the listing of {request['Bucket']}") from None
+        except BadListing as bad:
+            raise RunStopped(
+                f"the listing of {request['Bucket']} breaks off: {bad}",
+                "check s3.endpoint_url and whether a proxy is on the way, and run it again",
+            ) from None
 
     def _fetch_xml(self, request: Mapping[str, Any]) -> bytes:
         """A page as S3 sends it, because boto3's parser takes ten times as long as all the rest."""
-        address = self.client.generate_presigned_url("list_objects_v2", Params=request, ExpiresIn=LIST_URL_SECONDS)
+        # A copy, because boto3 writes into it that keys are to come URL-encoded: where a request says so itself, boto3
+        # leaves them as they come, and the page that it is asked for instead of this one would have other keys.
+        params = dict(request)
+        address = self.client.generate_presigned_url("list_objects_v2", Params=params, ExpiresIn=LIST_URL_SECONDS)
         # boto3 signs them with the URL, so they must be sent.
         headers = {"x-amz-optional-object-attributes": "RestoreStatus"}
         if self._payer:
@@ -2853,10 +2866,13 @@ class Bucket:
             self.client.get_object(Bucket=self.name, Key=key, Range="bytes=0-0", **self._payer)["Body"].close()
         except (ClientError, BotoCoreError) as explained:
             error = explained
+        if is_any_seen:
+            self.note_read()
         # To who may not list, S3 says the same of an object that does not exist.
-        if is_refusal(error) and not (is_any_seen and error_code(error) == "AccessDenied"):
-            raise refused(error, f"reading from {self.name}")
-        return ObjectFailed("source_unreadable", f"S3: {error}", permanent=False)
+        failure = self._refused_source(error)
+        if isinstance(failure, RunStopped):
+            raise failure
+        return failure
 
     @contextlib.contextmanager
     def fetched(self, url: str) -> Iterator[IO[bytes]]:
@@ -2875,17 +2891,31 @@ class Bucket:
         request = {"Bucket": self.name, "Key": key}
         return self.client.generate_presigned_url("get_object", Params=request, ExpiresIn=URL_LIFE_SECONDS)
 
-    def open_source(self, task: Task) -> IO[bytes]:
-        """A stream over the very version of the object that was listed.
+    def open_source(self, task: Task) -> tuple[IO[bytes], int]:
+        """A stream over the very version of the object that was listed, and its length, unpacked if it is packed.
 
         Raises ObjectFailed if it is gone, changed or unreadable, RunStopped if nothing can be read.
         """
+        reply = self.read_source(task)
+        coding = packing_of(reply.get("ContentEncoding", ""))
+        if coding:
+            return unpacked(reply["Body"], coding, self._most_bytes)
+        # The listing's word counts only where S3 itself does not say how much it sends.
+        return reply["Body"], reply.get("ContentLength", task.size)
+
+    def read_source(self, task: Task, **more: str) -> Any:
+        """S3's answer with the source's body and headers. Raises ObjectFailed or RunStopped."""
+        request: Any = {"IfMatch": f'"{task.etag}"', **more} if task.etag else more
         try:
-            reply = self.client.get_object(Bucket=self.name, Key=task.key, IfMatch=f'"{task.etag}"', **self._payer)
+            reply = self.client.get_object(Bucket=self.name, Key=task.key, **request, **self._payer)
         except (ClientError, BotoCoreError) as error:
             raise self._read_failure(error) from None
-        self._has_read = True
-        return cast(IO[bytes], reply["Body"])
+        self.note_read()
+        return reply
+
+    def note_read(self) -> None:
+        """A source was read, by this program or by its URL: whatever is refused is not refused to everybody."""
+        self._refusals = 0
 
     def _read_failure(self, error: Exception) -> RunStopped | ObjectFailed:
         code = error_code(error)
@@ -2893,11 +2923,19 @@ class Bucket:
             return ObjectFailed("source_gone", "the object was deleted after it was listed", permanent=False)
         if code in {"PreconditionFailed", "412"}:
             return ObjectFailed("source_changed", "the object was overwritten after it was listed", permanent=False)
-        # While others can be read, a refusal is about this object: its own ACL, its KMS key.
-        if is_refusal(error) and not (self._has_read and code == "AccessDenied"):
+        return self._refused_source(error)
+
+    def _refused_source(self, error: Exception) -> RunStopped | ObjectFailed:
+        """What it means that S3 does not hand out a source: AccessDenied alone does not say whether all are meant.
+
+        It is about this object, its own ACL or its KMS key, until so many in a row are evidence against all. Those stay
+        to do, so that the failure does not last.
+        """
+        code = error_code(error)
+        self._refusals += code == "AccessDenied"
+        if is_refusal(error) and (code != "AccessDenied" or self._refusals >= REFUSALS_FOR_ALL):
             return refused(error, f"reading from {self.name}")
-        unreadable = code in {"AccessDenied", "InvalidObjectState"}
-        return ObjectFailed("source_unreadable", f"S3: {error}", permanent=unreadable)
+        return ObjectFailed("source_unreadable", f"S3: {error}", permanent=code == "InvalidObjectState")
 
     def _metadata(self, bucket: str, key: str) -> dict[str, str] | None:
         """What an object carries: None if there is none, UNSEEN if this run may not look. Raises ObjectFailed."""
@@ -3005,13 +3043,15 @@ class Bucket:
         return key
 
     def copy(self, task: Task) -> None:
-        """Copy an object that is in the target format already, within S3."""
+        """Copy an object that is in the target format already, within S3, with what it says of itself.
+
+        Raises ObjectFailed or RunStopped.
+        """
         source: Any = {"Bucket": self.name, "Key": task.key}
-        extra = {
-            **self._output_arguments(task),
-            "MetadataDirective": "REPLACE",
-            "ContentType": media_type_of(task.target),
-        }
+        told = self.read_source(task, Range="bytes=0-0")
+        told["Body"].close()
+        extra = {**kept_of_source(told, task.target), **self._output_arguments(task), "MetadataDirective": "REPLACE"}
+        extra["Metadata"] = {**ascii_only(told["Metadata"]), **extra["Metadata"]}
         with self._explaining_writes(task.output_key):
             parts = TransferConfig(use_threads=False)
             self.client.copy(source, self.output_name, task.output_key, ExtraArgs=extra, Config=parts)
@@ -3098,7 +3138,7 @@ UNSEEN = {"unseen": "403"}  # in place of the metadata of an object that this ru
 
 
 class BadListing(Exception):
-    """An answer that is not a page of a listing. boto3 is asked instead."""
+    """An answer that is not a page of a listing. boto3 is asked instead; if it has none either, the listing ends."""
 
 
 # An entry of a page of XML: these elements come in this order everywhere, on some servers with others in between.
@@ -3134,11 +3174,18 @@ def parse_page(xml: bytes) -> Page:
     is_whole = count in {-1, len(entries) + len(folders)} and root.find("Contents") is None
     is_whole &= text.count("<Contents>") == text.count("</Contents") == len(entries)
     is_whole &= root.tag == "ListBucketResult" and text.count("<CommonPrefixes>") == len(folders)
-    if not is_whole or truncated not in {"true", "false"} or (truncated == "true" and not token):
+    if not is_whole or truncated not in {"true", "false"}:
         raise BadListing(root.tag)
     # XML cannot carry every character that a key may have.
     decode = urllib.parse.unquote_plus if root.findtext("EncodingType") == "url" else str
-    return Page(parsed_objects(entries, decode), list(map(decode, folders)), token if truncated == "true" else "")
+    return page_of(parsed_objects(entries, decode), list(map(decode, folders)), token, is_truncated=truncated == "true")
+
+
+def page_of(objects: list[S3Object], folders: list[str], token: str, *, is_truncated: bool) -> Page:
+    """A page of these. Raises BadListing if there is more, and nothing from which to go on."""
+    if is_truncated and not token and not objects:
+        raise BadListing("a page says that there is more, and has neither a key nor a token to go on from")
+    return Page(objects, folders, token if is_truncated else "", is_truncated)
 
 
 def parsed_objects(entries: Sequence[tuple[str, ...]], decode: Callable[[str], str]) -> list[S3Object]:
@@ -3173,10 +3220,13 @@ def is_archived(entry: str) -> bool:
 
 
 def page_of_reply(reply: Any) -> Page:
-    """A page as boto3 has parsed it."""
+    """A page as boto3 has parsed it. Raises BadListing if it is none, or none to go on from."""
+    # boto3 takes any XML, a web page too, for a page without keys.
+    if "IsTruncated" not in reply:
+        raise BadListing("a page does not say whether it is the last")
     objects = [listed_object(line) for line in reply.get("Contents", [])]
     folders = [entry["Prefix"] for entry in reply.get("CommonPrefixes", [])]
-    return Page(objects, folders, reply.get("NextContinuationToken", "") if reply.get("IsTruncated") else "")
+    return page_of(objects, folders, reply.get("NextContinuationToken") or "", is_truncated=reply["IsTruncated"])
 
 
 def listed_object(line: Any) -> S3Object:
@@ -3198,6 +3248,64 @@ def headed_object(key: str, head: Any) -> S3Object:
     restored = 'ongoing-request="false"' in head.get("Restore", "")
     archived = head.get("StorageClass") in ARCHIVE_CLASSES and not restored
     return S3Object(key, plain_etag(head), head["ContentLength"], head["LastModified"].isoformat(), archived)
+
+
+def ascii_only(told: Mapping[str, Any]) -> dict[str, str]:
+    """The entries that can be sent: boto3 does not sign others as it sends them, and S3 refuses the request."""
+    return {name: value for name, value in told.items() if isinstance(value, str) and value and value.isascii()}
+
+
+def kept_of_source(told: Mapping[str, Any], target: str) -> dict[str, str]:
+    """What a copy says of itself: what its source says; only a type that says nothing gives way to the target's."""
+    names = ("ContentType", "ContentEncoding", "ContentDisposition", "ContentLanguage", "CacheControl")
+    kept = ascii_only({name: told.get(name) for name in names})
+    is_typed = plain_type(kept.get("ContentType", "")) not in GENERIC_TYPES
+    return kept if is_typed else {**kept, "ContentType": media_type_of(target)}
+
+
+def packing_of(encoding: str) -> str:
+    """What a Content-Encoding says that the bytes are packed with; empty if that is nothing that compresses them."""
+    codings = [coding.strip().lower() for coding in encoding.split(",")]
+    # Others are about the transport (aws-chunked), or no codings at all (identity, utf-8).
+    return ", ".join(coding for coding in codings if coding.removeprefix("x-") in PACKINGS)
+
+
+def unpacked(packed: IO[bytes], coding: str, most: int) -> tuple[IO[bytes], int]:
+    """A temporary file with the unpacked bytes, and their number, which nobody knows before.
+
+    Raises ObjectFailed if they cannot be had, or are more than `most`.
+    """
+    said = f"its Content-Encoding is {coding}, and it cannot be unpacked"
+    with contextlib.closing(packed), contextlib.ExitStack() as on_failure:
+        if coding.removeprefix("x-") != "gzip":
+            raise ObjectFailed("source_unreadable", f"{said} here; store it as it is, or in gzip", permanent=True)
+        plain = on_failure.enter_context(temporary_file())
+        try:
+            size = unzipped_into(plain, packed, most)
+        except BotoCoreError as error:
+            broken = f"reading the source broke off: {type(error).__name__}"
+            raise ObjectFailed("network", broken, permanent=False) from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            # One that ends early may have been cut on the way.
+            is_damaged = not isinstance(error, EOFError)
+            raise ObjectFailed("source_unreadable", f"{said}: {error}", permanent=is_damaged) from None
+        on_failure.pop_all()
+    return plain, size
+
+
+def unzipped_into(plain: IO[bytes], packed: IO[bytes], most: int) -> int:
+    """Write what is packed with gzip into a file, which is then at its start, and return the length of it."""
+    pieces = iter(functools.partial(gzip.GzipFile(fileobj=packed).read, CHUNK_BYTES), b"")
+    size = 0
+    for piece in pieces:
+        with no_space_stops_the_run():
+            size += plain.write(piece)
+        if size > most:
+            raise ObjectFailed(
+                "too_large", f"unpacked, it has more than {most} bytes; see api.max_size", permanent=True
+            )
+    plain.seek(0)
+    return size
 
 
 def is_made_of(metadata: Mapping[str, str], bucket: str, key: str) -> bool:
@@ -3818,19 +3926,21 @@ class Call:
     idempotency_key: str
     fields: tuple[tuple[str, str], ...]
     filename: str = ""
-    file_size: int = 0
-    open_file: Callable[[], IO[bytes]] | None = None
+    open_file: Callable[[], tuple[IO[bytes], int]] | None = None  # the file, and how many bytes it has
 
 
 class FormBody(io.RawIOBase):
     """The multipart body of a call: form fields, then the file, streamed. Rewinding opens the file anew.
 
+    The file is opened at once, because its length is announced before it is sent; what is sent is counted against that.
     The boundary is derived from the idempotency key, so that a request that is sent again is the same to the byte.
     """
 
     def __init__(self, call: Call) -> None:
         super().__init__()
-        self._call = call
+        self._call, self._parts = call, list[IO[bytes]]()
+        self._file: IO[bytes] | None = None
+        self._size = self._left = 0  # of the file: as it was announced, and what is not read yet
         fields: list[Any] = list(call.fields)
         if call.open_file:
             # The API goes by the file's name; the usual type is another on a machine with other tables.
@@ -3840,12 +3950,13 @@ class FormBody(io.RawIOBase):
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
         end = len(form) - len(f"\r\n--{boundary}--\r\n") if call.open_file else len(form)
         self._head, self._tail = form[:end], form[end:]
-        self._parts: list[IO[bytes]] = []
         self._at_start = False
         self.seek(0)
+        if call.open_file:
+            self._file, self._size = call.open_file()
 
     def __len__(self) -> int:
-        return len(self._head) + self._call.file_size + len(self._tail)
+        return len(self._head) + self._size + len(self._tail)
 
     def readable(self) -> bool:
         """It can be read."""
@@ -3867,7 +3978,10 @@ class FormBody(io.RawIOBase):
     def read(self, length: int = -1) -> bytes:
         """The next bytes. Raises what opening the file raises; ConnectionError if it breaks off."""
         if self._at_start and self._call.open_file:
-            self._parts.insert(1, self._call.open_file())
+            file, size = (self._file, self._size) if self._file else self._call.open_file()
+            self._file, self._left = file, self._size
+            self._parts.insert(1, file)
+            self._refuse_other_length(self._size - size)
         self._at_start = False
         while self._parts:
             piece = self._read_part(length)
@@ -3878,14 +3992,25 @@ class FormBody(io.RawIOBase):
 
     def _read_part(self, length: int) -> bytes:
         try:
-            return self._parts[0].read(CHUNK_BYTES if length < 0 else length)
+            piece = self._parts[0].read(CHUNK_BYTES if length < 0 else length)
         except BotoCoreError as error:
             # An OSError is what urllib3 takes for a broken exchange, and tries again.
             raise ConnectionError(f"reading the source broke off: {type(error).__name__}") from None
+        if self._parts[0] is self._file:
+            self._left -= len(piece)
+            self._refuse_other_length(self._left if self._left < 0 or not piece else 0)
+        return piece
+
+    @staticmethod
+    def _refuse_other_length(difference: int) -> None:
+        # The API would wait for what is missing, and take what is too much for the end of the form.
+        if difference:
+            raise ConnectionError(f"the source differs from its announced length by {difference} bytes")
 
     def _close_parts(self) -> None:
-        for part in self._parts:
+        for part in (*self._parts, *([self._file] if self._file else [])):
             part.close()
+        self._file = None
 
     def close(self) -> None:
         """Let go of the file."""
@@ -3952,11 +4077,12 @@ class ConvertClient:
         result = self._exchange(self._url_call(task) if by_url else self._upload_call(task), task, exchange)
         if by_url:
             self.shared.url_trust.accepted()
+            self.shared.bucket.note_read()
         return result
 
     def _exchange_again(self, task: Task, exchange: Exchange) -> Result:
         """Send a refused URL once more, now that S3 is seen to serve the object: it may have been away in between."""
-        self.shared.bucket.open_source(task).close()
+        self.shared.bucket.read_source(task, Range="bytes=0-0")["Body"].close()
         try:
             return self._send(task, exchange, by_url=True)
         except ObjectFailed as refusal:
@@ -4003,9 +4129,7 @@ class ConvertClient:
         key = task.idempotency_key + (":u" if task.url else "")
         filename = upload_filename(task.key)
         bucket = self.shared.bucket
-        return Call(
-            self._path(task), key, self._form_fields(task), filename, task.size, lambda: bucket.open_source(task)
-        )
+        return Call(self._path(task), key, self._form_fields(task), filename, lambda: bucket.open_source(task))
 
     def _exchange(self, call: Call, task: Task, exchange: Exchange) -> Result:
         """Send a call until it is answered; under a successor key if the key is taken, as a job if it is slow."""
@@ -4080,10 +4204,10 @@ class ConvertClient:
 
     def _post(self, call: Call, policy: RetryPolicy) -> requests.Response:
         self.shared.gate.wait(self.shared.stop)
-        if not policy.attempt:
-            self.shared.gate.count(policy.exchange)
         self._adapter.max_retries = policy
         with contextlib.closing(FormBody(call)) as body:
+            if not policy.attempt:
+                self.shared.gate.count(policy.exchange)
             headers = {"Content-Type": body.content_type, "Idempotency-Key": call.idempotency_key}
             response = self._session.post(
                 self._api.url + call.path,
@@ -4663,8 +4787,10 @@ class Planner:
                 self._fail(
                     task, "too_large", f"{task.size} bytes are more than {most}; see api.max_size, api.jobs_above"
                 )
-            elif len(task.output_key.encode()) > S3_KEY_BYTES:
-                self._fail(task, "output_key_too_long", f"the output key has more than {S3_KEY_BYTES} bytes")
+            # Nobody knows before it is paid whether an archive of pages comes, and S3 must take its key too.
+            elif max(len(key.encode()) for key in made_keys(task.output_key)) > S3_KEY_BYTES:
+                said = f"the output key, with .zip behind it for an archive, has more than {S3_KEY_BYTES} bytes"
+                self._fail(task, "output_key_too_long", said)
             else:
                 yield task
 

@@ -376,7 +376,7 @@ def test_a_page_that_is_refused_altogether_stops_the_run(relayed: tuple[Relay, p
     relay, ours = relayed
     relay.refuse = lambda *_: True
     with pytest.raises(RunStopped, match=r"S3 refused reading from .*: AccessDenied"):
-        ours.current(named("a.png", "b.png"))
+        ours.current(named(*(f"{number}.png" for number in range(10))))
 
 
 @pytest.mark.parametrize(

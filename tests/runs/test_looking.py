@@ -230,7 +230,8 @@ class GuardedS3(BaseHTTPRequestHandler):
         wanted = "".join(parse_qs(urlsplit(self.path).query).get("prefix", []))
         entry = "<Contents><Key>a.png</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
         entry += '<ETag>"1"</ETag><Size>9</Size></Contents>'
-        listing = f"<ListBucketResult>{entry if 'a.png'.startswith(wanted) else ''}</ListBucketResult>"
+        found = entry if "a.png".startswith(wanted) else ""
+        listing = f"<ListBucketResult><IsTruncated>false</IsTruncated>{found}</ListBucketResult>"
         body = listing if is_listing else "" if is_allowed else "<Error><Code>AccessDenied</Code></Error>"
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(200 if is_allowed else 403)

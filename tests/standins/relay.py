@@ -1,5 +1,7 @@
 """An S3 that refuses or says otherwise: it relays everything to a real one, and changes what a test wants changed."""
 
+import socket
+import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +12,18 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from requests.structures import CaseInsensitiveDict
 
 from tests.standins.s3_server import S3Server
+
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER of no seconds: RST instead of FIN
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """What becomes of one answer. All but `status` leave it as it is, up to where the connection ends."""
+
+    status: int = 0  # an error with this status comes in its place
+    is_cut: bool = False  # the connection ends in the middle of the body
+    is_reset: bool = False  # the connection is reset before a byte of it
+    is_unmeasured: bool = False  # no length is told: the end of the connection is the end of the body
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Relay(ThreadingHTTPServer):
     """Stands before the S3 server, and keeps what it was `asked`.
 
     `refuse` may take a request's method and path, `rewrite` an answer's body; `instead` gives the body of a 200 that
-    takes the place of S3's answer, or None.
+    takes the place of S3's answer, or None; `spoil` says what becomes of the answer to a request, by method and path.
     """
 
     daemon_threads = True
@@ -53,6 +67,7 @@ class Relay(ThreadingHTTPServer):
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         self.instead: Callable[[Asked], bytes | None] = lambda _: None
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
+        self.spoil: Callable[[str, str], Spoilt] = lambda *_: Spoilt()
 
     @property
     def url(self) -> str:
@@ -60,8 +75,8 @@ class Relay(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *about: Any) -> None:
-        """Say nothing of a client that was killed."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
+        """Say nothing of a connection that one side has broken."""
+        if not isinstance(sys.exc_info()[1], OSError | ValueError):
             super().handle_error(*about)
 
 
@@ -83,26 +98,35 @@ class Relayed(BaseHTTPRequestHandler):
         if instead is not None:
             self.answer(200, [("ETag", '"made-up"')], instead)
             return
+        spoilt = self.server.spoil(self.command, self.path)
+        if spoilt.status:
+            self.answer(spoilt.status, [], b"<Error><Code>ServiceUnavailable</Code><Message>no</Message></Error>")
+            return
         connection = self.server.s3.connection()
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
             connection.putheader(name, value)
         connection.endheaders(body)
         reply = connection.getresponse()
-        self.answer(reply.status, reply.getheaders(), self.server.rewrite(reply.read()))
+        self.answer(reply.status, reply.getheaders(), self.server.rewrite(reply.read()), spoilt)
         connection.close()
 
-    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
+    def answer(self, status: int, headers: list[tuple[str, str]], body: bytes, spoilt: Spoilt = Spoilt()) -> None:
         """Answer with the true length; that of a HEAD is the object's own."""
+        self.close_connection |= spoilt.is_cut or spoilt.is_reset or spoilt.is_unmeasured
+        if spoilt.is_reset:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            self.connection.close()
+            return
         self.send_response(status)
         own = {"connection", "transfer-encoding"} | (set() if self.command == "HEAD" else {"content-length"})
         for name, value in headers:
             if name.lower() not in own:
                 self.send_header(name, value)
-        if self.command != "HEAD":
+        if self.command != "HEAD" and not spoilt.is_unmeasured:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else body)
+        self.wfile.write(b"" if self.command == "HEAD" else body[: len(body) // 2] if spoilt.is_cut else body)
 
     def __getattr__(self, name: str) -> Any:
         """Relay every method: the server asks for do_GET and so on."""
