@@ -1856,17 +1856,24 @@ def api_unreachable(address: str, error: Exception) -> RunStopped:
 
 
 class Arriving(io.RawIOBase):
-    """The bytes of one answer as they come. Raises TimeoutError when they have taken too long, all together.
+    """The bytes of one answer as they come. Raises TimeoutError when they take too long, all together.
 
-    The time is the connection's timeout, and as much more as the bytes of the body take at the slowest.
+    The head has the connection's timeout. So has the body, and each byte of it gives back the time for one byte, so
+    that a large one may come slowly; time that was not needed is not kept for what drips later.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
         self._connection, self._bytes = connection, connection.makefile("rb", buffering=0)
-        self._deadline = time.monotonic() + (connection.gettimeout() or WAIT_DEADLINE_SECONDS)
-        self.seconds_for_a_byte = 0.0  # of the head, which gets no more time however long it is
+        self._patience = connection.gettimeout() or WAIT_DEADLINE_SECONDS
+        self._deadline = time.monotonic() + self._patience
+        self._seconds_for_a_byte = 0.0  # of the head
         self.is_over = False
+
+    def begin_body(self) -> None:
+        """Note that the head has come."""
+        self._deadline = time.monotonic() + self._patience
+        self._seconds_for_a_byte = 1 / SLOWEST_BYTES_PER_SECOND
 
     def readable(self) -> bool:
         """It can be read."""
@@ -1881,7 +1888,8 @@ class Arriving(io.RawIOBase):
             raise TimeoutError("the answer did not end in time")
         self._connection.settimeout(left)
         count = self._bytes.readinto(buffer) or 0
-        self._deadline += count * self.seconds_for_a_byte
+        given_back = self._deadline + count * self._seconds_for_a_byte
+        self._deadline = min(given_back, time.monotonic() + self._patience)
         return count
 
     def hang_up(self) -> None:
@@ -1932,7 +1940,7 @@ class Reply(http.client.HTTPResponse):
             super().begin(**named)
             self.will_close = True
         self._agree_on_length()
-        self._arriving.seconds_for_a_byte = 1 / SLOWEST_BYTES_PER_SECOND
+        self._arriving.begin_body()
 
     def _agree_on_length(self) -> None:
         """Leave one Content-Length where the same was said twice, and none that is no number."""

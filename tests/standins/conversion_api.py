@@ -68,6 +68,7 @@ AS_GOOD_AS_UNLIMITED = 100_000
 
 SECONDS_IN_A_DAY = 86_400
 SECONDS_FOR_A_FETCH = 30
+DRIPPING_END = 400  # bytes
 
 EVENTS = ("request_received", "work_done", "half_answer_sent", "answered")
 Event = Literal["request_received", "work_done", "half_answer_sent", "answered"]
@@ -134,7 +135,7 @@ class Answer:
     wire: Wire = Wire.WHOLE
     chunked: bool = False
     until_close: bool = False  # nothing but the end of the connection says where the body ends
-    drips_from: Literal["head", "body"] | None = None  # from there on, a byte at a time
+    drips_from: Literal["head", "body", "end"] | None = None  # from there on, a byte at a time
     is_repeated: bool = False  # a line end follows it, and the next request on its connection is answered with it again
     stall: threading.Event | None = None  # after the first half, wait for this
     is_scripted: bool = False  # a fault's own answer: nothing to remember, nothing to spoil
@@ -252,7 +253,7 @@ class Fault:
     retry_after: str | None = None
     body: bytes | None = None  # None: an error envelope if there is a code, else nothing
     content_type: str = "application/json"
-    drips_from: Literal["head", "body"] | None = None
+    drips_from: Literal["head", "body", "end"] | None = None
     cut: Literal["before"] | None = None
     hang: threading.Event | None = None
     as_job: bool = False
@@ -374,8 +375,8 @@ class Fault:
         return cls(Step.DELIVERY, reshape=lambda answer: replace(answer, is_repeated=True), times=times)
 
     @classmethod
-    def dripping_answer(cls, drips_from: Literal["head", "body"] = "body", *, times: int | None = 1) -> Fault:
-        """Deliver the file a byte at a time, from its head or its body on. Charged; a retry gets it at once, free."""
+    def dripping_answer(cls, drips_from: Literal["head", "body", "end"] = "body", *, times: int | None = 1) -> Fault:
+        """Deliver the file a byte at a time, from a place on. Charged; a retry gets it at once, free."""
         return cls(Step.DELIVERY, reshape=lambda answer: replace(answer, drips_from=drips_from), times=times)
 
     @classmethod
@@ -1253,7 +1254,8 @@ class Exchange(BaseHTTPRequestHandler):
         if answer.is_repeated:
             self.repeated, rest = rest, rest + b"\r\n"
         if answer.drips_from:
-            rest = self._dripped(rest, 0 if answer.drips_from == "head" else len(rest) - len(answer.body))
+            dripping = {"head": len(rest), "body": len(answer.body), "end": DRIPPING_END}[answer.drips_from]
+            rest = self._dripped(rest, max(0, len(rest) - dripping))
         if answer.wire is Wire.WHOLE:
             self._send_last(request, rest)
             api.tell("answered", request)
