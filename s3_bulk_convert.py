@@ -47,6 +47,7 @@ import gc
 import gzip
 import hashlib
 import hmac
+import http.client
 import io
 import itertools
 import json
@@ -61,6 +62,7 @@ import queue
 import random
 import re
 import shutil
+import socket
 import sqlite3
 import stat
 import statistics
@@ -158,6 +160,8 @@ ROUNDING_SECONDS = 2  # of two times that the API tells in whole seconds
 TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
 PIPE_POLL_SECONDS = 0.01  # how soon an idle worker process gets a task
 DEATHS_ENDURED = 3  # of worker processes, over one object or without any result
+SLOWEST_BYTES_PER_SECOND = 1_000  # of an answer, on the average; what is slower than a modem drips
+LOOK_SECONDS = 60  # for an answer that no conversion waits for
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
 MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint and each failed job within a day takes one
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
@@ -267,6 +271,14 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "mkv": [(0, b"\x1a\x45\xdf\xa3")],
     "rtf": [(0, b"{\\rtf")],
 }
+# What a whole file ends with, where nothing else in it says how long it is. None of these is likely where one is cut.
+ENDINGS: Mapping[str, bytes] = {
+    **dict.fromkeys(("jpg", "jfif"), b"\xff\xd9"),
+    **dict.fromkeys(("png", "apng"), b"\0\0\0\0IEND\xaeB`\x82"),
+    "gif": b"\0;",
+    "pdf": b"%%EOF",
+}
+RIFF_BASED = frozenset({"webp", "wav", "avi"})
 ZIP_BASED = frozenset(
     {
         *("zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz", "xps", "oxps", "3mf"),
@@ -281,6 +293,8 @@ GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"
 PACKINGS = frozenset({"br", "compress", "deflate", "gzip", "zstd"})  # Content-Encodings under which bytes are others
 HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
+MARKUP_FORMATS = frozenset({"svg", "xml"})
+PACKINGS = frozenset({"gzip", "x-gzip", "deflate"})
 STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
 
@@ -1502,6 +1516,44 @@ def looks_like_json_error(head: bytes) -> bool:
     return re.match(rb"\s*\{\s*\"error\"\s*:", head) is not None
 
 
+def is_error_envelope(body: bytes) -> bool:
+    """Whether JSON is the API's error envelope and nothing else, so that it cannot be a file about some error."""
+    try:
+        told = read_json(body)
+    except (ValueError, RecursionError):
+        return False
+    error = told.get("error") if isinstance(told, dict) and len(told) == 1 else None
+    if not isinstance(error, dict) or not error.keys() <= {"code", "message", "details"}:
+        return False
+    return isinstance(error.get("code"), str)
+
+
+def looks_like_error_words(body: bytes) -> bool:
+    """Whether a text is nothing but what servers call an error, such as `502 Bad Gateway`."""
+    phrases = "|".join(re.escape(status.phrase) for status in http.HTTPStatus if status >= 400)
+    words = rf"\s*(error:?\s+)?(\d{{3}}:?\s+)?({phrases})[.!]?\s*|\s*error code: \d+\s*"
+    return re.fullmatch(words.encode(), body, re.IGNORECASE) is not None
+
+
+def looks_like_markup(head: bytes) -> bool:
+    """Whether a body begins as XML does, in UTF-8 or UTF-16."""
+    return re.match(rb"(\xef\xbb\xbf)?\s*<|\xff\xfe<\0|\xfe\xff\0<", head) is not None
+
+
+def is_whole_file(kind: str, size: int, head: bytes, tail: bytes) -> bool:
+    """Whether a file of a format says by itself that nothing is missing at its end. False: no, or it cannot say so."""
+    if kind in ENDINGS:
+        return tail.rstrip().endswith(ENDINGS[kind])
+    if kind in RIFF_BASED:
+        return 8 + int.from_bytes(head[4:8], "little") == size
+    if kind == "bmp":
+        return int.from_bytes(head[2:6], "little") == size
+    # The end record of a ZIP, without a comment, says how long is what comes before it.
+    record = tail[-22:]
+    told = int.from_bytes(record[12:16], "little") + int.from_bytes(record[16:20], "little") + len(record)
+    return kind in ZIP_BASED and record.startswith(b"PK\5\6") and told == size
+
+
 @dataclass(frozen=True)
 class Identity:
     """What a body is: the media type to store it under, and what its key gets at the end."""
@@ -1519,15 +1571,13 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
     if kind not in HTML_FORMATS and (declared == "html" or looks_like_html(head)):
         raise BadAnswer("html_answer", "the API answered with an HTML page instead of the file")
-    is_error = looks_like_json_error(head) and kind not in ANY_JSON
+    is_error = looks_like_json_error(head) and (kind not in ANY_JSON or is_error_envelope(head))
     if is_error or (declared == "json" and kind not in JSON_FORMATS):
         raise BadAnswer("json_answer", "the API answered with JSON instead of the file")
     if is_archive_of_pages(kind, media_type, disposition, head):
         return Identity("application/zip", ".zip")
-    # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
     has_signature = kind in SIGNATURES or kind in ZIP_BASED
-    if has_signature and not begins_like(kind, head):
-        raise BadAnswer("wrong_type", f"the answer does not begin as a {target} file does", permanent=True)
+    refuse_wrong_beginning(target, media_type, head)
     if not has_signature and any(begins_like(other, head) for other in ("png", "jpg", "pdf", "zip", "gif")):
         raise BadAnswer("wrong_type", f"the answer is of another format than {target}", permanent=True)
     # The first bytes are right; where the media type contradicts them, they are believed.
@@ -1535,6 +1585,19 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
     plain = plain_type(media_type)
     says_nothing = contradicts or plain.lower() in GENERIC_TYPES
     return Identity(media_type_of(kind) if says_nothing else media_type if kind in TEXT_FORMATS else plain)
+
+
+def refuse_wrong_beginning(target: str, media_type: str, head: bytes) -> None:
+    """Raise BadAnswer where a body does not begin as a file of the target format does, or is an error in words."""
+    kind, is_plain_text = canonical(target), plain_type(media_type).lower() == "text/plain"
+    begins_wrongly = (kind in SIGNATURES or kind in ZIP_BASED) and not begins_like(kind, head)
+    begins_wrongly |= kind in MARKUP_FORMATS and not looks_like_markup(head)
+    # In a `txt` the words may be the file's own: nobody can tell.
+    if is_plain_text and (begins_wrongly or (kind != "txt" and looks_like_error_words(head))):
+        raise BadAnswer("text_answer", "the API answered with plain text instead of the file")
+    # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
+    if begins_wrongly:
+        raise BadAnswer("wrong_type", f"the answer does not begin as a {target} file does", permanent=True)
 
 
 def is_archive_of_pages(kind: str, media_type: str, disposition: str, head: bytes) -> bool:
@@ -1828,6 +1891,180 @@ def api_unreachable(address: str, error: Exception) -> RunStopped:
         return RunStopped(f"the API cannot be reached through the proxy {proxy}: {why}", PROXY_HINT)
     host = urllib.parse.urlsplit(address).netloc
     return RunStopped(f"the API cannot be reached at {host}: {why}", "check api.url and the network, and run it again")
+
+
+########################################################################################################################
+# Wire. How answers are read off a connection, by every session of this program.
+#   - An interim answer (102, 103) is read over: http.client takes it for the answer, and then each answer for the next.
+#   - A connection on which anything was odd is never used again: what comes next on it may be another request's answer.
+#   - An answer has a time in which to come in all: a timeout for each read never ends one that comes byte by byte.
+########################################################################################################################
+
+
+class Arriving(io.RawIOBase):
+    """The bytes of one answer as they come. Raises TimeoutError when they take too long, all together.
+
+    The head has the connection's timeout. So has the body, and each byte of it gives back the time for one byte, so
+    that a large one may come slowly; time that was not needed is not kept for what drips later.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        super().__init__()
+        self._connection, self._bytes = connection, connection.makefile("rb", buffering=0)
+        self._patience = connection.gettimeout() or WAIT_DEADLINE_SECONDS
+        self._deadline = time.monotonic() + self._patience
+        self._seconds_for_a_byte = 0.0  # of the head
+        self.is_over = False
+
+    def begin_body(self) -> None:
+        """Note that the head has come."""
+        self._deadline = time.monotonic() + self._patience
+        self._seconds_for_a_byte = 1 / SLOWEST_BYTES_PER_SECOND
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for some bytes, but not beyond the deadline."""
+        if self.is_over:
+            return 0
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer did not end in time")
+        self._connection.settimeout(left)
+        count = self._bytes.readinto(buffer) or 0
+        given_back = self._deadline + count * self._seconds_for_a_byte
+        self._deadline = min(given_back, time.monotonic() + self._patience)
+        return count
+
+    def hang_up(self) -> None:
+        """End the connection for both sides. Whoever would use it again finds it closed."""
+        # TLS within TLS, through a proxy, has no such thing in urllib3.
+        with contextlib.suppress(OSError, AttributeError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Let go of the connection, which lives on."""
+        self._bytes.close()
+        super().close()
+
+
+class AnswerBuffer(io.BufferedReader):
+    """What has been read ahead of an answer."""
+
+    def __init__(self, arriving: Arriving) -> None:
+        super().__init__(arriving)
+        self._arriving = arriving
+
+    def close(self) -> None:
+        """Let go of the connection. If more has come than the answer, nobody may use it again."""
+        if not self.closed:
+            self._arriving.is_over = True
+            if self.peek(1):
+                self._arriving.hang_up()
+        super().close()
+
+
+class Reply(http.client.HTTPResponse):
+    """An answer as http.client reads it, without what it gets wrong."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        self.fp.close()
+        self._arriving = Arriving(sock)
+        self.fp = AnswerBuffer(self._arriving)
+
+    def begin(self, **named: Any) -> None:
+        """Read the head of the answer. Raises HTTPException if it makes no sense."""
+        super().begin(**named)
+        while self.status < 200:
+            self.will_close = True
+            if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                break
+            cast(Any, self).headers = None  # as before the first of them
+            super().begin(**named)
+            self.will_close = True
+        self._agree_on_length()
+        self._arriving.begin_body()
+
+    def _agree_on_length(self) -> None:
+        """Leave one Content-Length where the same was said twice, and none that is no number."""
+        said = self.headers.get_all("Content-Length", [])
+        lengths = {length.strip() for value in said for length in value.split(",")}
+        if len(lengths) > 1:
+            raise http.client.HTTPException(f"Content-Length is {' and '.join(sorted(lengths))}")
+        del self.headers["Content-Length"]
+        for length in lengths:
+            if re.fullmatch("[0-9]+", length):
+                self.headers["Content-Length"] = length
+                # http.client has not understood a list.
+                self.length = int(length) if self.length is None and not self.chunked else self.length
+
+
+def reading_with_care(manager: Any) -> Any:
+    """Have a pool manager of urllib3's make connections whose answers are read as Reply does."""
+    pools = {}
+    for scheme, pool in manager.pool_classes_by_scheme.items():
+        # Their names are in messages.
+        connection = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), {"response_class": Reply})
+        pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection})
+    manager.pool_classes_by_scheme = pools
+    return manager
+
+
+class Adapter(HTTPAdapter):
+    """The way of every session of this program to its connections."""
+
+    def init_poolmanager(self, *arguments: Any, **named: Any) -> None:
+        """Make the connections to servers."""
+        super().init_poolmanager(*arguments, **named)
+        reading_with_care(self.poolmanager)
+
+    def proxy_manager_for(self, proxy: Any, **named: Any) -> Any:
+        """Make the connections through a proxy, once for each."""
+        is_known = proxy in self.proxy_manager
+        manager = super().proxy_manager_for(proxy, **named)
+        return manager if is_known else reading_with_care(manager)
+
+
+def mount(session: requests.Session, adapter: HTTPAdapter) -> None:
+    """Have a session send everything through an adapter."""
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+
+
+class Unpacking:
+    """Takes off a body the packing that nobody asked for. Raises BadAnswer if it cannot."""
+
+    def __init__(self, coding: str) -> None:
+        self._inflate = (
+            zlib.decompressobj(zlib.MAX_WBITS + 32) if coding in PACKINGS else None
+        )  # tells both by the head
+        if coding not in {"", "identity", *PACKINGS}:
+            raise BadAnswer("packed_answer", f"the answer is packed as {coding}, which nobody asked for")
+        # A few bytes may become a thousand times as many.
+        self.piece_bytes = CHUNK_BYTES // 64 if self._inflate else CHUNK_BYTES
+
+    def __call__(self, piece: bytes) -> bytes:
+        """What a piece of the body stands for."""
+        if not self._inflate:
+            return piece
+        unpacked = b""
+        try:
+            while piece:
+                # A file may be packed in several parts.
+                self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 32) if self._inflate.eof else self._inflate
+                unpacked += self._inflate.decompress(piece)
+                piece = self._inflate.unused_data
+        except zlib.error as error:
+            raise BadAnswer("cut_answer", f"the answer cannot be unpacked: {error}") from None
+        return unpacked
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the last part has come to its end."""
+        return self._inflate is None or self._inflate.eof
 
 
 ########################################################################################################################
@@ -2605,9 +2842,7 @@ def open_session(address: str, connections: int, ca_bundle: str | None = None) -
     # The environment is asked once: requests would ask it before every request, for longer than the request takes.
     told = session.merge_environment_settings(address, {}, None, ca_bundle, None)
     session.trust_env, session.proxies, session.verify = False, told["proxies"], told["verify"]
-    adapter = HTTPAdapter(pool_connections=4, pool_maxsize=connections)
-    session.mount("https://", adapter)
-    session.mount("http://", adapter)
+    mount(session, Adapter(pool_connections=4, pool_maxsize=connections))
     return session
 
 
@@ -4028,8 +4263,7 @@ class ConvertClient:
         self._session, self._elsewhere = open_session(self._api.url, 1), requests.Session()
         self._adapter = cast(HTTPAdapter, self._session.get_adapter("https://"))
         for session in (self._session, self._elsewhere):
-            session.mount("https://", self._adapter)
-            session.mount("http://", self._adapter)
+            mount(session, self._adapter)
             # Without `auth`, requests would take credentials for the host from ~/.netrc and replace the key.
             session.auth = self._authorize
             session.headers.update({"User-Agent": f"s3_bulk_convert/{__version__}", "Accept-Encoding": "identity"})
@@ -4195,7 +4429,8 @@ class ConvertClient:
             self.shared.tell(JobStarted(task, job_id))
             return self._finish_job(job_id, task, exchange)
         is_json = media_kind(response.headers.get("Content-Type", "")) == "json"
-        if not is_json or task.target == "json":
+        # What was asked for is the file, not an answer about it.
+        if not is_json or canonical(task.target) in JSON_FORMATS:
             return self._receive(response, task.target, deadline)
         link, said_size = download_link(json_body(response))
         if not link:
@@ -4241,32 +4476,34 @@ class ConvertClient:
 
     def _receive(self, response: requests.Response, target: str, deadline: float) -> Result:
         """The whole body of a 200, judged. Raises BadAnswer; leaves nothing behind."""
-        # Where neither length nor chunks say where the body ends, a cut one looks like a whole one.
         length = response.headers.get("Content-Length", "")
-        if not length.isdigit() and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            raise BadAnswer("no_length", "the answer does not say where it ends")
+        is_told = length.isdigit() or response.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        unpack = Unpacking(response.headers.get("Content-Encoding", "").strip().lower())
         is_small = length.isdigit() and int(length) <= MEMORY_BODY_BYTES
         with contextlib.ExitStack() as on_failure:
             body: IO[bytes] = on_failure.enter_context(io.BytesIO() if is_small else temporary_file())
-            received = self._spool(response.raw, body, deadline)
+            received = self._spool(response.raw, body, unpack, deadline)
             # `tell` counts the bytes on the wire, which differ where the body is compressed.
-            if received == 0 or (length.isdigit() and response.raw.tell() != int(length)):
+            is_cut = length.isdigit() and response.raw.tell() != int(length)
+            if received == 0 or is_cut or not unpack.is_whole:
                 raise BadAnswer("cut_answer", f"the answer has {received} bytes, and should have {length or 'some'}")
-            body.seek(0)
+            head, tail = both_ends(body, received)
+            # Where neither length nor chunks say where the body ends, a cut one looks like a whole one.
+            if not (is_told or any(is_whole_file(kind, received, head, tail) for kind in (canonical(target), "zip"))):
+                raise BadAnswer("no_length", "the answer does not say where it ends")
             disposition = response.headers.get("Content-Disposition", "")
-            identity = identify_result(target, response.headers.get("Content-Type", ""), disposition, body.read(512))
-            body.seek(0)
+            identity = identify_result(target, response.headers.get("Content-Type", ""), disposition, head)
             on_failure.pop_all()
         return Result(body, received, identity.media_type, identity.suffix)
 
-    def _spool(self, raw: Any, body: IO[bytes], deadline: float) -> int:
+    def _spool(self, raw: Any, body: IO[bytes], unpack: Unpacking, deadline: float) -> int:
         received = 0
         while True:
-            piece = raw.read(CHUNK_BYTES, decode_content=True)
+            piece = raw.read(unpack.piece_bytes, decode_content=False)
             if not piece:
                 return received
             with no_space_stops_the_run():
-                received += body.write(piece)
+                received += body.write(unpack(piece))
             if time.monotonic() > deadline:
                 raise BadAnswer("slow_answer", "the answer did not end in time")
 
@@ -4365,10 +4602,12 @@ class Usage:
 def asking(address: str, **request: Any) -> Iterator[requests.Response]:
     """The answer to a single GET, unread. Raises UserError with the host alone: an address may be signed."""
     try:
-        timeout = (CONNECT_TIMEOUT_SECONDS, 60)
-        # A redirect would carry the key, or the signature, to somebody else.
-        with requests.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
-            yield answer
+        timeout = (CONNECT_TIMEOUT_SECONDS, LOOK_SECONDS)
+        with requests.Session() as session:
+            mount(session, Adapter())
+            # A redirect would carry the key, or the signature, to somebody else.
+            with session.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
+                yield answer
     except requests.RequestException as error:
         host, proxy = urllib.parse.urlsplit(address).netloc, proxy_for(address)
         why = certificate_problem(error) or connection_problem(error)
@@ -4455,17 +4694,29 @@ def temporary_file() -> IO[bytes]:
     return cast(IO[bytes], tempfile.TemporaryFile())
 
 
+def both_ends(body: IO[bytes], size: int) -> tuple[bytes, bytes]:
+    """The first and the last bytes of a body, by which it is told what it is; it then stands at its start."""
+    body.seek(0)
+    head = body.read(ERROR_BODY_BYTES)
+    body.seek(max(0, size - 64))
+    tail = body.read()
+    body.seek(0)
+    return head, tail
+
+
 def as_bad_answer(error: Exception) -> BadAnswer:
     """What broke while an answer was read."""
     if isinstance(error, BadAnswer):
         return error
+    if isinstance(error, urllib3.exceptions.ReadTimeoutError):
+        return BadAnswer("slow_answer", "the answer did not end in time")
     return BadAnswer("cut_answer", f"the answer broke off: {type(error).__name__}")
 
 
 def json_body(response: requests.Response) -> dict[str, Any]:
     """The JSON object in an answer; empty if there is none."""
     try:
-        found = read_json(response.raw.read(ERROR_BODY_BYTES))
+        found = read_json(response.raw.read(ERROR_BODY_BYTES, decode_content=True))
     except (ValueError, RecursionError, urllib3.exceptions.HTTPError, OSError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -6052,9 +6303,11 @@ REMEDIES = {
     "network": "the connection broke, again and again: check network and proxy, and run it again",
     "html_answer": "a web page came in place of the file: is there a proxy or a captive portal on the way?",
     "json_answer": "an error came in place of the file: run it again",
+    "text_answer": "words came in place of the file, such as an error's: run it again",
     "wrong_type": "the API answered with another format and has been paid: ask its support, with the key of an object",
     "cut_answer": "answers broke off: check network and proxy, and run it again",
     "no_length": "a proxy on the way hides where answers end: go around it",
+    "packed_answer": "a proxy on the way packs answers as nobody asked for: go around it",
     "slow_answer": "the answer took too long: raise api.timeout",
     "stale_link": "the API's link to the result did not work: run it again, it is asked for anew",
     "no_link": "the API has done the job and did not say where the result is: run it again, it is asked for anew",

@@ -68,6 +68,7 @@ AS_GOOD_AS_UNLIMITED = 100_000
 
 SECONDS_IN_A_DAY = 86_400
 SECONDS_FOR_A_FETCH = 30
+DRIPPING_END = 400  # bytes
 
 EVENTS = ("request_received", "work_done", "half_answer_sent", "answered")
 Event = Literal["request_received", "work_done", "half_answer_sent", "answered"]
@@ -133,6 +134,9 @@ class Answer:
     body: bytes = b""
     wire: Wire = Wire.WHOLE
     chunked: bool = False
+    until_close: bool = False  # nothing but the end of the connection says where the body ends
+    drips_from: Literal["head", "body", "end"] | None = None  # from there on, a byte at a time
+    is_repeated: bool = False  # a line end follows it, and the next request on its connection is answered with it again
     stall: threading.Event | None = None  # after the first half, wait for this
     is_scripted: bool = False  # a fault's own answer: nothing to remember, nothing to spoil
 
@@ -199,6 +203,7 @@ class Behaviour:
     rate_headers: bool = True
     stale_rate_headers: bool = False  # True: the reset lies an hour back, and nothing remains
 
+    interim: bytes = b""  # sent as soon as a request is read, before the work and the answer
     answer_form: Literal["binary", "envelope"] = "binary"  # Accept: application/json always gets an envelope
     envelope_link: Literal["file_url", "download_url", "result.file_url"] = "file_url"
 
@@ -248,6 +253,7 @@ class Fault:
     retry_after: str | None = None
     body: bytes | None = None  # None: an error envelope if there is a code, else nothing
     content_type: str = "application/json"
+    drips_from: Literal["head", "body", "end"] | None = None
     cut: Literal["before"] | None = None
     hang: threading.Event | None = None
     as_job: bool = False
@@ -358,6 +364,22 @@ class Fault:
         return cls(Step.DELIVERY, reshape=lambda answer: replace(answer, wire=Wire.HALF, chunked=chunked), times=times)
 
     @classmethod
+    def without_length(cls, *, cut: bool = False, times: int | None = 1) -> Fault:
+        """Deliver as HTTP/1.0 does: the body ends with the connection; with `cut` after half of it. Charged."""
+        wire = Wire.HALF if cut else Wire.WHOLE
+        return cls(Step.DELIVERY, reshape=lambda answer: replace(answer, until_close=True, wire=wire), times=times)
+
+    @classmethod
+    def repeated_answer(cls, *, times: int | None = 1) -> Fault:
+        """Deliver the file and a line end too many; the connection's next request gets it again. Charged."""
+        return cls(Step.DELIVERY, reshape=lambda answer: replace(answer, is_repeated=True), times=times)
+
+    @classmethod
+    def dripping_answer(cls, drips_from: Literal["head", "body", "end"] = "body", *, times: int | None = 1) -> Fault:
+        """Deliver the file a byte at a time, from a place on. Charged; a retry gets it at once, free."""
+        return cls(Step.DELIVERY, reshape=lambda answer: replace(answer, drips_from=drips_from), times=times)
+
+    @classmethod
     def cut_after_work(cls, *, times: int | None = 1) -> Fault:
         """Close the connection when the work is done, without a byte. Charged; a retry gets the file, free."""
         return cls(Step.DELIVERY, reshape=lambda answer: replace(answer, wire=Wire.NOTHING), times=times)
@@ -400,7 +422,8 @@ class Fault:
         headers = {"Content-Type": self.content_type} if body else {}
         if self.retry_after is not None:
             headers["Retry-After"] = self.retry_after
-        return Answer(self.status or 500, {**headers, **self.headers}, body or b"", is_scripted=True)
+        headers = {**headers, **self.headers}
+        return Answer(self.status or 500, headers, body or b"", drips_from=self.drips_from, is_scripted=True)
 
 
 class Faults:
@@ -1152,6 +1175,7 @@ class Exchange(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     server: Listener
+    repeated: bytes = b""  # an answer that is still to be sent once more
 
     def do_GET(self) -> None:
         """Serve a GET."""
@@ -1181,6 +1205,7 @@ class Exchange(BaseHTTPRequestHandler):
         try:
             body = self._read_body()
             if body is not None:
+                self.wfile.write(self.repeated + api.behaviour.interim)
                 self._send(request, api.answer(request, body))
         finally:
             api.finish(request, None)
@@ -1216,7 +1241,7 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _send(self, request: Request, answer: Answer) -> None:
         api = self.server.api
-        self.close_connection = self.close_connection or answer.wire is not Wire.WHOLE
+        self.close_connection = self.close_connection or answer.wire is not Wire.WHOLE or answer.until_close
         first, rest = self._halves(answer)
         if answer.wire is Wire.WHOLE and not first:
             rest = self._head(answer) + rest
@@ -1226,9 +1251,22 @@ class Exchange(BaseHTTPRequestHandler):
         if answer.stall:
             api.wait_for(answer.stall)
         api.finish(request, answer.status)
+        if answer.is_repeated:
+            self.repeated, rest = rest, rest + b"\r\n"
+        if answer.drips_from:
+            dripping = {"head": len(rest), "body": len(answer.body), "end": DRIPPING_END}[answer.drips_from]
+            rest = self._dripped(rest, max(0, len(rest) - dripping))
         if answer.wire is Wire.WHOLE:
             self._send_last(request, rest)
             api.tell("answered", request)
+
+    def _dripped(self, sent: bytes, start: int) -> bytes:
+        """Send all but the last byte, which is returned: the first part at once, the others twenty in a second."""
+        self.wfile.write(sent[:start])
+        for place in range(start, len(sent) - 1):
+            self.server.api.closing.wait(0.05)
+            self.wfile.write(sent[place : place + 1])
+        return sent[-1:]
 
     def _send_last(self, request: Request, rest: bytes) -> None:
         # Noted before it is true, for the reason that `Books.finish` gives, and taken back if it does not come true.
@@ -1250,8 +1288,9 @@ class Exchange(BaseHTTPRequestHandler):
 
     def _head(self, answer: Answer) -> bytes:
         length = ("Transfer-Encoding", "chunked") if answer.chunked else ("Content-Length", str(len(answer.body)))
-        lines = [f"HTTP/1.1 {answer.status} {reason(answer.status)}"]
-        lines += [f"{name}: {value}" for name, value in (*answer.headers.items(), length)]
+        framing = [] if answer.until_close else [length]
+        lines = [f"HTTP/{'1.0' if answer.until_close else '1.1'} {answer.status} {reason(answer.status)}"]
+        lines += [f"{name}: {value}" for name, value in (*answer.headers.items(), *framing)]
         if self.close_connection and answer.wire is Wire.WHOLE:
             lines.append("Connection: close")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
