@@ -294,7 +294,7 @@ PACKINGS = frozenset({"br", "compress", "deflate", "gzip", "zstd"})  # Content-E
 HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
 MARKUP_FORMATS = frozenset({"svg", "xml"})
-PACKINGS = frozenset({"gzip", "x-gzip", "deflate"})
+UNPACKED_HERE = frozenset({"gzip", "x-gzip", "deflate"})  # those of an answer that can be told by how they begin
 STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
 
@@ -2039,9 +2039,9 @@ class Unpacking:
 
     def __init__(self, coding: str) -> None:
         self._inflate = (
-            zlib.decompressobj(zlib.MAX_WBITS + 32) if coding in PACKINGS else None
+            zlib.decompressobj(zlib.MAX_WBITS + 32) if coding in UNPACKED_HERE else None
         )  # tells both by the head
-        if coding not in {"", "identity", *PACKINGS}:
+        if coding not in {"", "identity", *UNPACKED_HERE}:
             raise BadAnswer("packed_answer", f"the answer is packed as {coding}, which nobody asked for")
         # A few bytes may become a thousand times as many.
         self.piece_bytes = CHUNK_BYTES // 64 if self._inflate else CHUNK_BYTES
