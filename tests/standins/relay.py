@@ -16,6 +16,7 @@ class Relay(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Relayed)
         self.s3 = s3
         self.refuse: Callable[[str, str], bool] = lambda *_: False
+        self.refusal_status = 403
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
 
@@ -35,7 +36,7 @@ class Relayed(BaseHTTPRequestHandler):
         """Send the request on and the answer back, or refuse as S3 does when permission is missing."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.server.refuse(self.command, self.path):
-            self.answer(403, [], self.server.refusal)
+            self.answer(self.server.refusal_status, [], self.server.refusal)
             return
         connection = self.server.s3.connection()
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
