@@ -163,7 +163,9 @@ DEATHS_ENDURED = 3  # of worker processes, over one object or without any result
 SLOWEST_BYTES_PER_SECOND = 1_000  # of an answer, on the average; what is slower than a modem drips
 LOOK_SECONDS = 60  # for an answer that no conversion waits for
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
-MOST_SUCCESSORS = 9  # of a key that is taken; each lost checkpoint and each failed job within a day takes one
+POLLS_BEFORE_LOST = 5  # that a job is not known by, half a minute: a new one may not be known everywhere at once
+MOST_SUCCESSORS = 9  # of a key; each failed job within a day takes one
+MOST_TAKEN_KEYS = 2  # each checkpoint that is lost within a day takes one; a third refusal is about the file
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
@@ -214,6 +216,7 @@ CONVERT_PATH, JOBS_PATH, USAGE_PATH = "/v1/convert", "/v1/jobs", "/v1/usage"
 JOB_LOST = "job_lost"
 # About the account or the address, if the API says so; a filter on the way says it of a single object.
 REFUSALS = frozenset({*range(300, 400), 401, 402, 403, 404, 405})
+UNKNOWN_TO_API = "not_found"  # its code for a job that it does not know
 FORMAT_ALIASES = {
     "jpeg": "jpg",
     "jpe": "jpg",
@@ -452,8 +455,11 @@ class Task:
     target: str
     quality: int | None
     output_key: str  # as planned; an archive of pages gets ".zip" behind it
-    idempotency_key: str
+    idempotency_key: str  # as url and path: of the request that is sent first, or was sent last
     url: str = ""  # presigned; empty: the bytes are uploaded
+    path: str = CONVERT_PATH
+    sent_at: float = 0.0  # Unix seconds, when it was first sent; 0: not yet
+    doubled: bool = False  # another request for this very version may have been paid as well
     copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
     resumed: bool = False  # a run before this one may have sent it already
     overdue: bool = False  # so long ago that the API has forgotten the key
@@ -467,6 +473,11 @@ class Task:
         """Whether the API may have its result. It knows a job for longer than the key of the request that made it."""
         return self.resumed or bool(self.job_id)
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the API may have been paid for it already, under another key or under one that it has forgotten."""
+        return self.overdue or self.doubled
+
 
 class Sent(NamedTuple):
     """An unsettled request of an earlier run, as the journal has it. `sent_at` in Unix seconds."""
@@ -476,6 +487,8 @@ class Sent(NamedTuple):
     url: str  # as it was sent, to the character: another URL would be another body
     sent_at: float
     job_id: str = ""  # of the job that the API has made of it
+    path: str = CONVERT_PATH
+    doubled: bool = False
 
 
 # The newest journal row of an object: key, ETag, event, and 1 if it is permanent. As SQLite makes it, because a pass
@@ -514,11 +527,11 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class JobStarted:
-    """The API has accepted a task as a job of its own, which can be asked for by its id."""
+class InFlight:
+    """What the journal has to know of a task: what is sent for it next, or which job the API has made of that."""
 
-    task: Task
-    job_id: str
+    task: Task  # as it was handed out
+    request: Task  # as it would be sent again
 
 
 @dataclass(frozen=True)
@@ -573,20 +586,29 @@ class Verdict(Enum):
 class Exchange:
     """What one task's requests have come to so far. Belongs to one worker; carried through every retry."""
 
+    task: Task
+    request: Task  # the one in hand, as the journal has it
     requests: int = 0  # of every kind: conversions, polls, downloads
     throttled: int = 0
-    maybe_done: bool = False  # the API may have converted it, and this program does not have the answer
+    maybe_done: bool = False  # the API may have done the request in hand, and this program does not have the answer
+    left_open: Task | None = None  # a request before the one in hand of which that is true
     replayed: bool = False
-    maybe_paid_twice: bool = False
+    taken_keys: int = 0
+    unknown_polls: int = 0  # in a row, to which the API has said that it knows no such job
     asked_at: float = -math.inf  # monotonic seconds; when the call in hand was first sent
     failed_jobs: int = 0  # that may not fail again
     timeouts: int = 0  # 504s: the conversion takes longer than the API's synchronous call may
     remaining: int | None = None
 
     @property
+    def may_be_paid(self) -> bool:
+        """Whether the API may hold an answer that this program can still ask for."""
+        return self.maybe_done or self.left_open is not None
+
+    @property
     def is_open(self) -> bool:
         """Whether the API may know of it. Of what it has put off, it may remember the body: no other may be sent."""
-        return self.maybe_done or self.throttled > 0
+        return self.may_be_paid or self.throttled > 0 or self.request.is_doubtful
 
 
 @dataclass
@@ -1625,9 +1647,15 @@ def judge_reply(status: int, code: str) -> Verdict:
     return Verdict.GIVE_UP
 
 
+def is_about_key(failure: ObjectFailed) -> bool:
+    """Whether a refusal says that the idempotency key is taken by another body."""
+    return judge_reply(failure.status, failure.code) is Verdict.NEW_KEY
+
+
 def judge_poll(status: int, code: str) -> Verdict:
     """What an error reply to the question for a job means. GIVE_UP: the job is lost; nothing else is about the job."""
-    if status in {404, 410}:
+    # A gateway's 404 is about the address.
+    if status in {404, 410} and code == UNKNOWN_TO_API:
         return Verdict.GIVE_UP
     # Without the API's code it is the word of something on the way, about this question.
     if (status in {401, 403} and code) or code == "quota_exceeded":
@@ -2071,12 +2099,13 @@ class Unpacking:
 # Journal. The checkpoint, and the only SQL. Invariants:
 #   - `log` is only ever appended to; the newest row of a (bucket, key, fingerprint) is that object's state.
 #   - A request is sent only after its `in_flight` row is on the disk, and that row leaves in the transaction that
-#     appends the outcome. Whatever is in `in_flight` at the start of a run may have been paid for.
+#     appends the outcome. Another request of the same conversation takes the row over before it is sent. Whatever is in
+#     `in_flight` at the start of a run may have been paid for.
 #   - An outcome that leaves the API's part unknown keeps its row, so that the same request can be sent again.
 #   - An output key belongs to the first source that claims it, by a row of `log` or of `in_flight`.
 ########################################################################################################################
 
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 APPLICATION_ID = 0x53334243  # "S3BC"
 SCHEMA = """
 CREATE TABLE log (
@@ -2096,7 +2125,8 @@ CREATE TRIGGER log_keeps_its_values BEFORE UPDATE ON log BEGIN SELECT RAISE(ABOR
 CREATE TABLE in_flight (
     bucket TEXT NOT NULL, key TEXT NOT NULL, fingerprint TEXT NOT NULL, etag TEXT NOT NULL, output_bucket TEXT NOT NULL,
     claim TEXT NOT NULL, idempotency_key TEXT NOT NULL, url TEXT NOT NULL, sent_at REAL NOT NULL,
-    job_id TEXT NOT NULL DEFAULT '', PRIMARY KEY (bucket, fingerprint, key)
+    job_id TEXT NOT NULL DEFAULT '', path TEXT NOT NULL DEFAULT '/v1/convert', doubled INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (bucket, fingerprint, key)
 ) WITHOUT ROWID;
 CREATE INDEX in_flight_claim ON in_flight (output_bucket, claim);
 """
@@ -2106,7 +2136,11 @@ UPGRADES: Mapping[int, Sequence[str]] = {
         "DROP INDEX log_state",
         "CREATE INDEX log_state ON log (bucket, fingerprint, key, id, etag, event, permanent)",
         "ALTER TABLE in_flight ADD COLUMN job_id TEXT NOT NULL DEFAULT ''",
-    )
+    ),
+    2: (
+        "ALTER TABLE in_flight ADD COLUMN path TEXT NOT NULL DEFAULT '/v1/convert'",
+        "ALTER TABLE in_flight ADD COLUMN doubled INTEGER NOT NULL DEFAULT 0",
+    ),
 }
 
 
@@ -2345,7 +2379,7 @@ class Journal:
     def sent(self, fingerprint: str, keys: Sequence[str]) -> dict[str, Sent]:
         """The unsettled requests of earlier runs for those of the keys that have one."""
         where = "bucket = ? AND fingerprint = ? AND key"
-        columns = "key, etag, idempotency_key, url, sent_at, job_id"
+        columns = "key, etag, idempotency_key, url, sent_at, job_id, path, doubled"
         rows = self._rows_about(columns, "in_flight", where, (self.bucket, fingerprint), keys)
         return {key: Sent(*row) for key, *row in rows}
 
@@ -2370,19 +2404,20 @@ class Journal:
 
     def begin(self, tasks: Sequence[Task], now: float) -> None:
         """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
-        rows = [self._in_flight_row(task, now) for task in tasks if not task.resumed]
-        # A resumed one keeps its row as it is: the request is the same, and so is the time when it was first sent.
+        rows = [self._in_flight_row(task, now) for task in tasks if not task.may_be_done]
+        # What may be done keeps its row as it is: the request is the same, and so is the time when it was first sent.
         with self._transaction() as db:
-            db.executemany("INSERT OR REPLACE INTO in_flight VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            db.executemany(f"INSERT OR REPLACE INTO in_flight VALUES (?{', ?' * 11})", rows)
 
-    def note_jobs(self, jobs: Sequence[JobStarted]) -> None:
-        """Write down which jobs the API has made of requests, so that a later run asks for them and sends nothing."""
-        if jobs:
-            with self._transaction() as db:
-                db.executemany(
-                    "UPDATE in_flight SET job_id = ? WHERE bucket = ? AND fingerprint = ? AND key = ? AND etag = ?",
-                    [(job.job_id, self.bucket, job.task.fingerprint, job.task.key, job.task.etag) for job in jobs],
-                )
+    def note(self, request: Task) -> None:
+        """Make it durable that this is out for its object now. Raises RunStopped or UserError where it cannot be."""
+        columns = "idempotency_key = ?, url = ?, sent_at = ?, job_id = ?, path = ?, doubled = ?"
+        where = (self.bucket, request.fingerprint, request.key, request.etag)
+        with self._transaction() as db:
+            db.execute(
+                f"UPDATE in_flight SET {columns} WHERE (bucket, fingerprint, key, etag) = (?, ?, ?, ?)",
+                (*self._as_sent(request, request.sent_at), *where),
+            )
 
     def end(self, outcomes: Sequence[Outcome], now: float) -> None:
         """Append outcomes and settle their requests, in one transaction. Raises RunStopped on a full disk."""
@@ -2421,8 +2456,11 @@ class Journal:
 
     def _in_flight_row(self, task: Task, now: float) -> tuple[object, ...]:
         claim = (self.output_bucket, claim_of(task.output_key))
-        sent = (task.idempotency_key, task.url, now, task.job_id)
-        return (self.bucket, task.key, task.fingerprint, task.etag, *claim, *sent)
+        return (self.bucket, task.key, task.fingerprint, task.etag, *claim, *self._as_sent(task, now))
+
+    def _as_sent(self, task: Task, now: float) -> tuple[object, ...]:
+        # Of what is overdue, an earlier request may have been paid.
+        return (task.idempotency_key, task.url, now, task.job_id, task.path, int(task.is_doubtful))
 
     def _log_row(self, outcome: Outcome, now: float) -> tuple[object, ...]:
         task = outcome.task
@@ -3977,6 +4015,7 @@ class Shared:
     bucket: Bucket
     url_trust: UrlTrust
     tell: Callable[["Note"], None]  # the recorder, or the way to it
+    note: Callable[[InFlight], None]  # returns when it is in the journal; raises RunStopped where it cannot be
     reach: Reach = field(default_factory=lambda: Reach("the API"))
 
 
@@ -4064,6 +4103,7 @@ class RetryPolicy(Retry):
             failure = ObjectFailed(error.code, error.message, permanent=error.permanent, status=200)
             if failure.permanent:
                 # The API repeats its answers, so that asking again brings the same.
+                self.exchange.maybe_done = False
                 raise failure
             return self._again(failure, costs_attempt=True, asked=None)
         failure = ObjectFailed("network", f"{type(error).__name__}: {error}", permanent=False)
@@ -4288,28 +4328,42 @@ class ConvertClient:
         a refusal in URL mode may be about the URL, and is no proof that the object is bad.
         """
         trust = self.shared.url_trust
-        by_url = bool(task.url) and (task.resumed or not trust.is_lost)
+        if task.url and not task.may_be_done and trust.is_lost:
+            self._turn_to(self._with_bytes(task), exchange)
         try:
-            return self._result_of_known_job(task, exchange) or self._send(task, exchange, by_url=by_url)
+            return self._result_of_known_job(task, exchange) or self._send(exchange)
         except ObjectFailed as refusal:
-            is_about_url = by_url and self._may_be_about_url(refusal)
+            is_about_url = bool(exchange.request.url) and self._may_be_about_url(refusal)
             if is_about_url and self._api.transfer == "url" and not isinstance(refusal, JobFailed):
                 return self._exchange_again(task, exchange)
             # Another body would pay a second time for what may be done.
-            if not is_about_url or exchange.maybe_done or self._api.transfer == "url":
+            if not is_about_url or exchange.may_be_paid or self._api.transfer == "url":
                 # The URL of an earlier run may have died with its credentials: the next run signs another one.
                 refusal.permanent &= not (is_about_url and task.resumed)
                 raise
-            # A refusal leaves open what became of what an earlier run sent, which may have come as far as this upload.
-            exchange.maybe_done = task.resumed
-            result = self._send(task, exchange, by_url=False)
-            exchange.maybe_paid_twice |= task.resumed
+            # A refusal leaves open what became of what an earlier run sent.
+            doubled = task.doubled or task.resumed
+            self._turn_to(replace(self._with_bytes(task), doubled=doubled), exchange)
+            result = self._send(exchange)
             trust.refused()
             return result
 
-    def _send(self, task: Task, exchange: Exchange, *, by_url: bool) -> Result:
-        result = self._exchange(self._url_call(task) if by_url else self._upload_call(task), task, exchange)
-        if by_url:
+    def _turn_to(self, request: Task, exchange: Exchange) -> None:
+        """Go on with another request, once it is in the journal: a run after a crash sends again what was sent last."""
+        request = replace(request, doubled=request.is_doubtful, overdue=False)
+        request = replace(request, resumed=False, job_id="", sent_at=time.time())
+        self.shared.note(InFlight(exchange.task, request))
+        if exchange.maybe_done:
+            exchange.left_open = exchange.request
+        exchange.request, exchange.maybe_done, exchange.replayed = request, False, False
+
+    def _with_bytes(self, task: Task) -> Task:
+        # Another body than the URL's needs another key.
+        return replace(task, url="", idempotency_key=task.idempotency_key.partition(":")[0] + ":u")
+
+    def _send(self, exchange: Exchange) -> Result:
+        result = self._exchange(exchange)
+        if exchange.request.url:
             self.shared.url_trust.accepted()
             self.shared.bucket.note_read()
         return result
@@ -4318,7 +4372,7 @@ class ConvertClient:
         """Send a refused URL once more, now that S3 is seen to serve the object: it may have been away in between."""
         self.shared.bucket.read_source(task, Range="bytes=0-0")["Body"].close()
         try:
-            return self._send(task, exchange, by_url=True)
+            return self._send(exchange)
         except ObjectFailed as refusal:
             # The URL of an earlier run may have died with its credentials: the next run signs another one.
             refusal.permanent &= not (task.resumed and self._may_be_about_url(refusal))
@@ -4326,15 +4380,22 @@ class ConvertClient:
 
     def _result_of_known_job(self, task: Task, exchange: Exchange) -> Result | None:
         """What has come of the job that an earlier run has started; None if there is none, or none any more."""
+        is_lost = False
         if task.job_id:
             try:
-                return self._finish_job(task.job_id, task, exchange)
+                return self._finish_job(task.job_id, exchange)
             except ObjectFailed as failure:
-                may_not_fail_again = isinstance(failure, JobFailed) and not failure.permanent
-                if failure.code != JOB_LOST and not may_not_fail_again:
+                is_lost = failure.code == JOB_LOST
+                if not (is_lost or (isinstance(failure, JobFailed) and not failure.permanent)):
                     raise
-        exchange.maybe_paid_twice = task.overdue
-        exchange.maybe_done = exchange.replayed = task.resumed
+        if exchange.request is task:
+            exchange.maybe_done = exchange.replayed = task.resumed
+        # Its key is forgotten as well, so that this will be another conversion. Without a job, the feeder noted it.
+        if task.overdue and task.job_id:
+            exchange.maybe_done = False
+            self._turn_to(replace(task, doubled=task.doubled or is_lost, overdue=False), exchange)
+        elif task.overdue:
+            exchange.request = replace(exchange.request, doubled=True)
         return None
 
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
@@ -4351,46 +4412,50 @@ class ConvertClient:
         named = {"target": task.target, "source": source_format(task.key), "quality": str(task.quality or "")}
         return tuple((name, value) for name, value in named.items() if value)
 
-    def _path(self, task: Task) -> str:
-        above = self._api.jobs_above
-        return JOBS_PATH if above is not None and task.size > above else CONVERT_PATH
+    def _call(self, task: Task) -> Call:
+        fields = self._form_fields(task)
+        if task.url:
+            return Call(task.path, task.idempotency_key, (*fields, ("file_url", task.url)))
+        filename, bucket = upload_filename(task.key), self.shared.bucket
+        return Call(task.path, task.idempotency_key, fields, filename, lambda: bucket.open_source(task))
 
-    def _url_call(self, task: Task) -> Call:
-        return Call(self._path(task), task.idempotency_key, (*self._form_fields(task), ("file_url", task.url)))
-
-    def _upload_call(self, task: Task) -> Call:
-        # In URL mode this is the fallback, and its body is another one.
-        key = task.idempotency_key + (":u" if task.url else "")
-        filename = upload_filename(task.key)
-        bucket = self.shared.bucket
-        return Call(self._path(task), key, self._form_fields(task), filename, lambda: bucket.open_source(task))
-
-    def _exchange(self, call: Call, task: Task, exchange: Exchange) -> Result:
-        """Send a call until it is answered; under a successor key if the key is taken, as a job if it is slow."""
-        has_predecessor = False
-        for number in itertools.count(2):
+    def _exchange(self, exchange: Exchange) -> Result:
+        """Send a request until it is answered; under a successor key if the key is taken, as a job if it is slow."""
+        while True:
             try:
-                result = self._answer(call, task, exchange)
-                exchange.maybe_paid_twice |= has_predecessor
-                return result
+                return self._answer(self._call(exchange.request), exchange)
             except ObjectFailed as failure:
-                successor = self._successor(call, failure, number, exchange)
+                successor = self._successor(failure, exchange)
                 if successor is None:
+                    # A word on this request says nothing of one that was left open.
+                    failure.permanent |= is_about_key(failure)
+                    failure.permanent &= exchange.left_open is None
                     raise
-                # All but a job that failed leave open whether the first key's work was done.
-                has_predecessor |= not isinstance(failure, JobFailed)
-            call = successor
-        raise AssertionError("unreachable: the numbers do not end")
+            self._turn_to(successor, exchange)
 
-    def _successor(self, call: Call, failure: ObjectFailed, number: int, exchange: Exchange) -> Call | None:
-        # Successor keys are derived, not drawn: a run that resumes after a crash comes to the same ones.
-        is_taken = judge_reply(failure.status, failure.code) is Verdict.NEW_KEY
-        # Under its own key the API would only tell of the same job again (docs/errors: resubmit).
-        is_spent = failure.code == JOB_LOST or self._is_worth_another_job(failure, exchange)
-        if (is_taken or is_spent) and number <= MOST_SUCCESSORS:
-            return replace(call, idempotency_key=f"{call.idempotency_key}:{number}")
-        if failure.status == 504 and call.path == CONVERT_PATH and self._api.jobs_above is not None:
-            return replace(call, path=JOBS_PATH, idempotency_key=call.idempotency_key + ":j")
+    def _successor(self, failure: ObjectFailed, exchange: Exchange) -> Task | None:
+        request = exchange.request
+        # Successor keys are derived, not drawn: a run that has lost its checkpoint comes to the same ones.
+        successors = re.findall(r":\d+", request.idempotency_key)
+        successor = replace(request, idempotency_key=f"{request.idempotency_key}:{len(successors) + 2}")
+        if is_about_key(failure):
+            # Nobody can ask under this key for what is done under it.
+            exchange.maybe_done = False
+            exchange.taken_keys += 1
+            if exchange.taken_keys <= MOST_TAKEN_KEYS:
+                return replace(successor, doubled=True)
+            # So many keys are not taken: it is about the file, and nothing was charged.
+            exchange.request = replace(request, doubled=exchange.task.is_doubtful)
+            return None
+        # Under its own key the API would only tell of the same job again (docs/errors: resubmit). Once: an API that
+        # loses one job after the other is not to be paid for each of them.
+        if failure.code == JOB_LOST and not request.doubled:
+            exchange.maybe_done = False
+            return replace(successor, doubled=True)
+        if len(successors) < MOST_SUCCESSORS - 1 and self._is_worth_another_job(failure, exchange):
+            return successor
+        if failure.status == 504 and request.path == CONVERT_PATH and self._api.jobs_above is not None:
+            return replace(request, path=JOBS_PATH, idempotency_key=request.idempotency_key + ":j", doubled=True)
         return None
 
     def _is_worth_another_job(self, failure: ObjectFailed, exchange: Exchange) -> bool:
@@ -4407,14 +4472,21 @@ class ConvertClient:
         self.shared.gate.spend()
         return True
 
-    def _answer(self, call: Call, task: Task, exchange: Exchange) -> Result:
+    def _answer(self, call: Call, exchange: Exchange) -> Result:
         exchange.asked_at = time.monotonic()
         deadline = exchange.asked_at + WAIT_DEADLINE_SECONDS
         policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline)
         while True:
-            response = self._post(call, policy)
             try:
-                return self._result_of(response, task, exchange, deadline)
+                response = self._post(call, policy)
+            except requests.exceptions.InvalidHeader as error:
+                # Lengths that differ: it has answered, and no library reads it.
+                exchange.maybe_done = True
+                policy = policy.increment(error=as_bad_answer(error))
+                policy.sleep()
+                continue
+            try:
+                return self._result_of(response, exchange, deadline)
             except (BadAnswer, urllib3.exceptions.HTTPError, OSError) as error:
                 # The policy as it is after the attempts that urllib3 made within this exchange.
                 policy = cast(RetryPolicy, response.raw.retries).increment(error=as_bad_answer(error))
@@ -4422,12 +4494,13 @@ class ConvertClient:
                 response.close()
             policy.sleep()
 
-    def _result_of(self, response: requests.Response, task: Task, exchange: Exchange, deadline: float) -> Result:
+    def _result_of(self, response: requests.Response, exchange: Exchange, deadline: float) -> Result:
+        task = exchange.task
         if response.status_code == 202:
-            job_id = job_id_of(response)
+            exchange.request = replace(exchange.request, job_id=job_id_of(response))
             # Known to the journal, it is asked for after a crash, and no large object is sent again.
-            self.shared.tell(JobStarted(task, job_id))
-            return self._finish_job(job_id, task, exchange)
+            self.shared.note(InFlight(task, exchange.request))
+            return self._finish_job(exchange.request.job_id, exchange)
         is_json = media_kind(response.headers.get("Content-Type", "")) == "json"
         # What was asked for is the file, not an answer about it.
         if not is_json or canonical(task.target) in JSON_FORMATS:
@@ -4507,44 +4580,51 @@ class ConvertClient:
             if time.monotonic() > deadline:
                 raise BadAnswer("slow_answer", "the answer did not end in time")
 
-    def _finish_job(self, job_id: str, task: Task, exchange: Exchange) -> Result:
+    def _finish_job(self, job_id: str, exchange: Exchange) -> Result:
         """Wait for a job and fetch its result. An unknown state counts as running (docs/conversions/async)."""
         deadline = time.monotonic() + JOB_DEADLINE_SECONDS
         results_left = 3
+        exchange.unknown_polls = 0
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
             self.shared.stop.sleep(pause)
             try:
-                result = self._result_of_job(self._poll(job_id, exchange, deadline), task.target, exchange, deadline)
+                result = self._result_of_job(self._poll(job_id, exchange, deadline), exchange, deadline)
                 if result:
                     return result
             except BadAnswer as bad:
                 results_left -= 1
+                exchange.maybe_done &= not bad.permanent
                 if bad.permanent or not results_left:
                     raise ObjectFailed(bad.code, bad.message, permanent=bad.permanent, status=200) from None
             if time.monotonic() > deadline:
                 break
         raise ObjectFailed("job_not_finished", f"the job {job_id} gave no result in time", permanent=False)
 
-    def _result_of_job(self, job: Mapping[str, Any], target: str, exchange: Exchange, deadline: float) -> Result | None:
+    def _result_of_job(self, job: Mapping[str, Any], exchange: Exchange, deadline: float) -> Result | None:
         """What a job has come to; None while it runs. Raises BadAnswer."""
         if job.get("status") != "completed":
             return None
         link, said_size = download_link(job)
         if not link:
             raise BadAnswer("no_link", "the job is completed, and the API does not say where its result is")
-        return self._download(link, said_size, target, exchange, deadline)
+        return self._download(link, said_size, exchange.task.target, exchange, deadline)
 
     def _poll(self, job_id: str, exchange: Exchange, deadline: float) -> dict[str, Any]:
+        """What the API says of a job; empty while it does not know it, which it may only not do yet."""
         self.shared.gate.spend()
         try:
             address = f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}"
             response = self._get(address, judge_poll, exchange, deadline)
         except ObjectFailed as failure:
-            if failure.status in {404, 410}:
+            if failure.status in {404, 410} and failure.code == UNKNOWN_TO_API:
+                exchange.unknown_polls += 1
+                if exchange.unknown_polls < POLLS_BEFORE_LOST:
+                    return {}
                 raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}", permanent=False) from failure
             # Its status is an answer to this question; nobody must take it for one to the request that made the job.
             said = f"asked for the job {job_id}: {failure.code} {failure.message}".rstrip()
             raise ObjectFailed("job_not_finished", said, permanent=False) from failure
+        exchange.unknown_polls = 0
         with contextlib.closing(response):
             job = json_body(response)
         if job.get("status") == "failed":
@@ -4982,7 +5062,8 @@ class Planner:
                 else:
                     yield candidate
             except ObjectFailed as failure:
-                self.settled.append(Outcome(self._task(candidate, {}), Event.FAILED, failure.code, failure.message))
+                task = self._task(candidate, {})
+                self.settled.append(Outcome(task, Event.FAILED, failure.code, failure.message, unsettled=True))
 
     def _is_own_output(self, candidate: Candidate) -> bool:
         """Whether an object is an output: this configuration's among its sources, or another configuration's.
@@ -5018,6 +5099,9 @@ class Planner:
             quality=quality,
             output_key=planned,
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, quality, place),
+            path=self._path(source.size),
+            sent_at=earlier.sent_at if earlier else 0.0,
+            doubled=earlier is not None and bool(earlier.doubled),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
             job_id=earlier.job_id if earlier else "",
@@ -5026,8 +5110,13 @@ class Planner:
             among_sources=self.settings.puts_among_sources(job),
         )
         if earlier and not is_overdue:
-            return replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, resumed=True)
+            task = replace(task, idempotency_key=earlier.idempotency_key, url=earlier.url, path=earlier.path)
+            return replace(task, resumed=True)
         return task
+
+    def _path(self, size: int) -> str:
+        above = self.settings.api.jobs_above
+        return JOBS_PATH if above is not None and size > above else CONVERT_PATH
 
     def _sendable(self, tasks: Iterable[Task]) -> Iterator[Task]:
         """The tasks that may be sent at all; the others are failures before anything is paid."""
@@ -5144,7 +5233,8 @@ class Planner:
         return found
 
     def _fail(self, task: Task, code: str, message: str) -> None:
-        self.settled.append(Outcome(task, Event.FAILED, code, message, permanent=True))
+        # That says nothing of what an earlier run has sent.
+        self.settled.append(Outcome(task, Event.FAILED, code, message, permanent=True, unsettled=True))
 
 
 ########################################################################################################################
@@ -5259,8 +5349,12 @@ class Feeder:
 
     def _signed(self, task: Task) -> Task:
         # A resumed task keeps what was sent; a key with dot segments cannot be fetched by its URL.
-        wants_url = self.shared.settings.api.transfer != "upload" and not (task.resumed or task.copy)
-        if not wants_url or has_dot_segments(task.key) or self.shared.url_trust.is_lost:
+        if task.resumed or task.copy:
+            return task
+        # What is asked for as a job first keeps the time when it was sent.
+        task = task if task.job_id else replace(task, sent_at=time.time())
+        wants_url = self.shared.settings.api.transfer != "upload" and not has_dot_segments(task.key)
+        if not wants_url or self.shared.url_trust.is_lost:
             return task
         return replace(task, url=self.shared.bucket.presign(task.key))
 
@@ -5285,8 +5379,8 @@ class Feeder:
 
     def _leave(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
-            # The row of one that is overdue is all that tells the next run that it may be paid twice.
-            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done or task.overdue))
+            # The row of a doubtful one is all that tells the next run that it may be paid twice.
+            self.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done or task.is_doubtful))
 
     def _report_page(self) -> None:
         self.tell(Counted(dict(self.planner.counts)))
@@ -5345,7 +5439,7 @@ class TotalCount(threading.Thread):
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     # An earlier run may have sent it: until the API says otherwise, the work may be done.
-    exchange = Exchange(maybe_done=task.may_be_done, replayed=task.may_be_done)
+    exchange = Exchange(task, task, maybe_done=task.may_be_done, replayed=task.may_be_done)
     # Whatever the API has repeated, no secret gets further than this function: all that it hands on goes through here.
     hide = shared.settings.hide
     started = time.monotonic()
@@ -5353,7 +5447,8 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
-        keeps = exchange.is_open and not failure.permanent
+        doubts = exchange.request.is_doubtful or exchange.is_open
+        keeps = exchange.may_be_paid or (doubts and not failure.permanent)
         outcome = Outcome(
             task, Event.FAILED, failure.code, failure.message, failure.status, failure.permanent, unsettled=keeps
         )
@@ -5365,7 +5460,11 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
     except Exception as bug:
         log.exception("a worker failed")
         message = f"{type(bug).__name__}: {bug}"
-        outcome = Outcome(task, Event.FAILED, "bug", message, unsettled=exchange.maybe_done)
+        # Nobody knows how far the request has come.
+        exchange.maybe_done |= exchange.requests > 0
+        outcome = Outcome(task, Event.FAILED, "bug", message, unsettled=exchange.is_open)
+    if outcome.unsettled:
+        keep_what_is_open(shared, exchange)
     return replace(
         outcome,
         code=hide(outcome.code),
@@ -5374,9 +5473,19 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         requests=exchange.requests,
         throttled=exchange.throttled,
         replayed=exchange.replayed and outcome.event is Event.CONVERTED,
-        maybe_paid_twice=exchange.maybe_paid_twice,
+        # Until then the journal knows of the doubt.
+        maybe_paid_twice=outcome.event in {Event.CONVERTED, Event.FOUND} and exchange.request.doubled,
         remaining=exchange.remaining,
     )
+
+
+def keep_what_is_open(shared: Shared, exchange: Exchange) -> None:
+    """Where the last request is settled and one before it is not, let the next run ask for that one."""
+    if exchange.left_open and not exchange.maybe_done:
+        try:
+            shared.note(InFlight(exchange.task, exchange.left_open))
+        except RunStopped as stopped:
+            shared.stop.request(stopped.stop)
 
 
 def convert_and_store(task: Task, shared: Shared, client: ConvertClient, exchange: Exchange) -> Outcome:
@@ -5419,6 +5528,33 @@ def worker(tasks: "queue.Queue[Task | None]", shared: Shared) -> None:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """What the parent answers to an InFlight: it is in the journal, or the run has to stop."""
+
+    task: Task
+    stop: Stop | None
+
+
+class JournalOfParent:
+    """The way to the journal from a worker process, whose parent alone writes it."""
+
+    def __init__(self, tell: Callable[[object], None]) -> None:
+        self._tell, self._answers = tell, dict[Task, "queue.SimpleQueue[Stop | None]"]()
+
+    def note(self, note: InFlight) -> None:
+        """Return when it is written down. Raises RunStopped where it cannot be."""
+        answer = self._answers[note.task] = queue.SimpleQueue()
+        self._tell(note)
+        # Without a parent there is no answer, but then this process ends.
+        if stop := answer.get():
+            raise RunStopped(stop.because, stop.hint)
+
+    def hear(self, noted: Noted) -> None:
+        """Let the worker go on that waits for this."""
+        self._answers.pop(noted.task).put(noted.stop)
+
+
+@dataclass(frozen=True)
 class GateClosed:
     """What the parent tells a worker process: nobody may send before this time, in monotonic seconds."""
 
@@ -5437,9 +5573,11 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
             connection.send(note)
 
     stop = StopFlag(tell)
-    shared = Shared(settings, stop, Gate(tell, tell), Bucket(settings, stop), UrlTrust(tell), tell)
+    journal = JournalOfParent(tell)
+    shared = Shared(settings, stop, Gate(tell, tell), Bucket(settings, stop), UrlTrust(tell), tell, journal.note)
     tasks: queue.Queue[Task | None] = queue.Queue()
-    threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
+    listen = partial(listen_to_parent, connection, shared, tasks, workers, journal)
+    threading.Thread(target=listen, daemon=True).start()
     with ThreadPoolExecutor(workers) as pool:
         for _ in range(workers):
             pool.submit(work_until_done, functools.partial(worker, tasks, shared), shared.stop)
@@ -5447,7 +5585,7 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
 
 
 def listen_to_parent(
-    connection: "Connection", shared: Shared, tasks: "queue.Queue[Task | None]", workers: int
+    connection: "Connection", shared: Shared, tasks: "queue.Queue[Task | None]", workers: int, journal: JournalOfParent
 ) -> NoReturn:
     """Do what the parent says, as long as there is one."""
     while True:
@@ -5458,6 +5596,8 @@ def listen_to_parent(
             os._exit(ExitCode.STOPPED)
         if isinstance(told, GateClosed):
             shared.gate.close(told.until)
+        elif isinstance(told, Noted):
+            journal.hear(told)
         elif isinstance(told, Stop):
             # Told back, it could meet a parent that is sending as well: neither would read what fills the other's pipe.
             shared.stop.request(told, is_told=True)
@@ -5506,6 +5646,8 @@ class WorkerProcess:
                 if note is None:
                     return
                 self._take(note)
+                if isinstance(note, InFlight):
+                    connection.send(Noted(note.task, self._note(note)))
 
     def _news(self) -> Iterator[Stop | GateClosed | None]:
         """What a process is to be told once: to stop, to wait, and that no task will come any more."""
@@ -5536,7 +5678,15 @@ class WorkerProcess:
         self._is_fed = task is None
         return task
 
-    def _take(self, note: "Heard | Asking | Stop | Outcome | JobStarted") -> None:
+    def _note(self, note: InFlight) -> Stop | None:
+        """Write down what is out for a task. Why the run has to stop, if that cannot be done."""
+        try:
+            self.shared.note(note)
+        except RunStopped as stopped:
+            return stopped.stop
+        return None
+
+    def _take(self, note: "Heard | Asking | Stop | Outcome | InFlight") -> None:
         """Pass a note on to whom it concerns."""
         if isinstance(note, Asking):
             self.shared.gate.note_asking()
@@ -5545,12 +5695,11 @@ class WorkerProcess:
             self.shared.url_trust.hear(note)
         elif isinstance(note, Stop):
             self.shared.stop.request(note)
-        elif isinstance(note, JobStarted):
-            self._held[note.task] = replace(note.task, job_id=note.job_id)
-            self.shared.tell(note)
+        elif isinstance(note, InFlight):
+            self._held[note.task] = note.request
         else:
-            del self._held[note.task]
-            del self._deaths[note.task.idempotency_key]
+            held = self._held.pop(note.task)
+            del self._deaths[held.idempotency_key]
             self._idle_deaths = 0
             self.shared.tell(note)
 
@@ -5574,7 +5723,7 @@ class WorkerProcess:
         """Leave to the next run what no process is there for."""
         queued = () if self._is_fed else iter(self.tasks.get, None)
         for task in itertools.chain(self._again, queued):
-            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
+            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done or task.is_doubtful))
 
 
 @contextlib.contextmanager
@@ -5637,7 +5786,7 @@ def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
 ########################################################################################################################
 
 # None: the feeder, a worker, or a process of them, has left.
-Note = Outcome | JobStarted | Counted | TotalKnown | FeedEnded | None
+Note = Outcome | Counted | TotalKnown | FeedEnded | None
 # Failures that cost nothing and say nothing of the API: they do not count for run.max_failure_rate.
 FREE_FAILURES = ("output_collision", "output_key_too_long", "too_large", "source_gone")
 SKIP_REASONS = (UNMATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
@@ -6024,7 +6173,7 @@ class Recorder:
                 return False
         return True
 
-    def _take(self, notes: Sequence["Outcome | JobStarted | Counted | TotalKnown | FeedEnded"]) -> None:
+    def _take(self, notes: Sequence["Outcome | Counted | TotalKnown | FeedEnded"]) -> None:
         for note in notes:
             if isinstance(note, Counted):
                 self.report.add_counts(note.counts)
@@ -6034,8 +6183,6 @@ class Recorder:
                 self.report.stop = self.report.stop or note.stop
                 self.report.is_whole = note.is_complete
         outcomes = [note for note in notes if isinstance(note, Outcome)]
-        # Before the outcomes, which may be those of the same tasks.
-        self._write_down([note for note in notes if isinstance(note, JobStarted)])
         if outcomes:
             self.pacer.let_others_start()
             for outcome in self._settle(outcomes):
@@ -6055,14 +6202,6 @@ class Recorder:
                 self._can_write = False
                 self.shared.stop.request(stop_for(error))
         return [replace(outcome, event=Event.LEFT) for outcome in outcomes]
-
-    def _write_down(self, jobs: Sequence[JobStarted]) -> None:
-        if self._can_write:
-            try:
-                self.journal.note_jobs(jobs)
-            except (RunStopped, UserError) as error:
-                self._can_write = False
-                self.shared.stop.request(stop_for(error))
 
     def _append_failures(self, failures: Sequence[Outcome]) -> None:
         lines = (json.dumps(self._failure_line(outcome), ensure_ascii=False) + "\n" for outcome in failures)
@@ -6176,6 +6315,14 @@ def write_atomically(path: Path, content: str) -> None:
 ########################################################################################################################
 
 
+def note_in_flight(journal: Journal, note: InFlight) -> None:
+    """Write down what is out for a task. Raises RunStopped where that cannot be done."""
+    try:
+        journal.note(note.request)
+    except UserError as error:
+        raise RunStopped(error.message, error.hint) from None
+
+
 def run(settings: Settings, stop: StopFlag) -> Report:
     """Convert what there is to convert. Raises UserError or RunStopped if nothing could be started."""
     checkpoint = Path(settings.run.checkpoint)
@@ -6189,7 +6336,8 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         notes: queue.Queue[Note] = queue.Queue(8 * settings.run.workers)
         pacer = Pacer(settings.api.requests_per_minute, settings.shard.count)
         gate = Gate(pacer.hear)
-        shared = Shared(settings, stop, gate, Bucket(settings, stop), UrlTrust(), notes.put)
+        noting = partial(note_in_flight, journal)
+        shared = Shared(settings, stop, gate, Bucket(settings, stop), UrlTrust(), notes.put, noting)
         report, progress = Report(), Progress(settings)
         stop.in_flight = partial(report.in_flight, settings.run.workers)
         say_start(settings, journal)

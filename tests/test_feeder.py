@@ -136,7 +136,8 @@ def feeder(
 ) -> program.Feeder:
     """A feeder with no limit to its pace."""
     pacer, stop = program.Pacer(10**9), program.StopFlag()
-    shared = program.Shared(wanted, stop, program.Gate(pacer.hear), bucket, program.UrlTrust(), fed.tell)
+    gate, trust = program.Gate(pacer.hear), program.UrlTrust()
+    shared = program.Shared(wanted, stop, gate, bucket, trust, fed.tell, lambda _: None)
     return program.Feeder(shared, pacer, journal, tasks)
 
 

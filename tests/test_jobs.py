@@ -12,10 +12,11 @@ import s3_bulk_convert as program
 
 @pytest.mark.parametrize(("is_elsewhere", "expected"), [(True, program.ObjectFailed), (False, program.RunStopped)])
 def test_only_the_api_s_own_certificate_stops_the_run(*, is_elsewhere: bool, expected: type[Exception]) -> None:
+    task = program.Task("default", "f", "a.png", "e", 1, "jpg", None, "a.jpg", "i")
     policy = program.RetryPolicy(
         5,
         shared=cast(program.Shared, SimpleNamespace(reach=program.Reach("the API"))),
-        exchange=program.Exchange(),
+        exchange=program.Exchange(task, task),
         deadline=time.monotonic() + 60,
         judge=program.judge_download,
         is_elsewhere=is_elsewhere,

@@ -320,7 +320,7 @@ def make_short_text(path: Path) -> None:
 REFUSED = [
     pytest.param(
         make_newer,
-        "the checkpoint {} has version 99, this program knows 2",
+        "the checkpoint {} has version 99, this program knows 3",
         "use the newer s3_bulk_convert.py that made it",
         id="newer version",
     ),

@@ -64,6 +64,7 @@ class Relay(ThreadingHTTPServer):
         self.s3 = s3
         self.asked: list[Asked] = []
         self.refuse: Callable[[str, str], bool] = lambda *_: False
+        self.refusal_status = 403
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         self.instead: Callable[[Asked], bytes | None] = lambda _: None
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
@@ -92,7 +93,7 @@ class Relayed(BaseHTTPRequestHandler):
         asked = Asked(self.command, self.path, CaseInsensitiveDict(self.headers.items()))
         self.server.asked.append(asked)
         if self.server.refuse(self.command, self.path):
-            self.answer(403, [], self.server.refusal)
+            self.answer(self.server.refusal_status, [], self.server.refusal)
             return
         instead = self.server.instead(asked)
         if instead is not None:
