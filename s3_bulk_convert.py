@@ -44,6 +44,7 @@ import email.utils
 import fnmatch
 import functools
 import gc
+import getpass
 import gzip
 import hashlib
 import hmac
@@ -62,6 +63,7 @@ import random
 import re
 import shutil
 import sqlite3
+import ssl
 import stat
 import statistics
 import sysconfig
@@ -83,6 +85,10 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from xml.etree import ElementTree
 
+# What other programs' bars are to look like is no concern of this one's, which could not draw its own by it.
+for unmeant in [name for name in os.environ if name.startswith("TQDM_")]:
+    del os.environ[unmeant]
+
 try:
     import boto3
     import botocore.config
@@ -96,6 +102,7 @@ try:
         ConnectTimeoutError,
         CredentialRetrievalError,
         EndpointConnectionError,
+        HTTPClientError,
         MetadataRetrievalError,
         NoCredentialsError,
         PartialCredentialsError,
@@ -1016,7 +1023,12 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
         raise UserError(f"{path}, line {line}: {what}", "compare it with config.example.ini") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory", "give the INI file with -c, or copy config.example.ini") from None
-    except (OSError, UnicodeDecodeError) as problem:
+    except OSError as problem:
+        raise UserError(
+            f"{path} cannot be read: {problem.strerror}",
+            "let this user read it (chmod, chown), or give another with -c",
+        ) from None
+    except UnicodeDecodeError as problem:
         raise UserError(f"{path} cannot be read: {problem}", "compare it with config.example.ini") from None
     # A section counts without options too: it may be misspelt, or a job that overrides nothing.
     return [
@@ -1702,7 +1714,10 @@ def leave_on_interrupt() -> None:
 #   - A proxy that the environment names is on the way to everything, so the words for it name it.
 ########################################################################################################################
 
-PROXY_HINT = "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again"
+PROXY_HINT = (
+    "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again; "
+    "SOCKS does not work for S3, and for the API only with the package PySocks"
+)
 
 
 class Reach:
@@ -1744,8 +1759,9 @@ def outage_pause(attempt: int) -> float:
 def proxy_for(address: str) -> str:
     """Host and port of the proxy that the environment names for an address; empty if it names none."""
     named = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)) or ""
-    # It may hold a password, which is nobody's to read.
-    return urllib.parse.urlsplit(named if "//" in named else f"//{named}").netloc.rpartition("@")[2]
+    # It may hold a password, which is nobody's to read, and it may be no address at all.
+    host = re.sub(r"[/?#].*", "", named.rpartition("://")[2]).rpartition("@")[2]
+    return host or ("without a host" if named else "")
 
 
 def connection_problem(error: Any) -> str:
@@ -1773,6 +1789,57 @@ def never_sent(error: Any) -> bool:
     cause = error.original_error if isinstance(error, urllib3.exceptions.ProxyError) else error
     failed = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
     return isinstance(cause, failed) or "Tunnel connection failed" in str(cause)
+
+
+SCARCE_HINT = "set fewer run.workers or run.processes, or raise the limit (ulimit -u, a container's pids and memory)"
+CA_BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # as requests looks for them
+
+
+def trouble_around(error: Exception, address: str) -> RunStopped | None:
+    """The end of the run for what the system, the environment or a connection's set-up refuses; None for a bug.
+
+    `address`: the API's, which is the only one that is asked without boto3.
+    """
+    if isinstance(error, MemoryError):
+        return RunStopped("the system has no more memory", SCARCE_HINT)
+    if "can't start new thread" in str(error):
+        return RunStopped("the system starts no more threads", SCARCE_HINT)
+    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+        return api_unreachable(address, error)
+    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        where = f": {error.filename}" if error.filename else ""
+        return RunStopped(
+            redacted(f"the system refuses what the program needs: {error.strerror or error}{where}"),
+            "allow it to this user, or free what is short of it, and run it again",
+        )
+    return None
+
+
+@contextlib.contextmanager
+def blaming_the_environment(address: str) -> Iterator[None]:
+    """Raise RunStopped in place of what is neither a bug nor an object's failure; see `trouble_around`."""
+    try:
+        yield
+    except Exception as error:
+        trouble = trouble_around(error, address)
+        if trouble is None:
+            raise
+        raise trouble from None
+
+
+def refuse_wrong_certificates(address: str, *variables: str) -> None:
+    """Raise UserError if TLS cannot be set up for an address with what these variables of the environment name."""
+    named = {name: os.environ[name] for name in (*variables, "SSLKEYLOGFILE") if os.environ.get(name)}
+    bundle = next((named[name] for name in variables if name in named), None)
+    if not named or not address.startswith("https:"):
+        return
+    try:
+        is_folder = bundle is not None and os.path.isdir(bundle)
+        ssl.create_default_context(cafile=None if is_folder else bundle, capath=bundle if is_folder else None)
+    except OSError as problem:
+        told = ", ".join(f"{name} = {path}" for name, path in named.items())
+        hint = f"set {' or '.join(named)} to a file that is there and can be used, or to nothing"
+        raise UserError(f"TLS cannot be set up with {told}: {problem.strerror or problem}", hint) from None
 
 
 def api_unreachable(address: str, error: Exception) -> RunStopped:
@@ -1853,7 +1920,7 @@ class RunLock:
         if sys.platform == "win32":
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(handle, self.path)
         except BlockingIOError:
             raise UserError(
                 f"another run holds {self.path} ({self._holder(handle)})",
@@ -1885,6 +1952,21 @@ class RunLock:
         return said if pid and holds_a_lock(pid) else ""
 
 
+def take_lock(handle: IO[Any], path: Path) -> None:
+    """Take an exclusive lock. Raises BlockingIOError if another has it, UserError where the file system has none."""
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as problem:
+        # Without it two runs might pay for the same objects.
+        raise UserError(
+            f"{path} cannot be locked: {problem.strerror}", "set run.checkpoint to a path on a local disk"
+        ) from None
+
+
 def holds_a_lock(pid: str) -> bool:
     """Whether a process holds a `flock`; where the system does not list them, whether it lives."""
     # On Windows there is no lock, and `kill` would be what it says.
@@ -1905,8 +1987,13 @@ def explaining_sqlite(path: Path) -> Iterator[None]:
     """Say what an SQLite error means for a person. A full disk stops the run; nothing is overwritten."""
     try:
         yield
-    except sqlite3.Error as problem:
-        said = str(problem)
+    except (sqlite3.Error, OSError) as problem:
+        said = str(getattr(problem, "strerror", None) or problem)
+        if "is locked" in said:
+            hint = "wait until that has ended (a backup, an sqlite3 shell), and run it again"
+            raise UserError(
+                f"the checkpoint {path} is locked by another program: {said}", hint, ExitCode.STOPPED
+            ) from None
         if "not a database" in said or "malformed" in said:
             hint = "move it away to start over: with run.skip_existing, finished objects are found in the output bucket"
             raise UserError(f"the checkpoint {path} is damaged: {said}", hint, ExitCode.STOPPED) from None
@@ -1916,6 +2003,15 @@ def explaining_sqlite(path: Path) -> Iterator[None]:
             ) from None
         hint = "make it and its directory readable and writable, or set run.checkpoint to another path"
         raise UserError(f"the checkpoint {path} cannot be used: {said}", hint) from None
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Say who may use a file of the checkpoint's. Raises UserError if it is another user's."""
+    try:
+        path.chmod(mode)
+    except PermissionError:
+        hint = "start this program as that user, or set run.checkpoint to another path"
+        raise UserError(f"the checkpoint {path} belongs to another user", hint) from None
 
 
 def chunks(values: Sequence[T], length: int) -> Iterator[Sequence[T]]:
@@ -1956,16 +2052,13 @@ class Journal:
             self._db.close()
 
     def _create_private(self) -> None:
-        try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        except OSError as problem:
-            raise sqlite3.OperationalError(problem.strerror) from None
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
 
     def _make_private(self) -> None:
         # It holds presigned URLs. SQLite gives -wal and -shm the mode of the database when it makes them.
         for path in (self.path, *(self.path.with_name(self.path.name + end) for end in ("-wal", "-shm"))):
             if os.name == "posix" and path.exists() and stat.S_IMODE(path.stat().st_mode) != 0o600:
-                path.chmod(0o600)
+                set_mode(path, 0o600)
 
     def _is_new(self) -> bool:
         return not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
@@ -2171,9 +2264,9 @@ class JournalReader(Journal):
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
         self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
-        self.is_there = path.exists()
         self._lock = threading.Lock()
         with explaining_sqlite(path):
+            self.is_there = path.exists()
             self._db = sqlite3.connect(
                 self._address(), isolation_level=None, check_same_thread=False, uri=True, timeout=30
             )
@@ -2477,7 +2570,15 @@ REFUSED_BY_S3 = frozenset(
     {
         *("401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException"),
         *("InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidTokenId", "NoSuchBucket", "NotSignedUp"),
-        *("407", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
+        *(
+            "407",
+            "AuthorizationHeaderMalformed",
+            "RequestExpired",
+            "RequestTimeTooSkewed",
+            "SignatureDoesNotMatch",
+            "TokenRefreshRequired",
+            "UnauthorizedAccess",
+        ),
     }
 )
 
@@ -2501,6 +2602,9 @@ S3_HINTS = {
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY is wrong (or that of the profile): correct it, and run it again",
     "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is unknown there (or that of the profile): correct it, and run it again",
     "AccessDenied": "allow the action to these AWS credentials, and run it again",
+    "RequestTimeTooSkewed": "set this machine's clock (chronyd, ntpd), and run it again",
+    "RequestExpired": "set this machine's clock (chronyd, ntpd), and run it again",
+    "AuthorizationHeaderMalformed": "correct s3.region (or that of the AWS configuration), and run it again",
 }
 
 
@@ -2530,12 +2634,18 @@ def s3_unreachable(error: Exception, doing: str) -> RunStopped:
             "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock",
         )
     # Of a failed connection, boto3 says where to, and keeps why to itself.
-    cause = error.kwargs.get("error") if isinstance(error, NO_CONNECTION) else None
-    why = f": {connection_problem(cause)}" if cause else ""
-    because = redacted(f"S3 could not be reached for {doing}: {error}{why}")
-    if isinstance(error, ProxyConnectionError):
+    cause = error.kwargs.get("error") if isinstance(error, (*NO_CONNECTION, HTTPClientError)) else None
+    why = f": {connection_problem(cause)}" if cause and isinstance(error, NO_CONNECTION) else ""
+    proxy = proxy_for("https://s3") or proxy_for("http://s3")
+    # Its own words for what comes of an address that is none would sound like a bug.
+    is_set_up = type(error) is HTTPClientError and bool(proxy)
+    said = f"through the proxy {proxy}: {cause}" if is_set_up else f"{error}{why}"
+    because = redacted(f"S3 could not be reached for {doing}: {said}")
+    if is_set_up or isinstance(error, ProxyConnectionError):
         return RunStopped(because, PROXY_HINT)
-    return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
+    return RunStopped(
+        because, "check the network, s3.endpoint_url, s3.region and the AWS credentials, and run it again"
+    )
 
 
 def error_code(error: Exception) -> str:
@@ -2584,6 +2694,8 @@ def make_s3_client(
 
     Raises UserError if the profile does not exist or there are no credentials at all.
     """
+    # boto3 asks by `getpass`, which takes no other way where there is no terminal.
+    vars(getpass)["fallback_getpass"] = refuse_prompt
     config = botocore.config.Config(
         signature_version="s3v4",
         retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
@@ -2604,10 +2716,20 @@ def make_s3_client(
         if not is_amazon(client.meta.endpoint_url):
             client = session.client("s3", endpoint_url=options.endpoint_url, config=config.merge(without_trailers()))
         return client, credentials
-    except (BotoCoreError, ValueError) as problem:
-        raise UserError(
-            f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
-        ) from None
+    except (BotoCoreError, ValueError, OSError) as problem:
+        raise wrong_configuration(problem) from None
+
+
+def wrong_configuration(problem: Exception) -> UserError:
+    """What to say of an AWS configuration that leads nowhere."""
+    return UserError(f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region")
+
+
+def refuse_prompt(*_: object, **__: object) -> NoReturn:
+    """What is asked where there is no terminal, for a profile with `mfa_serial`. Raises UserError."""
+    # boto3 would read the code from stdin, and wait for ever.
+    hint = "give the keys of a session (aws sts get-session-token), or an s3.profile without mfa_serial"
+    raise UserError("the AWS profile wants an MFA code, and there is no terminal to ask for it", hint)
 
 
 class UrlSigner:
@@ -2677,7 +2799,9 @@ class Bucket:
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._connect(None)
         self._has_read = self._has_written = False
+        self._presigns = settings.api.transfer != "upload"
         self.pages_asked = 0  # of listings
+        refuse_wrong_certificates(self.client.meta.endpoint_url, "AWS_CA_BUNDLE")
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
 
@@ -2698,8 +2822,10 @@ class Bucket:
             self.client.meta.events.register_first("needs-retry.s3", self._ride_out)
         try:
             self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
-        except BotoCoreError as error:
+        except (BotoCoreError, ClientError) as error:
             raise refused(error, "signing a URL") from None
+        except OSError as problem:
+            raise wrong_configuration(problem) from None
 
     def check(self) -> None:
         """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
@@ -2709,16 +2835,34 @@ class Bucket:
                 headers = reply["ResponseMetadata"]["HTTPHeaders"]
             except ClientError as error:
                 headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+                is_missing = error_code(error) in {"404", "NoSuchBucket"}
+                if is_missing and name in self.client.meta.endpoint_url:
+                    raise RunStopped(
+                        f"the bucket {name} does not exist at {self.client.meta.endpoint_url}",
+                        "take the bucket out of s3.endpoint_url, which is the address of all buckets",
+                    ) from None
                 # 403 is not the last word: a policy may allow listing below a prefix only, or writing only.
-                if error_code(error) in {"404", "NoSuchBucket"}:
+                if is_missing:
                     raise RunStopped(
                         f"the bucket {name} does not exist", "correct s3.bucket or s3.output_bucket"
                     ) from None
                 if error_code(error) == "407":
                     raise refused(error, f"access to the bucket {name}") from None
+                if error_code(error) == "400" and self._presigns:
+                    self._refuse_other_region(name)
             except BotoCoreError as error:
                 raise refused(error, f"access to the bucket {name}") from None
             self._use_region(headers.get("x-amz-bucket-region"), name)
+
+    def _refuse_other_region(self, name: str) -> None:
+        """Raise RunStopped if boto3 finds the region for its own requests alone: URLs would keep the wrong one."""
+        try:
+            self.client.list_objects_v2(Bucket=name, MaxKeys=1, **self._payer)
+        except (ClientError, BotoCoreError):
+            # The run's own listing will say why.
+            return
+        said = f"the bucket {name} is in another region than {self.client.meta.region_name}"
+        raise RunStopped(said, "correct s3.region (or that of the AWS configuration), and run it again")
 
     def _use_region(self, region: str | None, name: str) -> None:
         # A URL signed for another region is refused by Amazon, where a client's own requests are redirected.
@@ -2796,11 +2940,17 @@ class Bucket:
 
     def _head(self, source: S3Object) -> S3Object | ClientError:
         try:
-            return headed_object(source.key, self.client.head_object(Bucket=self.name, Key=source.key, **self._payer))
+            head = self.client.head_object(Bucket=self.name, Key=source.key, **self._payer)
         except (ClientError, BotoCoreError) as error:
             if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
                 return error
             raise refused(error, f"reading from {self.name}") from None
+        if not {"ContentLength", "LastModified"} <= head.keys():
+            raise RunStopped(
+                f"S3 does not say how long and how old an object of {self.name} is (Content-Length, Last-Modified)",
+                "go around the proxy or gateway that hides it, or leave out --keys-from, and run it again",
+            )
+        return headed_object(source.key, head)
 
     def _not_seen(self, key: str, error: Exception, *, is_any_seen: bool) -> ObjectFailed:
         if error_code(error) in {"404", "NoSuchKey"}:
@@ -4187,12 +4337,13 @@ def asking(address: str, **request: Any) -> Iterator[requests.Response]:
         # A redirect would carry the key, or the signature, to somebody else.
         with requests.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
             yield answer
-    except requests.RequestException as error:
+    except OSError as error:
         host, proxy = urllib.parse.urlsplit(address).netloc, proxy_for(address)
         why = certificate_problem(error) or connection_problem(error)
         if proxy:
             raise UserError(f"{host} cannot be reached through the proxy {proxy}: {why}", PROXY_HINT) from None
-        hint = "check its address and the network; for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
+        hint = "check its address (api.url, or s3.endpoint_url and s3.region) and the network; "
+        hint += "for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
         raise UserError(f"{host} cannot be reached: {why}", hint) from None
 
 
@@ -4264,13 +4415,15 @@ def no_space_stops_the_run() -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        where = tempfile.gettempdir()
+        # Where none can be written at all, there is no name either.
+        where = tempfile.tempdir or "a temporary folder"
         raise RunStopped(f"{where} cannot be written: {problem.strerror}", "free some space, or set TMPDIR") from None
 
 
 def temporary_file() -> IO[bytes]:
     """A file without a name, for a body too large for memory; in TMPDIR."""
-    return cast(IO[bytes], tempfile.TemporaryFile())
+    with no_space_stops_the_run():
+        return cast(IO[bytes], tempfile.TemporaryFile())
 
 
 def as_bad_answer(error: Exception) -> BadAnswer:
@@ -4733,8 +4886,9 @@ class Feeder:
         is_complete = False
         try:
             # In this thread, because the main one must hear signals even while S3 does not answer.
-            self.shared.bucket.check()
-            stop = self.feed()
+            with blaming_the_environment(self.shared.settings.api.url):
+                self.shared.bucket.check()
+                stop = self.feed()
             is_complete = not (stop or self.shared.stop.requested)
         except RunStopped as stopped:
             # A listing that broke off is no reason to drop what was handed out.
@@ -4853,7 +5007,8 @@ class TotalCount(threading.Thread):
         """Count, if there is something to wait for; tell the recorder once it is all counted."""
         self._feeder.is_ahead.wait()
         shared = self._feeder.shared
-        with contextlib.suppress(RunStopped, UserError, Interrupted), self._own_journal() as journal:
+        around = blaming_the_environment(shared.settings.api.url)
+        with contextlib.suppress(RunStopped, UserError, Interrupted), around, self._own_journal() as journal:
             planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
             total, began = 0, time.thread_time()
             for page, routes in planner.pages(lambda: 1):
@@ -4885,7 +5040,8 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
     hide = shared.settings.hide
     started = time.monotonic()
     try:
-        outcome = convert_and_store(task, shared, client, exchange)
+        with blaming_the_environment(shared.settings.api.url):
+            outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
         keeps = exchange.maybe_done and not failure.permanent
@@ -4974,11 +5130,26 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
     stop = StopFlag(tell)
     shared = Shared(settings, stop, Gate(tell), Bucket(settings, stop), UrlTrust(tell), tell)
     tasks: queue.Queue[Task | None] = queue.Queue()
-    threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in range(workers):
-            pool.submit(work_until_done, functools.partial(worker, tasks, shared), shared.stop)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with blaming_the_environment(settings.api.url):
+            for _ in range(workers):
+                pool.submit(work_until_done, functools.partial(worker, tasks, shared), shared)
+            # The last one: before it, no worker has anything to do.
+            threading.Thread(target=listen_to_parent, args=(connection, shared, tasks, workers), daemon=True).start()
+    except RunStopped as stopped:
+        stop.request(stopped.stop)
+        leave_to_parent(connection)
+    pool.shutdown()
     tell(None)
+
+
+def leave_to_parent(connection: "Connection") -> NoReturn:
+    """End a process that cannot work, once its parent has heard why: what it was handed, the parent still has."""
+    with contextlib.suppress(EOFError, OSError):
+        while not isinstance(connection.recv(), Stop):
+            pass
+    os._exit(ExitCode.STOPPED)
 
 
 def listen_to_parent(
@@ -5019,6 +5190,8 @@ class WorkerProcess:
             try:
                 with running_process(self.shared.settings, self.workers) as connection:
                     return self._serve(connection)
+            except RunStopped as stopped:
+                self.shared.stop.request(stopped.stop)
             except (EOFError, OSError):
                 log.warning("a worker process died with %d objects in its hands", len(self._held))
             self._bury()
@@ -5119,7 +5292,7 @@ def running_process(settings: Settings, workers: int) -> Iterator["Connection"]:
     more = {"is_verbose": log.isEnabledFor(logging.DEBUG)}
     process = context.Process(target=worker_process, args=(theirs, settings, workers), kwargs=more, daemon=True)
     with ours:
-        with theirs, blocked_signals():
+        with theirs, blocked_signals(), blaming_the_environment(settings.api.url):
             process.start()
         # Its death shows as the end of the pipe, because nobody else holds the other end any more.
         yield ours
@@ -5154,13 +5327,18 @@ def workforce(shared: Shared, pacer: Pacer, tasks: "queue.Queue[Task | None]") -
     return [WorkerProcess(shared, pacer, tasks, part).run for part in shares(run.workers, run.processes)]
 
 
-def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
+def work_until_done(work: Callable[[], None], shared: Shared) -> None:
     """Do a part of the work in this thread. A bug ends the run, not only the thread."""
     try:
-        work()
+        with blaming_the_environment(shared.settings.api.url):
+            work()
+    except RunStopped as stopped:
+        shared.stop.request(stopped.stop)
     except Exception:
         log.exception("a worker failed")
-        stop.request(Stop("the program has a bug (a worker failed)", "run it again with -v and report what it prints"))
+        shared.stop.request(
+            Stop("the program has a bug (a worker failed)", "run it again with -v and report what it prints")
+        )
 
 
 ########################################################################################################################
@@ -5695,6 +5873,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     refuse_unwritable(Path(settings.run.failures), "run.failures")
     refuse_unwritable(Path(settings.run.summary or os.devnull), "run.summary")
     refuse_unwritable(Path(settings.run.metrics or os.devnull), "run.metrics")
+    refuse_wrong_certificates(settings.api.url, *CA_BUNDLES)
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.s3.written_bucket) as journal:
         # What is imported is never garbage: looking at it again and again would cost a third of reading a page.
         gc.freeze()
@@ -5709,11 +5888,17 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
         pool = ThreadPoolExecutor(settings.run.consumers + 1)
         feeder = Feeder(shared, pacer, journal, tasks)
-        if not (settings.quiet or settings.keys_from):
-            TotalCount(feeder).start()
-        pool.submit(feeder.run)
-        for work in workforce(shared, pacer, tasks):
-            pool.submit(work_until_done, work, stop).add_done_callback(lambda _: notes.put(None))
+        try:
+            for work in workforce(shared, pacer, tasks):
+                pool.submit(work_until_done, work, shared).add_done_callback(lambda _: notes.put(None))
+            if not (settings.quiet or settings.keys_from):
+                TotalCount(feeder).start()
+            # The last one: where the system has not enough threads, nothing has been listed or sent.
+            pool.submit(feeder.run)
+        except RuntimeError:
+            for _ in range(settings.run.consumers):
+                tasks.put(None)
+            raise
         # The main thread records, because it is the one that signals wake.
         is_complete = Recorder(shared, pacer, journal, report, progress).record(notes)
         pool.shutdown(wait=is_complete)
@@ -6408,12 +6593,35 @@ def findings(settings: Settings) -> Iterator[Finding]:
     for name in ("failures", "summary", "metrics"):
         if path := getattr(settings.run, name):
             yield proved(f"run.{name}", partial(is_writable, Path(path), f"run.{name}"))
-    for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
-        yield proved(f"space in {folder}", partial(has_space, folder))
+    yield proved("threads", partial(threads_can_be_started, settings.run.workers))
+    yield from space_findings(checkpoint.absolute().parent)
     yield from until_all_is_refused(bucket_findings(settings))
     if settings.api.key_file and not settings.key_problem:
         yield proved("api.key_file", partial(key_is_private, Path(settings.api.key_file).expanduser()))
     yield from api_findings(settings)
+
+
+def threads_can_be_started(count: int) -> str:
+    """That there can be as many threads as workers. Raises RunStopped."""
+    is_over = threading.Event()
+    try:
+        with blaming_the_environment(""):
+            for _ in range(count):
+                threading.Thread(target=is_over.wait, daemon=True).start()
+    finally:
+        is_over.set()
+    return f"{count} workers can be started"
+
+
+def space_findings(own_folder: Path) -> Iterator[Finding]:
+    """Whether there is room beside the checkpoint, and for large answers."""
+    try:
+        folders = [own_folder, Path(tempfile.gettempdir())]
+    except OSError as problem:
+        folders = [own_folder]
+        yield Finding("FAIL", "temporary folder", f"{problem.strerror}; make one writable, or set TMPDIR")
+    for folder in dict.fromkeys(folders):
+        yield proved(f"space in {folder}", partial(has_space, folder))
 
 
 def key_is_private(path: Path) -> str:
@@ -6452,16 +6660,21 @@ def checkpoint_is_usable(settings: Settings) -> str:
     # Before SQLite opens it: to close a file is to give up this process's SQLite locks on it.
     for written in (path, RunLock(path).path, path.with_name(path.name + "-wal")):
         refuse_unwritable(written, "run.checkpoint")
+    if os.name == "posix" and path.exists():
+        set_mode(path, stat.S_IMODE(path.stat().st_mode))
     with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
         return f"{path} can be written{'' if journal.is_there else '; it does not exist yet'}"
 
 
 def lock_is_free(checkpoint: Path) -> str:
-    """That no run is at work. Raises Doubt if one is."""
+    """That no run is at work, and that locks can be had there. Raises Doubt if one is, UserError."""
     holder = RunLock(checkpoint).holder()
     # In cron that is as it should be, and no reason to fail.
     if holder:
         raise Doubt(f"a run is at work ({holder})", "another one would exit 4")
+    # On a file of its own: a run that starts at this moment must not find its lock taken.
+    with tempfile.TemporaryFile(dir=checkpoint.absolute().parent) as probe:
+        take_lock(probe, checkpoint)
     return "no run is at work"
 
 
@@ -6645,6 +6858,7 @@ def api_findings(settings: Settings) -> Iterator[Finding]:
     """What a run needs of the API."""
     api = settings.api
     try:
+        refuse_wrong_certificates(api.url, *CA_BUNDLES)
         ahead = seconds_ahead(api.url)
     except UserError as error:
         # A key cannot be tried on an API that is not there.
@@ -6834,6 +7048,9 @@ def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
     logging.basicConfig(level=logging.WARNING if not verbose else logging.INFO, handlers=[handler], force=True)
     # urllib3 warns at each retry, with the path of the request; the summary has the counts.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+    if not verbose:
+        # What comes of credentials that cannot be had is said where they are needed, once and with its remedy.
+        logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
@@ -6926,7 +7143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_free
         )
         named = ("retry_failed", "quiet", "keys_from", "log_format")
-        return carry_out(arguments, replace(settings, **{name: getattr(arguments, name) for name in named}))
+        with blaming_the_environment(settings.api.url):
+            return carry_out(arguments, replace(settings, **{name: getattr(arguments, name) for name in named}))
     except UserError as error:
         return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)
     except RunStopped as stopped:

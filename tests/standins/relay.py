@@ -8,7 +8,10 @@ from tests.standins.s3_server import S3Server
 
 
 class Relay(ThreadingHTTPServer):
-    """Stands before the S3 server: `refuse` may take a request's method and path, `rewrite` an answer's body."""
+    """Stands before the S3 server: `refuse` may take a request's method and path, `rewrite` an answer's body.
+
+    `hidden`: headers, in lower case, that no answer to a HEAD has.
+    """
 
     daemon_threads = True
 
@@ -18,6 +21,7 @@ class Relay(ThreadingHTTPServer):
         self.refuse: Callable[[str, str], bool] = lambda *_: False
         self.refusal = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
+        self.hidden: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -49,7 +53,8 @@ class Relayed(BaseHTTPRequestHandler):
     def answer(self, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """Answer with the true length; that of a HEAD is the object's own."""
         self.send_response(status)
-        own = {"connection", "transfer-encoding"} | (set() if self.command == "HEAD" else {"content-length"})
+        own = {"connection", "transfer-encoding"}
+        own |= self.server.hidden if self.command == "HEAD" else {"content-length"}
         for name, value in headers:
             if name.lower() not in own:
                 self.send_header(name, value)
