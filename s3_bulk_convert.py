@@ -41,6 +41,7 @@ import contextlib
 import csv
 import difflib
 import email.utils
+import errno
 import fnmatch
 import functools
 import gc
@@ -5666,7 +5667,8 @@ class Metrics:
     def _read_kept(self) -> dict[str, float]:
         """What outlives a run that fails, from the file of the last one: an alert asks how old the last success is."""
         try:
-            old = self._path.read_text(encoding="utf-8") if self._path else ""
+            # Who reads from a device or a pipe may wait for ever.
+            old = self._path.read_text(encoding="utf-8") if self._path and self._path.is_file() else ""
         except (OSError, UnicodeDecodeError):
             return {}
         pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE}|{FAILED_FOR_GOOD})\{{.*\}} ([0-9.]+)$"
@@ -5701,7 +5703,7 @@ class Metrics:
         ]
         try:
             if self._path:
-                write_atomically(self._path, "".join(metric_text(metric, self._labels) for metric in metrics))
+                write_whole(self._path, "".join(metric_text(metric, self._labels) for metric in metrics))
         except OSError as problem:
             if not self._has_warned:
                 log.warning("run.metrics = %s cannot be written: %s", self._path, problem.strerror)
@@ -5774,7 +5776,7 @@ class Recorder:
         lines = (json.dumps(self._failure_line(outcome), ensure_ascii=False) + "\n" for outcome in failures)
         try:
             if failures:
-                with Path(self.run.failures).open("a", encoding="utf-8") as appended:
+                with open(self.run.failures, "a", encoding="utf-8", opener=opened_at_once) as appended:
                     appended.writelines(lines)
         except OSError as problem:
             raise UserError(
@@ -5851,15 +5853,60 @@ def stop_for(error: RunStopped | UserError) -> Stop:
     return error.stop if isinstance(error, RunStopped) else Stop(error.message, error.hint)
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Put a whole file in place, or leave the old one. Raises OSError."""
+# Why a file cannot be replaced that can be written into: it is mounted, or its folder takes no new ones.
+NOT_REPLACED = frozenset({errno.EACCES, errno.EBUSY, errno.EPERM, errno.EROFS, errno.EXDEV})
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Put a whole file in place of the old one, or leave that. What cannot be replaced is written into. Raises OSError.
+
+    That is a device, a pipe, an open file of this process (`/dev/stdout`), and a mounted file. A link stays a link.
+    """
+    number = number_of_open_file(path)
+    if number is not None or (path.exists() and not path.is_file()):
+        write_into(path if number is None else os.dup(number), content)
+        return
     # The same directory is the same file system, on which a rename is atomic.
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    real = Path(os.path.realpath(path))
+    draft = real.with_name(f"{real.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(content, encoding="utf-8")
-        draft.replace(path)
+        draft.replace(real)
+    except OSError as problem:
+        if problem.errno not in NOT_REPLACED or not real.exists():
+            raise
+        write_into(real, content)
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):
+            draft.unlink(missing_ok=True)
+
+
+def write_into(place: Path | int, content: str) -> None:
+    """Write to what is there already. Raises OSError."""
+    with open(place, "w", encoding="utf-8", opener=opened_at_once) as file:
+        file.write(content)
+
+
+def opened_at_once(path: str, flags: int) -> int:
+    """Open a file; of a pipe that nobody reads, raise OSError instead of waiting until somebody does."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def number_of_open_file(path: Path) -> int | None:
+    """The number of the open file of this process that a path leads to, as /dev/stdout does; None if it leads to none.
+
+    Opened by its path, such a file would be written from its beginning, over what is there.
+    """
+    own = {os.path.realpath(folder) for folder in ("/dev/fd", "/proc/self/fd")}
+    step = os.fspath(path)
+    for _ in range(40):
+        folder, name = os.path.split(step)
+        if name.isdigit() and os.path.realpath(folder) in own:
+            return int(name)
+        if not os.path.islink(step):
+            return None
+        step = os.path.join(folder, os.readlink(step))
+    return None
 
 
 ########################################################################################################################
@@ -5936,10 +5983,11 @@ def refuse_unwritable(path: Path, name: str) -> None:
     """Raise UserError if a file cannot be appended to; make none."""
     try:
         # Not even for a moment: another run may be making the same file, and an empty one would say "no failures".
-        if path.exists():
+        if not path.exists():
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+        # To open a pipe is to wait for its reader, or to tell that reader that this was all.
+        elif not path.is_fifo() and number_of_open_file(path) is None:
             path.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as problem:
         raise UserError(
             f"{name} = {path} cannot be written: {problem.strerror}", f"set {name} to another path"
@@ -5964,7 +6012,7 @@ def close_accounts(report: Report, *, is_complete: bool) -> None:
 def write_summary(path: Path, report: Report) -> None:
     """Write `run.summary`. A failure to do so is said, and is no failure of the run."""
     try:
-        write_atomically(path, json.dumps(report.summary(), indent=2) + "\n")
+        write_whole(path, json.dumps(report.summary(), indent=2) + "\n")
     except OSError as problem:
         log.warning("run.summary = %s cannot be written: %s", path, problem.strerror)
 
