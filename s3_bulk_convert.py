@@ -235,6 +235,7 @@ GLOB_MISTAKES = {
     r"[^*?[./]+": "did you mean *.{}?",
 }
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
+DROPPINGS = (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae")  # of macOS, Windows and iOS: nobody's content
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
 SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE = "same_format", "own_output", "failed_before"
@@ -250,8 +251,8 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "apng": [(0, b"\x89PNG\r\n\x1a\n")],
     "gif": [(0, b"GIF87a"), (0, b"GIF89a")],
     "webp": [(8, b"WEBP")],
-    "avif": [(4, b"ftypavif"), (4, b"ftypavis")],
-    "heic": [(4, b"ftyphei"), (4, b"ftyphev"), (4, b"ftypmif1"), (4, b"ftypmsf1")],
+    "avif": [(4, b"ftyp")],
+    "heic": [(4, b"ftyp")],
     "tiff": [(0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")],
     "bmp": [(0, b"BM")],
     "ico": [(0, b"\0\0\1\0")],
@@ -284,7 +285,12 @@ ANY_JSON = frozenset({"json", "ndjson", "jsonl"})  # those of them that may begi
 GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
-STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
+# HEIC and AVIF have the boxes of MP4: their brands tell them apart. Those of the last row say an image, and not which.
+BRANDS = {
+    "avif": frozenset({b"avif", b"avis"}),
+    "heic": frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}),
+    "": frozenset({b"mif1", b"msf1", b"miaf", b"MA1A", b"MA1B"}),
+}
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
 
 
@@ -826,7 +832,7 @@ class ConvertOptions:
 
     target: str = option(file_format, "format to convert to", default="", required=True)
     include: tuple[str, ...] = option(globs, "globs of what to convert", default=("*",))
-    exclude: tuple[str, ...] = option(globs, "globs of what to leave out", default=())
+    exclude: tuple[str, ...] = option(globs, "globs of what to leave out", default=DROPPINGS)
     min_size: int | None = option(unless("none", size), "only objects of at least this size", default=None)
     max_size: int | None = option(unless("none", size), "only objects of at most this size", default=None)
     newer_than: float | None = option(unless("none", duration), "only objects changed within this time", default=None)
@@ -1350,11 +1356,11 @@ class KeyParts:
 
 
 def split_key(key: str) -> KeyParts:
-    """Take a key apart; only a short alphanumeric end after a dot is an extension."""
+    """Take a key apart; only a short alphanumeric end after a dot, with a letter in it, is an extension."""
     folder, slash, name = key.rpartition("/")
     stem, _, ext = name.rpartition(".")
-    # A hidden file's name is no extension, and what stands behind the last dot of a sentence is none either.
-    if not stem or not re.fullmatch(r"[A-Za-z0-9]{1,10}", ext):
+    # A hidden file's name is no extension, and neither is the end of a sentence, or of a date as in "scan 12.05.2023".
+    if not stem or not re.fullmatch(r"(?=[0-9]*[A-Za-z])[A-Za-z0-9]{1,10}", ext):
         stem, ext = name, ""
     return KeyParts(folder + slash, name, stem, ext)
 
@@ -1409,7 +1415,8 @@ def upload_filename(key: str) -> str:
     """A file name for the multipart form: plain ASCII with the right extension."""
     parts = split_key(key)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", parts.stem)[-60:] or "file"
-    return f"{stem}.{parts.ext}" if parts.ext else stem
+    # The API would take what stands behind a dot for the format.
+    return f"{stem}.{parts.ext}" if parts.ext else stem.replace(".", "_")
 
 
 def glob_pattern(patterns: Sequence[str], *, with_slash: bool) -> re.Pattern[str] | None:
@@ -1481,11 +1488,22 @@ def media_type_of(target: str) -> str:
 
 def begins_like(kind: str, head: bytes) -> bool:
     """Whether the first bytes of a body can begin a file of a format that has a signature."""
-    # HEIC and AVIF have the box structure of MP4; only their brand tells them apart.
-    if kind in {"mp4", "m4a", "mov"} and any(begins_like(image, head) for image in STILL_IMAGES_OF_MP4_KIND):
+    major = head[8:12] if head[4:8] == b"ftyp" else b""
+    # A film may be compatible with an image's brand; it is the other way round that no image is a film.
+    if kind in {"mp4", "m4a", "mov"} and any(major in brands for brands in BRANDS.values()):
+        return False
+    if kind in BRANDS and not has_brand_of(kind, head):
         return False
     signatures = SIGNATURES["zip" if kind in ZIP_BASED else kind]
     return any(head[offset : offset + len(magic)] == magic for offset, magic in signatures)
+
+
+def has_brand_of(kind: str, head: bytes) -> bool:
+    """Whether HEIC, or AVIF, is among the brands of a file: its major one and those that it is compatible with."""
+    end = int.from_bytes(head[:4], "big")  # of the box that lists them
+    found = {head[8:12], *(head[start : start + 4] for start in range(16, min(end, len(head)), 4))}
+    # With nothing nearer than "an image", it is the older of the two.
+    return bool(found & BRANDS[kind]) or (kind == "heic" and bool(found & BRANDS[""]) and not found & BRANDS["avif"])
 
 
 def looks_like_html(head: bytes) -> bool:
