@@ -41,9 +41,11 @@ import contextlib
 import csv
 import difflib
 import email.utils
+import errno
 import fnmatch
 import functools
 import gc
+import getpass
 import gzip
 import hashlib
 import hmac
@@ -64,6 +66,7 @@ import re
 import shutil
 import socket
 import sqlite3
+import ssl
 import stat
 import statistics
 import sysconfig
@@ -85,6 +88,10 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from xml.etree import ElementTree
 
+# What other programs' bars are to look like is no concern of this one's, which could not draw its own by it.
+for unmeant in [name for name in os.environ if name.startswith("TQDM_")]:
+    del os.environ[unmeant]
+
 try:
     import boto3
     import botocore.config
@@ -98,6 +105,7 @@ try:
         ConnectTimeoutError,
         CredentialRetrievalError,
         EndpointConnectionError,
+        HTTPClientError,
         MetadataRetrievalError,
         NoCredentialsError,
         PartialCredentialsError,
@@ -238,6 +246,7 @@ GLOB_MISTAKES = {
     r"[^*?[./]+": "did you mean *.{}?",
 }
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
+DROPPINGS = (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae")  # of macOS, Windows and iOS: nobody's content
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 UNMATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
 SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE = "same_format", "own_output", "failed_before"
@@ -253,8 +262,8 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "apng": [(0, b"\x89PNG\r\n\x1a\n")],
     "gif": [(0, b"GIF87a"), (0, b"GIF89a")],
     "webp": [(8, b"WEBP")],
-    "avif": [(4, b"ftypavif"), (4, b"ftypavis")],
-    "heic": [(4, b"ftyphei"), (4, b"ftyphev"), (4, b"ftypmif1"), (4, b"ftypmsf1")],
+    "avif": [(4, b"ftyp")],
+    "heic": [(4, b"ftyp")],
     "tiff": [(0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")],
     "bmp": [(0, b"BM")],
     "ico": [(0, b"\0\0\1\0")],
@@ -298,7 +307,12 @@ HTML_FORMATS = frozenset({"html", "xhtml", "mhtml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yml", "rst", "tex"})
 MARKUP_FORMATS = frozenset({"svg", "xml"})
 UNPACKED_HERE = frozenset({"gzip", "x-gzip", "deflate"})  # those of an answer that can be told by how they begin
-STILL_IMAGES_OF_MP4_KIND = ("heic", "avif")
+# HEIC and AVIF have the boxes of MP4: their brands tell them apart. Those of the last row say an image, and not which.
+BRANDS = {
+    "avif": frozenset({b"avif", b"avis"}),
+    "heic": frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}),
+    "": frozenset({b"mif1", b"msf1", b"miaf", b"MA1A", b"MA1B"}),
+}
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
 
 
@@ -867,7 +881,7 @@ class ConvertOptions:
 
     target: str = option(file_format, "format to convert to", default="", required=True)
     include: tuple[str, ...] = option(globs, "globs of what to convert", default=("*",))
-    exclude: tuple[str, ...] = option(globs, "globs of what to leave out", default=())
+    exclude: tuple[str, ...] = option(globs, "globs of what to leave out", default=DROPPINGS)
     min_size: int | None = option(unless("none", size), "only objects of at least this size", default=None)
     max_size: int | None = option(unless("none", size), "only objects of at most this size", default=None)
     newer_than: float | None = option(unless("none", duration), "only objects changed within this time", default=None)
@@ -1065,7 +1079,12 @@ def read_ini(path: Path, *, required: bool) -> list[Given]:
         raise UserError(f"{path}, line {line}: {what}", "compare it with config.example.ini") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory", "give the INI file with -c, or copy config.example.ini") from None
-    except (OSError, UnicodeDecodeError) as problem:
+    except OSError as problem:
+        raise UserError(
+            f"{path} cannot be read: {problem.strerror}",
+            "let this user read it (chmod, chown), or give another with -c",
+        ) from None
+    except UnicodeDecodeError as problem:
         raise UserError(f"{path} cannot be read: {problem}", "compare it with config.example.ini") from None
     # A section counts without options too: it may be misspelt, or a job that overrides nothing.
     return [
@@ -1386,11 +1405,11 @@ class KeyParts:
 
 
 def split_key(key: str) -> KeyParts:
-    """Take a key apart; only a short alphanumeric end after a dot is an extension."""
+    """Take a key apart; only a short alphanumeric end after a dot, with a letter in it, is an extension."""
     folder, slash, name = key.rpartition("/")
     stem, _, ext = name.rpartition(".")
-    # A hidden file's name is no extension, and what stands behind the last dot of a sentence is none either.
-    if not stem or not re.fullmatch(r"[A-Za-z0-9]{1,10}", ext):
+    # A hidden file's name is no extension, and neither is the end of a sentence, or of a date as in "scan 12.05.2023".
+    if not stem or not re.fullmatch(r"(?=[0-9]*[A-Za-z])[A-Za-z0-9]{1,10}", ext):
         stem, ext = name, ""
     return KeyParts(folder + slash, name, stem, ext)
 
@@ -1449,7 +1468,8 @@ def upload_filename(key: str) -> str:
     """A file name for the multipart form: plain ASCII with the right extension."""
     parts = split_key(key)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", parts.stem)[-60:] or "file"
-    return f"{stem}.{parts.ext}" if parts.ext else stem
+    # The API would take what stands behind a dot for the format.
+    return f"{stem}.{parts.ext}" if parts.ext else stem.replace(".", "_")
 
 
 def glob_pattern(patterns: Sequence[str], *, with_slash: bool) -> re.Pattern[str] | None:
@@ -1521,11 +1541,22 @@ def media_type_of(target: str) -> str:
 
 def begins_like(kind: str, head: bytes) -> bool:
     """Whether the first bytes of a body can begin a file of a format that has a signature."""
-    # HEIC and AVIF have the box structure of MP4; only their brand tells them apart.
-    if kind in {"mp4", "m4a", "mov"} and any(begins_like(image, head) for image in STILL_IMAGES_OF_MP4_KIND):
+    major = head[8:12] if head[4:8] == b"ftyp" else b""
+    # A film may be compatible with an image's brand; it is the other way round that no image is a film.
+    if kind in {"mp4", "m4a", "mov"} and any(major in brands for brands in BRANDS.values()):
+        return False
+    if kind in BRANDS and not has_brand_of(kind, head):
         return False
     signatures = SIGNATURES["zip" if kind in ZIP_BASED else kind]
     return any(head[offset : offset + len(magic)] == magic for offset, magic in signatures)
+
+
+def has_brand_of(kind: str, head: bytes) -> bool:
+    """Whether HEIC, or AVIF, is among the brands of a file: its major one and those that it is compatible with."""
+    end = int.from_bytes(head[:4], "big")  # of the box that lists them
+    found = {head[8:12], *(head[start : start + 4] for start in range(16, min(end, len(head)), 4))}
+    # With nothing nearer than "an image", it is the older of the two.
+    return bool(found & BRANDS[kind]) or (kind == "heic" and bool(found & BRANDS[""]) and not found & BRANDS["avif"])
 
 
 def looks_like_html(head: bytes) -> bool:
@@ -1839,7 +1870,10 @@ def leave_on_interrupt() -> None:
 #   - A proxy that the environment names is on the way to everything, so the words for it name it.
 ########################################################################################################################
 
-PROXY_HINT = "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again"
+PROXY_HINT = (
+    "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again; "
+    "SOCKS does not work for S3, and for the API only with the package PySocks"
+)
 
 
 class Reach:
@@ -1881,8 +1915,9 @@ def outage_pause(attempt: int) -> float:
 def proxy_for(address: str) -> str:
     """Host and port of the proxy that the environment names for an address; empty if it names none."""
     named = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)) or ""
-    # It may hold a password, which is nobody's to read.
-    return urllib.parse.urlsplit(named if "//" in named else f"//{named}").netloc.rpartition("@")[2]
+    # It may hold a password, which is nobody's to read, and it may be no address at all.
+    host = re.sub(r"[/?#].*", "", named.rpartition("://")[2]).rpartition("@")[2]
+    return host or ("without a host" if named else "")
 
 
 def connection_problem(error: Any) -> str:
@@ -1910,6 +1945,57 @@ def never_sent(error: Any) -> bool:
     cause = error.original_error if isinstance(error, urllib3.exceptions.ProxyError) else error
     failed = (urllib3.exceptions.ConnectTimeoutError, urllib3.exceptions.NewConnectionError)
     return isinstance(cause, failed) or "Tunnel connection failed" in str(cause)
+
+
+SCARCE_HINT = "set fewer run.workers or run.processes, or raise the limit (ulimit -u, a container's pids and memory)"
+CA_BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # as requests looks for them
+
+
+def trouble_around(error: Exception, address: str) -> RunStopped | None:
+    """The end of the run for what the system, the environment or a connection's set-up refuses; None for a bug.
+
+    `address`: the API's, which is the only one that is asked without boto3.
+    """
+    if isinstance(error, MemoryError):
+        return RunStopped("the system has no more memory", SCARCE_HINT)
+    if "can't start new thread" in str(error):
+        return RunStopped("the system starts no more threads", SCARCE_HINT)
+    if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+        return api_unreachable(address, error)
+    if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        where = f": {error.filename}" if error.filename else ""
+        return RunStopped(
+            redacted(f"the system refuses what the program needs: {error.strerror or error}{where}"),
+            "allow it to this user, or free what is short of it, and run it again",
+        )
+    return None
+
+
+@contextlib.contextmanager
+def blaming_the_environment(address: str) -> Iterator[None]:
+    """Raise RunStopped in place of what is neither a bug nor an object's failure; see `trouble_around`."""
+    try:
+        yield
+    except Exception as error:
+        trouble = trouble_around(error, address)
+        if trouble is None:
+            raise
+        raise trouble from None
+
+
+def refuse_wrong_certificates(address: str, *variables: str) -> None:
+    """Raise UserError if TLS cannot be set up for an address with what these variables of the environment name."""
+    named = {name: os.environ[name] for name in (*variables, "SSLKEYLOGFILE") if os.environ.get(name)}
+    bundle = next((named[name] for name in variables if name in named), None)
+    if not named or not address.startswith("https:"):
+        return
+    try:
+        is_folder = bundle is not None and os.path.isdir(bundle)
+        ssl.create_default_context(cafile=None if is_folder else bundle, capath=bundle if is_folder else None)
+    except OSError as problem:
+        told = ", ".join(f"{name} = {path}" for name, path in named.items())
+        hint = f"set {' or '.join(named)} to a file that is there and can be used, or to nothing"
+        raise UserError(f"TLS cannot be set up with {told}: {problem.strerror or problem}", hint) from None
 
 
 def api_unreachable(address: str, error: Exception) -> RunStopped:
@@ -2170,7 +2256,7 @@ class RunLock:
         if sys.platform == "win32":
             return
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(handle, self.path)
         except BlockingIOError:
             raise UserError(
                 f"another run holds {self.path} ({self._holder(handle)})",
@@ -2202,6 +2288,21 @@ class RunLock:
         return said if pid and holds_a_lock(pid) else ""
 
 
+def take_lock(handle: IO[Any], path: Path) -> None:
+    """Take an exclusive lock. Raises BlockingIOError if another has it, UserError where the file system has none."""
+    if sys.platform == "win32":
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as problem:
+        # Without it two runs might pay for the same objects.
+        raise UserError(
+            f"{path} cannot be locked: {problem.strerror}", "set run.checkpoint to a path on a local disk"
+        ) from None
+
+
 def holds_a_lock(pid: str) -> bool:
     """Whether a process holds a `flock`; where the system does not list them, whether it lives."""
     # On Windows there is no lock, and `kill` would be what it says.
@@ -2222,8 +2323,13 @@ def explaining_sqlite(path: Path) -> Iterator[None]:
     """Say what an SQLite error means for a person. A full disk stops the run; nothing is overwritten."""
     try:
         yield
-    except sqlite3.Error as problem:
-        said = str(problem)
+    except (sqlite3.Error, OSError) as problem:
+        said = str(getattr(problem, "strerror", None) or problem)
+        if "is locked" in said:
+            hint = "wait until that has ended (a backup, an sqlite3 shell), and run it again"
+            raise UserError(
+                f"the checkpoint {path} is locked by another program: {said}", hint, ExitCode.STOPPED
+            ) from None
         if "not a database" in said or "malformed" in said:
             hint = "move it away to start over: with run.skip_existing, finished objects are found in the output bucket"
             raise UserError(f"the checkpoint {path} is damaged: {said}", hint, ExitCode.STOPPED) from None
@@ -2233,6 +2339,15 @@ def explaining_sqlite(path: Path) -> Iterator[None]:
             ) from None
         hint = "make it and its directory readable and writable, or set run.checkpoint to another path"
         raise UserError(f"the checkpoint {path} cannot be used: {said}", hint) from None
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Say who may use a file of the checkpoint's. Raises UserError if it is another user's."""
+    try:
+        path.chmod(mode)
+    except PermissionError:
+        hint = "start this program as that user, or set run.checkpoint to another path"
+        raise UserError(f"the checkpoint {path} belongs to another user", hint) from None
 
 
 def chunks(values: Sequence[T], length: int) -> Iterator[Sequence[T]]:
@@ -2273,16 +2388,13 @@ class Journal:
             self._db.close()
 
     def _create_private(self) -> None:
-        try:
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
-        except OSError as problem:
-            raise sqlite3.OperationalError(problem.strerror) from None
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))
 
     def _make_private(self) -> None:
         # It holds presigned URLs. SQLite gives -wal and -shm the mode of the database when it makes them.
         for path in (self.path, *(self.path.with_name(self.path.name + end) for end in ("-wal", "-shm"))):
             if os.name == "posix" and path.exists() and stat.S_IMODE(path.stat().st_mode) != 0o600:
-                path.chmod(0o600)
+                set_mode(path, 0o600)
 
     def _is_new(self) -> bool:
         return not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
@@ -2492,9 +2604,9 @@ class JournalReader(Journal):
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
         self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
-        self.is_there = path.exists()
         self._lock = threading.Lock()
         with explaining_sqlite(path):
+            self.is_there = path.exists()
             self._db = sqlite3.connect(
                 self._address(), isolation_level=None, check_same_thread=False, uri=True, timeout=30
             )
@@ -2798,7 +2910,15 @@ REFUSED_BY_S3 = frozenset(
     {
         *("401", "403", "AccessDenied", "AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException"),
         *("InvalidAccessKeyId", "InvalidSecurity", "InvalidToken", "InvalidTokenId", "NoSuchBucket", "NotSignedUp"),
-        *("407", "RequestTimeTooSkewed", "SignatureDoesNotMatch", "TokenRefreshRequired", "UnauthorizedAccess"),
+        *(
+            "407",
+            "AuthorizationHeaderMalformed",
+            "RequestExpired",
+            "RequestTimeTooSkewed",
+            "SignatureDoesNotMatch",
+            "TokenRefreshRequired",
+            "UnauthorizedAccess",
+        ),
     }
 )
 
@@ -2822,6 +2942,9 @@ S3_HINTS = {
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY is wrong (or that of the profile): correct it, and run it again",
     "InvalidAccessKeyId": "AWS_ACCESS_KEY_ID is unknown there (or that of the profile): correct it, and run it again",
     "AccessDenied": "allow the action to these AWS credentials, and run it again",
+    "RequestTimeTooSkewed": "set this machine's clock (chronyd, ntpd), and run it again",
+    "RequestExpired": "set this machine's clock (chronyd, ntpd), and run it again",
+    "AuthorizationHeaderMalformed": "correct s3.region (or that of the AWS configuration), and run it again",
 }
 
 
@@ -2851,12 +2974,18 @@ def s3_unreachable(error: Exception, doing: str) -> RunStopped:
             "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock",
         )
     # Of a failed connection, boto3 says where to, and keeps why to itself.
-    cause = error.kwargs.get("error") if isinstance(error, NO_CONNECTION) else None
-    why = f": {connection_problem(cause)}" if cause else ""
-    because = redacted(f"S3 could not be reached for {doing}: {error}{why}")
-    if isinstance(error, ProxyConnectionError):
+    cause = error.kwargs.get("error") if isinstance(error, (*NO_CONNECTION, HTTPClientError)) else None
+    why = f": {connection_problem(cause)}" if cause and isinstance(error, NO_CONNECTION) else ""
+    proxy = proxy_for("https://s3") or proxy_for("http://s3")
+    # Its own words for what comes of an address that is none would sound like a bug.
+    is_set_up = type(error) is HTTPClientError and bool(proxy)
+    said = f"through the proxy {proxy}: {cause}" if is_set_up else f"{error}{why}"
+    because = redacted(f"S3 could not be reached for {doing}: {said}")
+    if is_set_up or isinstance(error, ProxyConnectionError):
         return RunStopped(because, PROXY_HINT)
-    return RunStopped(because, "check the network, s3.endpoint_url and the AWS credentials, and run it again")
+    return RunStopped(
+        because, "check the network, s3.endpoint_url, s3.region and the AWS credentials, and run it again"
+    )
 
 
 def error_code(error: Exception) -> str:
@@ -2903,6 +3032,8 @@ def make_s3_client(
 
     Raises UserError if the profile does not exist or there are no credentials at all.
     """
+    # boto3 asks by `getpass`, which takes no other way where there is no terminal.
+    vars(getpass)["fallback_getpass"] = refuse_prompt
     config = botocore.config.Config(
         signature_version="s3v4",
         retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
@@ -2923,10 +3054,20 @@ def make_s3_client(
         if not is_amazon(client.meta.endpoint_url):
             client = session.client("s3", endpoint_url=options.endpoint_url, config=config.merge(without_trailers()))
         return client, credentials
-    except (BotoCoreError, ValueError) as problem:
-        raise UserError(
-            f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region"
-        ) from None
+    except (BotoCoreError, ValueError, OSError) as problem:
+        raise wrong_configuration(problem) from None
+
+
+def wrong_configuration(problem: Exception) -> UserError:
+    """What to say of an AWS configuration that leads nowhere."""
+    return UserError(f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region")
+
+
+def refuse_prompt(*_: object, **__: object) -> NoReturn:
+    """What is asked where there is no terminal, for a profile with `mfa_serial`. Raises UserError."""
+    # boto3 would read the code from stdin, and wait for ever.
+    hint = "give the keys of a session (aws sts get-session-token), or an s3.profile without mfa_serial"
+    raise UserError("the AWS profile wants an MFA code, and there is no terminal to ask for it", hint)
 
 
 class UrlSigner:
@@ -2998,7 +3139,9 @@ class Bucket:
         self._has_written = False
         self._refusals = 0  # of sources, since the last one that could be read
         self._most_bytes = settings.api.max_size
+        self._presigns = settings.api.transfer != "upload"
         self.pages_asked = 0  # of listings
+        refuse_wrong_certificates(self.client.meta.endpoint_url, "AWS_CA_BUNDLE")
         self._lister = open_session(self.client.meta.endpoint_url, LIST_THREADS, os.environ.get("AWS_CA_BUNDLE"))
         self._fast_failures = 0
 
@@ -3019,8 +3162,10 @@ class Bucket:
             self.client.meta.events.register_first("needs-retry.s3", self._ride_out)
         try:
             self.presign = UrlSigner(self._presigned_by_boto3, credentials, payer).sign
-        except BotoCoreError as error:
+        except (BotoCoreError, ClientError) as error:
             raise refused(error, "signing a URL") from None
+        except OSError as problem:
+            raise wrong_configuration(problem) from None
 
     def check(self) -> None:
         """Raise RunStopped if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
@@ -3030,16 +3175,34 @@ class Bucket:
                 headers = reply["ResponseMetadata"]["HTTPHeaders"]
             except ClientError as error:
                 headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+                is_missing = error_code(error) in {"404", "NoSuchBucket"}
+                if is_missing and name in self.client.meta.endpoint_url:
+                    raise RunStopped(
+                        f"the bucket {name} does not exist at {self.client.meta.endpoint_url}",
+                        "take the bucket out of s3.endpoint_url, which is the address of all buckets",
+                    ) from None
                 # 403 is not the last word: a policy may allow listing below a prefix only, or writing only.
-                if error_code(error) in {"404", "NoSuchBucket"}:
+                if is_missing:
                     raise RunStopped(
                         f"the bucket {name} does not exist", "correct s3.bucket or s3.output_bucket"
                     ) from None
                 if error_code(error) == "407":
                     raise refused(error, f"access to the bucket {name}") from None
+                if error_code(error) == "400" and self._presigns:
+                    self._refuse_other_region(name)
             except BotoCoreError as error:
                 raise refused(error, f"access to the bucket {name}") from None
             self._use_region(headers.get("x-amz-bucket-region"), name)
+
+    def _refuse_other_region(self, name: str) -> None:
+        """Raise RunStopped if boto3 finds the region for its own requests alone: URLs would keep the wrong one."""
+        try:
+            self.client.list_objects_v2(Bucket=name, MaxKeys=1, **self._payer)
+        except (ClientError, BotoCoreError):
+            # The run's own listing will say why.
+            return
+        said = f"the bucket {name} is in another region than {self.client.meta.region_name}"
+        raise RunStopped(said, "correct s3.region (or that of the AWS configuration), and run it again")
 
     def _use_region(self, region: str | None, name: str) -> None:
         # A URL signed for another region is refused by Amazon, where a client's own requests are redirected.
@@ -3125,11 +3288,17 @@ class Bucket:
 
     def _head(self, source: S3Object) -> S3Object | ClientError:
         try:
-            return headed_object(source.key, self.client.head_object(Bucket=self.name, Key=source.key, **self._payer))
+            head = self.client.head_object(Bucket=self.name, Key=source.key, **self._payer)
         except (ClientError, BotoCoreError) as error:
             if isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500:
                 return error
             raise refused(error, f"reading from {self.name}") from None
+        if not {"ContentLength", "LastModified"} <= head.keys():
+            raise RunStopped(
+                f"S3 does not say how long and how old an object of {self.name} is (Content-Length, Last-Modified)",
+                "go around the proxy or gateway that hides it, or leave out --keys-from, and run it again",
+            )
+        return headed_object(source.key, head)
 
     def _not_seen(self, key: str, error: Exception, *, is_any_seen: bool) -> ObjectFailed:
         if error_code(error) in {"404", "NoSuchKey"}:
@@ -4688,12 +4857,13 @@ def asking(address: str, **request: Any) -> Iterator[requests.Response]:
             # A redirect would carry the key, or the signature, to somebody else.
             with session.get(address, stream=True, allow_redirects=False, timeout=timeout, **request) as answer:
                 yield answer
-    except requests.RequestException as error:
+    except OSError as error:
         host, proxy = urllib.parse.urlsplit(address).netloc, proxy_for(address)
         why = certificate_problem(error) or connection_problem(error)
         if proxy:
             raise UserError(f"{host} cannot be reached through the proxy {proxy}: {why}", PROXY_HINT) from None
-        hint = "check its address and the network; for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
+        hint = "check its address (api.url, or s3.endpoint_url and s3.region) and the network; "
+        hint += "for a private CA, set REQUESTS_CA_BUNDLE (AWS_CA_BUNDLE for S3)"
         raise UserError(f"{host} cannot be reached: {why}", hint) from None
 
 
@@ -4765,13 +4935,15 @@ def no_space_stops_the_run() -> Iterator[None]:
     try:
         yield
     except OSError as problem:
-        where = tempfile.gettempdir()
+        # Where none can be written at all, there is no name either.
+        where = tempfile.tempdir or "a temporary folder"
         raise RunStopped(f"{where} cannot be written: {problem.strerror}", "free some space, or set TMPDIR") from None
 
 
 def temporary_file() -> IO[bytes]:
     """A file without a name, for a body too large for memory; in TMPDIR."""
-    return cast(IO[bytes], tempfile.TemporaryFile())
+    with no_space_stops_the_run():
+        return cast(IO[bytes], tempfile.TemporaryFile())
 
 
 def both_ends(body: IO[bytes], size: int) -> tuple[bytes, bytes]:
@@ -5260,8 +5432,9 @@ class Feeder:
         is_complete = False
         try:
             # In this thread, because the main one must hear signals even while S3 does not answer.
-            self.shared.bucket.check()
-            stop = self.feed()
+            with blaming_the_environment(self.shared.settings.api.url):
+                self.shared.bucket.check()
+                stop = self.feed()
             is_complete = not (stop or self.shared.stop.requested)
         except RunStopped as stopped:
             # A listing that broke off is no reason to drop what was handed out.
@@ -5412,7 +5585,8 @@ class TotalCount(threading.Thread):
     def _count(self) -> None:
         """Tell the recorder once it is all counted."""
         shared = self._feeder.shared
-        with contextlib.suppress(RunStopped, UserError, Interrupted), self._own_journal() as journal:
+        around = blaming_the_environment(shared.settings.api.url)
+        with contextlib.suppress(RunStopped, UserError, Interrupted), around, self._own_journal() as journal:
             planner = Planner(shared.settings, shared.bucket, journal, shared.stop)
             total, began = 0, time.thread_time()
             for page, routes in planner.pages(lambda: 1):
@@ -5444,7 +5618,8 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
     hide = shared.settings.hide
     started = time.monotonic()
     try:
-        outcome = convert_and_store(task, shared, client, exchange)
+        with blaming_the_environment(shared.settings.api.url):
+            outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
         doubts = exchange.request.is_doubtful or exchange.is_open
@@ -5576,12 +5751,27 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
     journal = JournalOfParent(tell)
     shared = Shared(settings, stop, Gate(tell, tell), Bucket(settings, stop), UrlTrust(tell), tell, journal.note)
     tasks: queue.Queue[Task | None] = queue.Queue()
-    listen = partial(listen_to_parent, connection, shared, tasks, workers, journal)
-    threading.Thread(target=listen, daemon=True).start()
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in range(workers):
-            pool.submit(work_until_done, functools.partial(worker, tasks, shared), shared.stop)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        with blaming_the_environment(settings.api.url):
+            for _ in range(workers):
+                pool.submit(work_until_done, functools.partial(worker, tasks, shared), shared)
+            # The last one: before it, no worker has anything to do.
+            listen = partial(listen_to_parent, connection, shared, tasks, workers, journal)
+            threading.Thread(target=listen, daemon=True).start()
+    except RunStopped as stopped:
+        stop.request(stopped.stop)
+        leave_to_parent(connection)
+    pool.shutdown()
     tell(None)
+
+
+def leave_to_parent(connection: "Connection") -> NoReturn:
+    """End a process that cannot work, once its parent has heard why: what it was handed, the parent still has."""
+    with contextlib.suppress(EOFError, OSError):
+        while not isinstance(connection.recv(), Stop):
+            pass
+    os._exit(ExitCode.STOPPED)
 
 
 def listen_to_parent(
@@ -5624,6 +5814,8 @@ class WorkerProcess:
             try:
                 with running_process(self.shared.settings, self.workers) as connection:
                     return self._serve(connection)
+            except RunStopped as stopped:
+                self.shared.stop.request(stopped.stop)
             except (EOFError, OSError):
                 log.warning("a worker process died with %d objects in its hands", len(self._held))
             self._bury()
@@ -5735,7 +5927,7 @@ def running_process(settings: Settings, workers: int) -> Iterator["Connection"]:
     more = {"is_verbose": log.isEnabledFor(logging.DEBUG)}
     process = context.Process(target=worker_process, args=(theirs, settings, workers), kwargs=more, daemon=True)
     with ours:
-        with theirs, blocked_signals():
+        with theirs, blocked_signals(), blaming_the_environment(settings.api.url):
             process.start()
         # Its death shows as the end of the pipe, because nobody else holds the other end any more.
         yield ours
@@ -5770,13 +5962,18 @@ def workforce(shared: Shared, pacer: Pacer, tasks: "queue.Queue[Task | None]") -
     return [WorkerProcess(shared, pacer, tasks, part).run for part in shares(run.workers, run.processes)]
 
 
-def work_until_done(work: Callable[[], None], stop: StopFlag) -> None:
+def work_until_done(work: Callable[[], None], shared: Shared) -> None:
     """Do a part of the work in this thread. A bug ends the run, not only the thread."""
     try:
-        work()
+        with blaming_the_environment(shared.settings.api.url):
+            work()
+    except RunStopped as stopped:
+        shared.stop.request(stopped.stop)
     except Exception:
         log.exception("a worker failed")
-        stop.request(Stop("the program has a bug (a worker failed)", "run it again with -v and report what it prints"))
+        shared.stop.request(
+            Stop("the program has a bug (a worker failed)", "run it again with -v and report what it prints")
+        )
 
 
 ########################################################################################################################
@@ -6105,7 +6302,8 @@ class Metrics:
     def _read_kept(self) -> dict[str, float]:
         """What outlives a run that fails, from the file of the last one: an alert asks how old the last success is."""
         try:
-            old = self._path.read_text(encoding="utf-8") if self._path else ""
+            # Who reads from a device or a pipe may wait for ever.
+            old = self._path.read_text(encoding="utf-8") if self._path and self._path.is_file() else ""
         except (OSError, UnicodeDecodeError):
             return {}
         pattern = rf"^s3_bulk_convert_({LAST_SUCCESS}|{LAST_EXIT_CODE}|{FAILED_FOR_GOOD})\{{.*\}} ([0-9.]+)$"
@@ -6140,7 +6338,7 @@ class Metrics:
         ]
         try:
             if self._path:
-                write_atomically(self._path, "".join(metric_text(metric, self._labels) for metric in metrics))
+                write_whole(self._path, "".join(metric_text(metric, self._labels) for metric in metrics))
         except OSError as problem:
             if not self._has_warned:
                 log.warning("run.metrics = %s cannot be written: %s", self._path, problem.strerror)
@@ -6207,7 +6405,7 @@ class Recorder:
         lines = (json.dumps(self._failure_line(outcome), ensure_ascii=False) + "\n" for outcome in failures)
         try:
             if failures:
-                with Path(self.run.failures).open("a", encoding="utf-8") as appended:
+                with open(self.run.failures, "a", encoding="utf-8", opener=opened_at_once) as appended:
                     appended.writelines(lines)
         except OSError as problem:
             raise UserError(
@@ -6299,15 +6497,60 @@ def stop_for(error: RunStopped | UserError) -> Stop:
     return error.stop if isinstance(error, RunStopped) else Stop(error.message, error.hint)
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Put a whole file in place, or leave the old one. Raises OSError."""
+# Why a file cannot be replaced that can be written into: it is mounted, or its folder takes no new ones.
+NOT_REPLACED = frozenset({errno.EACCES, errno.EBUSY, errno.EPERM, errno.EROFS, errno.EXDEV})
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Put a whole file in place of the old one, or leave that. What cannot be replaced is written into. Raises OSError.
+
+    That is a device, a pipe, an open file of this process (`/dev/stdout`), and a mounted file. A link stays a link.
+    """
+    number = number_of_open_file(path)
+    if number is not None or (path.exists() and not path.is_file()):
+        write_into(path if number is None else os.dup(number), content)
+        return
     # The same directory is the same file system, on which a rename is atomic.
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    real = Path(os.path.realpath(path))
+    draft = real.with_name(f"{real.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(content, encoding="utf-8")
-        draft.replace(path)
+        draft.replace(real)
+    except OSError as problem:
+        if problem.errno not in NOT_REPLACED or not real.exists():
+            raise
+        write_into(real, content)
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):
+            draft.unlink(missing_ok=True)
+
+
+def write_into(place: Path | int, content: str) -> None:
+    """Write to what is there already. Raises OSError."""
+    with open(place, "w", encoding="utf-8", opener=opened_at_once) as file:
+        file.write(content)
+
+
+def opened_at_once(path: str, flags: int) -> int:
+    """Open a file; of a pipe that nobody reads, raise OSError instead of waiting until somebody does."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+def number_of_open_file(path: Path) -> int | None:
+    """The number of the open file of this process that a path leads to, as /dev/stdout does; None if it leads to none.
+
+    Opened by its path, such a file would be written from its beginning, over what is there.
+    """
+    own = {os.path.realpath(folder) for folder in ("/dev/fd", "/proc/self/fd")}
+    step = os.fspath(path)
+    for _ in range(40):
+        folder, name = os.path.split(step)
+        if name.isdigit() and os.path.realpath(folder) in own:
+            return int(name)
+        if not os.path.islink(step):
+            return None
+        step = os.path.join(folder, os.readlink(step))
+    return None
 
 
 ########################################################################################################################
@@ -6329,6 +6572,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     refuse_unwritable(Path(settings.run.failures), "run.failures")
     refuse_unwritable(Path(settings.run.summary or os.devnull), "run.summary")
     refuse_unwritable(Path(settings.run.metrics or os.devnull), "run.metrics")
+    refuse_wrong_certificates(settings.api.url, *CA_BUNDLES)
     with RunLock(checkpoint), Journal(checkpoint, settings.s3.bucket, settings.s3.written_bucket) as journal:
         # What is imported is never garbage: looking at it again and again would cost a third of reading a page.
         gc.freeze()
@@ -6344,10 +6588,17 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
         pool = ThreadPoolExecutor(settings.run.consumers + 1)
         feeder = Feeder(shared, pacer, journal, tasks)
-        if not (settings.quiet or settings.keys_from):
-            TotalCount(feeder).start()
-        for work in (feeder.run, *workforce(shared, pacer, tasks)):
-            pool.submit(work_until_done, work, stop).add_done_callback(lambda _: notes.put(None))
+        try:
+            for work in workforce(shared, pacer, tasks):
+                pool.submit(work_until_done, work, shared).add_done_callback(lambda _: notes.put(None))
+            if not (settings.quiet or settings.keys_from):
+                TotalCount(feeder).start()
+            # The last one: where the system has not enough threads, nothing has been listed or sent.
+            pool.submit(work_until_done, feeder.run, shared).add_done_callback(lambda _: notes.put(None))
+        except RuntimeError:
+            for _ in range(settings.run.consumers):
+                tasks.put(None)
+            raise
         # The main thread records, because it is the one that signals wake.
         is_complete = Recorder(shared, pacer, journal, report, progress).record(notes)
         pool.shutdown(wait=is_complete)
@@ -6385,10 +6636,11 @@ def refuse_unwritable(path: Path, name: str) -> None:
     """Raise UserError if a file cannot be appended to; make none."""
     try:
         # Not even for a moment: another run may be making the same file, and an empty one would say "no failures".
-        if path.exists():
+        if not path.exists():
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+        # To open a pipe is to wait for its reader, or to tell that reader that this was all.
+        elif not path.is_fifo() and number_of_open_file(path) is None:
             path.open("ab").close()
-        else:
-            tempfile.TemporaryFile(dir=path.absolute().parent).close()
     except OSError as problem:
         raise UserError(
             f"{name} = {path} cannot be written: {problem.strerror}", f"set {name} to another path"
@@ -6413,7 +6665,7 @@ def close_accounts(report: Report, *, is_complete: bool) -> None:
 def write_summary(path: Path, report: Report) -> None:
     """Write `run.summary`. A failure to do so is said, and is no failure of the run."""
     try:
-        write_atomically(path, json.dumps(report.summary(), indent=2) + "\n")
+        write_whole(path, json.dumps(report.summary(), indent=2) + "\n")
     except OSError as problem:
         log.warning("run.summary = %s cannot be written: %s", path, problem.strerror)
 
@@ -7046,12 +7298,35 @@ def findings(settings: Settings) -> Iterator[Finding]:
     for name in ("failures", "summary", "metrics"):
         if path := getattr(settings.run, name):
             yield proved(f"run.{name}", partial(is_writable, Path(path), f"run.{name}"))
-    for folder in dict.fromkeys((checkpoint.absolute().parent, Path(tempfile.gettempdir()))):
-        yield proved(f"space in {folder}", partial(has_space, folder))
+    yield proved("threads", partial(threads_can_be_started, settings.run.workers))
+    yield from space_findings(checkpoint.absolute().parent)
     yield from until_all_is_refused(bucket_findings(settings))
     if settings.api.key_file and not settings.key_problem:
         yield proved("api.key_file", partial(key_is_private, Path(settings.api.key_file).expanduser()))
     yield from api_findings(settings)
+
+
+def threads_can_be_started(count: int) -> str:
+    """That there can be as many threads as workers. Raises RunStopped."""
+    is_over = threading.Event()
+    try:
+        with blaming_the_environment(""):
+            for _ in range(count):
+                threading.Thread(target=is_over.wait, daemon=True).start()
+    finally:
+        is_over.set()
+    return f"{count} workers can be started"
+
+
+def space_findings(own_folder: Path) -> Iterator[Finding]:
+    """Whether there is room beside the checkpoint, and for large answers."""
+    try:
+        folders = [own_folder, Path(tempfile.gettempdir())]
+    except OSError as problem:
+        folders = [own_folder]
+        yield Finding("FAIL", "temporary folder", f"{problem.strerror}; make one writable, or set TMPDIR")
+    for folder in dict.fromkeys(folders):
+        yield proved(f"space in {folder}", partial(has_space, folder))
 
 
 def key_is_private(path: Path) -> str:
@@ -7090,16 +7365,21 @@ def checkpoint_is_usable(settings: Settings) -> str:
     # Before SQLite opens it: to close a file is to give up this process's SQLite locks on it.
     for written in (path, RunLock(path).path, path.with_name(path.name + "-wal")):
         refuse_unwritable(written, "run.checkpoint")
+    if os.name == "posix" and path.exists():
+        set_mode(path, stat.S_IMODE(path.stat().st_mode))
     with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
         return f"{path} can be written{'' if journal.is_there else '; it does not exist yet'}"
 
 
 def lock_is_free(checkpoint: Path) -> str:
-    """That no run is at work. Raises Doubt if one is."""
+    """That no run is at work, and that locks can be had there. Raises Doubt if one is, UserError."""
     holder = RunLock(checkpoint).holder()
     # In cron that is as it should be, and no reason to fail.
     if holder:
         raise Doubt(f"a run is at work ({holder})", "another one would exit 4")
+    # On a file of its own: a run that starts at this moment must not find its lock taken.
+    with tempfile.TemporaryFile(dir=checkpoint.absolute().parent) as probe:
+        take_lock(probe, checkpoint)
     return "no run is at work"
 
 
@@ -7283,6 +7563,7 @@ def api_findings(settings: Settings) -> Iterator[Finding]:
     """What a run needs of the API."""
     api = settings.api
     try:
+        refuse_wrong_certificates(api.url, *CA_BUNDLES)
         ahead = seconds_ahead(api.url)
     except UserError as error:
         # A key cannot be tried on an API that is not there.
@@ -7472,6 +7753,9 @@ def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
     logging.basicConfig(level=logging.WARNING if not verbose else logging.INFO, handlers=[handler], force=True)
     # urllib3 warns at each retry, with the path of the request; the summary has the counts.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
+    if not verbose:
+        # What comes of credentials that cannot be had is said where they are needed, once and with its remedy.
+        logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
@@ -7564,7 +7848,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.config, os.environ, read_flags(arguments), arguments.shard, needs_key=not is_free
         )
         named = ("retry_failed", "quiet", "keys_from", "log_format")
-        return carry_out(arguments, replace(settings, **{name: getattr(arguments, name) for name in named}))
+        with blaming_the_environment(settings.api.url):
+            return carry_out(arguments, replace(settings, **{name: getattr(arguments, name) for name in named}))
     except UserError as error:
         return complain(error.message, error.hint, error.exit_code, verbose=arguments.verbose)
     except RunStopped as stopped:

@@ -214,7 +214,7 @@ def test_a_wrong_value_of_any_option_is_named_once(ini: Path, option: str) -> No
         ("s3.output_key", "converted/{dir}{stem}.{target}"),
         ("s3.requester_pays", False),
         ("convert.include", ("*",)),
-        ("convert.exclude", ()),
+        ("convert.exclude", (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae")),
         ("convert.same_format", "skip"),
         ("api.url", "https://changethisfile.com"),
         ("api.transfer", "auto"),

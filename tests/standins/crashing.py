@@ -21,7 +21,7 @@ EFFECTS: dict[str, tuple[Any, str]] = {
     "output-put": (program.Bucket, "store"),
     "failure-written": (program.Recorder, "_append_failures"),
     "outcome-committed": (program.Journal, "end"),
-    "summary-written": (program, "write_atomically"),
+    "summary-written": (program, "write_whole"),
 }
 HALF_READ = "half-answer-read"
 

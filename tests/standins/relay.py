@@ -55,6 +55,7 @@ class Relay(ThreadingHTTPServer):
 
     `refuse` may take a request's method and path, `rewrite` an answer's body; `instead` gives the body of a 200 that
     takes the place of S3's answer, or None; `spoil` says what becomes of the answer to a request, by method and path.
+    `hidden`: headers, in lower case, that no answer to a HEAD has.
     """
 
     daemon_threads = True
@@ -69,6 +70,7 @@ class Relay(ThreadingHTTPServer):
         self.instead: Callable[[Asked], bytes | None] = lambda _: None
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
         self.spoil: Callable[[str, str], Spoilt] = lambda *_: Spoilt()
+        self.hidden: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -120,7 +122,8 @@ class Relayed(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.send_response(status)
-        own = {"connection", "transfer-encoding"} | (set() if self.command == "HEAD" else {"content-length"})
+        own = {"connection", "transfer-encoding"}
+        own |= self.server.hidden if self.command == "HEAD" else {"content-length"}
         for name, value in headers:
             if name.lower() not in own:
                 self.send_header(name, value)

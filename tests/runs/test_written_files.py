@@ -1,0 +1,164 @@
+"""The summary and the metrics where they are no ordinary files: devices, links, mounts, pipes, closed folders."""
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.standins.conversion_api import ConversionApi
+from tests.standins.converters import marking
+from tests.standins.program import AS_A_MODULE
+
+Cli = Callable[..., Any]
+IS_ROOT = os.geteuid() == 0
+DROPPING = "['setpriv', '--bounding-set=-all', sys.executable, '-m', 's3_bulk_convert', *sys.argv[1:]]"
+UNPRIVILEGED = ("-c", f"import os, sys; os.execvp('setpriv', {DROPPING})") if IS_ROOT else AS_A_MODULE
+# In a mount namespace of its own, so that no other process sees it; `mounted` lies over itself there.
+MOUNTING = 'mount --bind mounted mounted && exec "$0" -m s3_bulk_convert "$@"'
+UNSHARED = ["unshare", *(["-m"] if IS_ROOT else ["-rm"]), "sh", "-c", MOUNTING]
+WITH_A_MOUNT = ("-c", f"import os, sys; os.execvp('unshare', [*{UNSHARED}, sys.executable, *sys.argv[1:]])")
+
+
+@pytest.fixture(autouse=True)
+def cheap(api: ConversionApi, bucket: Any) -> None:
+    """One object whose conversion costs nothing."""
+    api.behaviour.convert = marking
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n" + b"a")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Path]:
+    """The directory that the script is started in."""
+    yield tmp_path / "work"
+    for folder in (tmp_path / "work").glob("*/"):
+        folder.chmod(0o700)
+
+
+def written(path: str) -> tuple[str, ...]:
+    """The options that have both written to one kind of path."""
+    return "--set", f"run.summary={path}.sum", "--set", f"run.metrics={path}.prom"
+
+
+def assert_written(folder: Path, name: str) -> None:
+    assert json.loads((folder / f"{name}.sum").read_text())["converted"] == 1
+    assert "s3_bulk_convert_last_exit_code{" in (folder / f"{name}.prom").read_text()
+    assert list(folder.glob("*.tmp")) == []
+
+
+def test_the_file_behind_a_link_is_written_and_the_link_stays(run_cli: Cli, work: Path) -> None:
+    (work / "elsewhere").mkdir()
+    for end in (".sum", ".prom"):
+        (work / f"link{end}").symlink_to(f"elsewhere/real{end}")
+    # The first time there is nothing behind it, the second time there is.
+    for _ in range(2):
+        run = run_cli(*written("link"), "--set", "run.checkpoint=elsewhere/c")
+        assert (run.exit_code, run.err.count("cannot be written")) == (0, 0)
+        assert (work / "link.sum").is_symlink()
+        assert (work / "link.prom").is_symlink()
+    assert json.loads((work / "elsewhere/real.sum").read_text())["already_done"] == 1
+    assert "s3_bulk_convert_last_exit_code{" in (work / "elsewhere/real.prom").read_text()
+    assert sorted(path.name for path in (work / "elsewhere").glob("real*")) == ["real.prom", "real.sum"]
+
+
+def test_an_ordinary_file_is_replaced_whole(run_cli: Cli, work: Path) -> None:
+    (work / "plain.sum").write_text("old" * 1000)
+    os.link(work / "plain.sum", work / "before.sum")
+    assert run_cli(*written("plain")).exit_code == 0
+    assert_written(work, "plain")
+    # Who has the old one open reads it to its end.
+    assert (work / "before.sum").read_text() == "old" * 1000
+
+
+def test_files_in_a_folder_where_no_file_may_be_made_are_written_into(run_cli: Cli, work: Path) -> None:
+    (work / "closed").mkdir()
+    for end in (".sum", ".prom"):
+        (work / f"closed/kept{end}").write_text("old" * 5000)
+    (work / "closed").chmod(0o555)
+    run = run_cli(*written("closed/kept"), command=UNPRIVILEGED)
+    assert (run.exit_code, run.err.count("cannot be written")) == (0, 0), run.err
+    assert_written(work / "closed", "kept")
+
+
+def test_mounted_files_are_written_into(run_cli: Cli, work: Path) -> None:
+    (work / "mounted").touch()
+    given = ("--set", "run.summary=mounted")
+    run = run_cli(*given, command=WITH_A_MOUNT)
+    assert (run.exit_code, run.err.count("cannot be written")) == (0, 0), run.err
+    # Seen from outside the mount, it is the same file.
+    assert json.loads((work / "mounted").read_text())["converted"] == 1
+    assert list(work.glob("mounted.*")) == []
+
+
+def test_pipes_are_written_into_and_are_pipes_still(start: Cli, work: Path) -> None:
+    read: dict[str, str] = {}
+
+    def reader(name: str) -> threading.Thread:
+        os.mkfifo(work / name)
+        # Open for both, so that there is a reader from the start and no end before the script has written.
+        pipe = os.open(work / name, os.O_RDWR)
+        thread = threading.Thread(target=lambda: read.update({name: os.read(pipe, 20).decode()}), daemon=True)
+        thread.start()
+        return thread
+
+    threads = [reader("pipe.sum"), reader("pipe.prom")]
+    run = start(*written("pipe"))
+    for thread in threads:
+        thread.join(30)
+    assert run.wait().exit_code == 0
+    assert (read["pipe.sum"][:1], read["pipe.prom"][:7]) == ("{", "# HELP ")
+    assert stat.S_ISFIFO((work / "pipe.sum").stat().st_mode)
+    assert stat.S_ISFIFO((work / "pipe.prom").stat().st_mode)
+
+
+def test_pipes_that_nobody_reads_hold_up_nothing(start: Cli, work: Path, bucket: Any) -> None:
+    for name in ("pipe.sum", "pipe.prom"):
+        os.mkfifo(work / name)
+    run = start(*written("pipe")).wait(20)
+    assert run.exit_code == 0
+    assert "pipe.sum cannot be written" in run.err
+    assert "pipe.prom cannot be written" in run.err
+    assert len(bucket.outputs()) == 1
+
+
+def device(path: Path) -> None:
+    """A device that takes everything, as /dev/null is one; the machine's own is not at risk."""
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can make a device")
+def test_a_device_stays_one(run_cli: Cli, work: Path) -> None:
+    device(work / "null.sum")
+    device(work / "null.prom")
+    run = run_cli(*written("null"))
+    assert (run.exit_code, run.err.count("cannot be written")) == (0, 0), run.err
+    assert stat.S_ISCHR((work / "null.sum").stat().st_mode)
+    assert stat.S_ISCHR((work / "null.prom").stat().st_mode)
+
+
+def test_the_standard_output_gets_the_summary_before_the_words_for_people(run_cli: Cli, work: Path) -> None:
+    # As /dev/stdout is one; the machine's own is not at risk.
+    (work / "stdout").symlink_to("/proc/self/fd/1")
+    run = run_cli("--set", "run.summary=stdout")
+    assert (run.exit_code, run.err.count("cannot be written")) == (0, 0), run.err
+    found, end = json.JSONDecoder().raw_decode(run.out)
+    assert found["converted"] == 1
+    assert run.out[end:].lstrip().startswith("converted ")
+    assert (work / "stdout").is_symlink()
+
+
+def test_the_standard_output_that_is_a_file_keeps_all_that_was_written(start: Cli, work: Path) -> None:
+    (work / "stdout").symlink_to("/proc/self/fd/1")
+    with (work / "out").open("wb") as out:
+        out.write(b"before\n")
+        out.flush()
+        run = start("--set", "run.summary=stdout", terminal=out.fileno()).wait()
+    told = (work / "out").read_text()
+    assert run.exit_code == 0
+    assert told.startswith("before\n")
+    assert '"converted": 1,' in told
+    assert "\nconverted     1" in told
