@@ -984,6 +984,12 @@ class Settings:
         share = None if most is None else shard.share(most)
         return replace(self, api=replace(self.api, max_conversions=share), run=replace(run, **named), shard=shard)
 
+    @property
+    def own_prefixes(self) -> tuple[str, ...]:
+        """Where outputs lie in the bucket of the sources."""
+        literals = {literal_prefix(job.output_key) for job in self.jobs}
+        return tuple(filter(None, literals)) if self.s3.is_one_bucket else ()
+
     def puts_among_sources(self, job: Job) -> bool:
         """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
         return self.s3.is_one_bucket and not literal_prefix(job.output_key)
@@ -2074,6 +2080,14 @@ class Journal:
         """The fingerprints of the jobs that made what lies under those of the claims that are taken."""
         return self._outputs_under(claims, "fingerprint")
 
+    def senders(self, claims: Sequence[str]) -> dict[str, str]:
+        """The fingerprints of the jobs whose unsettled requests would bring an output under those of the claims."""
+        return dict(
+            self._rows_about(
+                "claim, fingerprint", "in_flight", "output_bucket = ? AND claim", (self.output_bucket,), claims
+            )
+        )
+
     def _outputs_under(self, claims: Sequence[str], column: str, *values: str) -> dict[str, str]:
         # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
         where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
@@ -2217,7 +2231,8 @@ class JournalReader(Journal):
     def fingerprints(self) -> list[tuple[str, str]]:
         """The buckets and fingerprints that there are rows of."""
         found: list[tuple[str, str]] = []
-        for table in ("log", "in_flight"):
+        # Requests before outcomes: what is settled in between is in both answers, and never in neither.
+        for table in ("in_flight", "log"):
             group: Any = ("", "")
             # A blob sorts behind every text: each step jumps over all keys of the last group.
             step = f"SELECT bucket, fingerprint FROM {table} WHERE (bucket, fingerprint, key) > (?, ?, x'') "
@@ -2282,8 +2297,11 @@ class JournalInMind(JournalReader):
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
         super().__init__(path, bucket, output_bucket)
+        # It counts a temporary table as a change.
+        self._db.execute("PRAGMA query_only = 0")
         # SQLite spills a temporary table to a file without a name, whatever the database itself allows.
-        self._db.execute("CREATE TEMP TABLE claimed (claim TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID")
+        columns = "claim TEXT PRIMARY KEY, key TEXT NOT NULL, fingerprint TEXT NOT NULL"
+        self._db.execute(f"CREATE TEMP TABLE claimed ({columns}) WITHOUT ROWID")
 
     def __enter__(self) -> "JournalInMind":
         return self
@@ -2291,12 +2309,17 @@ class JournalInMind(JournalReader):
     def claim(self, tasks: Iterable[Task]) -> None:
         """Take note of whose the output keys are."""
         with self._lock, explaining_sqlite(self.path):
-            rows = [(claim_of(task.output_key), task.key) for task in tasks]
-            self._db.executemany("INSERT OR IGNORE INTO claimed VALUES (?, ?)", rows)
+            rows = [(claim_of(task.output_key), task.key, task.fingerprint) for task in tasks]
+            self._db.executemany("INSERT OR IGNORE INTO claimed VALUES (?, ?, ?)", rows)
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
         """The source keys that have, or would have, an output under those of the claims that are taken."""
         return {**dict(self._rows_about("claim, key", "claimed", "claim", (), claims)), **super().owners(claims)}
+
+    def senders(self, claims: Sequence[str]) -> dict[str, str]:
+        """The fingerprints of the jobs that send, or would send, something for those of the claims."""
+        would = dict(self._rows_about("claim, fingerprint", "claimed", "claim", (), claims))
+        return {**would, **super().senders(claims)}
 
 
 ########################################################################################################################
@@ -4462,12 +4485,11 @@ class Planner:
         self.settings, self.bucket, self.journal, self.stop = settings, bucket, journal, stop
         self.counts: Counter[tuple[str, str]] = Counter()
         self.settled: list[Outcome] = []
-        literals = {literal_prefix(job.output_key) for job in settings.jobs}
-        self.own_prefixes = tuple(filter(None, literals)) if settings.s3.is_one_bucket else ()
+        self.own_prefixes = settings.own_prefixes
         now = time.time()
         self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
-        self._found: dict[str, str] = {}
+        self._found: dict[str, Task] = {}
         # First folder of keys -> whether the first object that was met there is an output of this program.
         self._folders: dict[str, bool] = {}
         self._shares_outputs = False  # with another source bucket: their outputs lie between ours
@@ -4534,11 +4556,22 @@ class Planner:
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
+        todo = list(self._unsettled(todo))
         for claim in list(self._found)[:-FOUND_KEPT]:
             del self._found[claim]
         tasks = [self._task(candidate, sent[candidate.job.fingerprint]) for candidate in todo]
-        claimed = list(self._claimed(self._sendable(tasks)))
-        return self._without_outputs(claimed, {source.key: source for source in page})
+        sources = {source.key: source for source in page}
+        claimed = list(self._claimed(self._sendable(tasks), sources))
+        return self._without_outputs(claimed, sources)
+
+    def _unsettled(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        """The candidates that have not been settled since they were looked up: this run may have listed them before.
+
+        To be asked for after the requests in flight: an object is in neither answer only if it is new.
+        """
+        since: Counter[tuple[str, str]] = Counter()
+        yield from unfinished(candidates, self.journal, since, retry=self.settings.retry_failed)
+        self.counts.update({what: count for what, count in since.items() if what[1] != RETRIED})
 
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
@@ -4608,16 +4641,19 @@ class Planner:
             else:
                 yield task
 
-    def _claimed(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def _claimed(self, tasks: Iterable[Task], sources: Mapping[str, S3Object]) -> Iterator[Task]:
         """The tasks whose output key is theirs: the first source keeps a key, in this run and in any later one."""
         waiting = list(tasks)
+        # Requests before outcomes: what is settled in between is in both answers, and never in neither.
+        in_flight = self._claimants(waiting)
+        jobs = self._jobs_that_have(waiting, sources)
         logged = self.journal.owners([claim_of(task.output_key) for task in waiting])
-        owners = {**self._claimants(waiting), **self._found, **logged}
+        found = {claim: task.key for claim, task in self._found.items()}
+        owners = {**in_flight, **found, **logged}
         owners.update(self._owners_by_output([task for task in waiting if claim_of(task.output_key) not in owners]))
-        # Of two jobs that put the same source's outputs under one key, the first keeps it too.
-        jobs: dict[str, str] = {}
         for task in waiting:
             claim = claim_of(task.output_key)
+            # Of two jobs that put the same source's outputs under one key, the first keeps it too.
             owner, job = owners.setdefault(claim, task.key), jobs.setdefault(claim, task.fingerprint)
             is_itself = self.settings.s3.is_one_bucket and task.output_key == task.key
             if owner == task.key and job == task.fingerprint and not is_itself:
@@ -4626,9 +4662,33 @@ class Planner:
                 said = f"belongs to {owner}; put {{ext}} or {{job}} into s3.output_key to keep both"
                 if is_itself:
                     said = "would replace its own source: put {target} or a folder into s3.output_key"
+                elif owner == task.key:
+                    named = next(route.job.name for route in self.routes if route.job.fingerprint == job)
+                    said = (
+                        f"belongs to job {named}; exclude it there or put {{job}} into the output_key of job {task.job}"
+                    )
                 elif owner.startswith(ELSEWHERE):
                     said = f"belongs to {owner}; give each bucket's outputs a prefix of their own in s3.output_key"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}")
+
+    def _jobs_that_have(self, tasks: Sequence[Task], sources: Mapping[str, S3Object]) -> dict[str, str]:
+        """Which job has the output keys of these tasks, by fingerprint, where it still wants their source.
+
+        What was made with options that no job has any more, or by a job that wants the object no more, may be replaced.
+        """
+        if len(self.routes) == 1:
+            return {}
+        claims = [claim_of(task.output_key) for task in tasks]
+        found = {claim: task.fingerprint for claim, task in self._found.items()}
+        # In this order: see `_claimed`.
+        having = {**self.journal.senders(claims), **found}
+        having.update(self.journal.makers(claims))
+        wanting = {
+            (claim_of(task.output_key), route.job.fingerprint)
+            for task in tasks
+            for route in routes_wanting(sources[task.key], self.routes)
+        }
+        return {claim: job for claim, job in having.items() if (claim, job) in wanting}
 
     def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
         """The sources of unsettled requests that claim these tasks' keys."""
@@ -4676,7 +4736,7 @@ class Planner:
             made = next((key for key in made_keys(task.output_key) if key in written), "")
             is_trusted = not (task.among_sources or self._shares_outputs)
             if made and is_trusted and written[made] > sources[task.key].modified:
-                self._found[claim_of(made)] = task.key
+                self._found[claim_of(made)] = task
                 self.settled.append(Outcome(task, Event.FOUND, output_key=made))
             else:
                 # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
@@ -6244,6 +6304,8 @@ def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
     if not journal.is_there:
         yield f"checkpoint     there is none ({journal.path})"
         return
+    # Before the outcomes: what is settled in between is told twice rather than not at all.
+    requests_in_flight = journal.requests_of(key)
     # An object that fails in every run has a row of each.
     rows = journal.history(key, 10)
     # No URL is shown: it is signed.
@@ -6253,7 +6315,7 @@ def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
         failure = f" {lasting}: {shown(row['code'] + ' ' + row['message'])}" if row["event"] == "failed" else ""
         made = f" as {shown(row['output_key'])}" if not failure else ""
         yield f"  {local_date(row['time'])} {row['event']}{failure}{made}, to {row['target']}, ETag {row['etag']}"
-    for sent in journal.requests_of(key):
+    for sent in requests_in_flight:
         yield f"in flight      since {local_date(sent['sent_at'])}, for {shown(sent['claim'])}, ETag {sent['etag']}"
 
 
@@ -6532,6 +6594,8 @@ def bucket_findings(settings: Settings) -> Iterator[Finding]:
         yield proved(
             f"list {where}", partial(can_list, bucket, prefix, listed), f"allow s3:ListBucket on {bucket.name}"
         )
+    if len(settings.jobs) > 1 and listed:
+        yield proved("output keys", partial(jobs_are_apart, settings, listed))
     yield from reading_findings(settings, bucket, listed)
     for prefix in dict.fromkeys(literal_prefix(job.output_key) for job in settings.jobs):
         yield from writing_findings(settings, bucket, prefix)
@@ -6557,6 +6621,22 @@ def can_list(bucket: Bucket, prefix: str, listed: list[S3Object]) -> str:
     if not page:
         raise Doubt("no key begins with this prefix", "check s3.bucket and s3.prefix")
     return f"{len(page)} objects{' and more' if len(page) == PAGE_KEYS else ''}"
+
+
+def jobs_are_apart(settings: Settings, listed: Sequence[S3Object]) -> str:
+    """That no two jobs want one output key for the same object, as far as it can be told. Raises Doubt if they do."""
+    routes = [make_route(job, time.time()) for job in settings.jobs]
+    takers: dict[tuple[str, str], Job] = {}
+    for job, source, _ in select(listed, routes, settings.own_prefixes, settings.shard, Counter()):
+        planned = output_key(job, source.key)
+        first = takers.setdefault((source.key, claim_of(planned)), job)
+        if first is not job:
+            raise Doubt(
+                f"job {first.name} and job {job.name} both want {shown(planned)}",
+                "one of them fails for such objects (output_collision): exclude them in one, or put {job} into its "
+                "output_key",
+            )
+    return f"no two jobs want the same one, of {counted(len(listed), 'object')} looked at"
 
 
 def reading_findings(settings: Settings, bucket: Bucket, listed: Sequence[S3Object]) -> Iterator[Finding]:
