@@ -64,6 +64,7 @@ import shutil
 import sqlite3
 import stat
 import statistics
+import struct
 import sysconfig
 import tempfile
 import threading
@@ -1833,12 +1834,42 @@ UPGRADES: Mapping[int, Sequence[str]] = {
 }
 
 
+def real_file(path: Path) -> Path:
+    """Where a link leads: SQLite keeps its `-wal` there, and all names of one checkpoint must come to one lock."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+# Where the bytes begin that a run locks of its checkpoint: far behind those that SQLite locks, and behind its end.
+PID_BYTES, TIME_BYTES = 1 << 40, 1 << 50
+
+
+def ask_lock(descriptor: int, *, take: bool, start: int, length: int) -> int:
+    """Take an exclusive lock on some bytes of a file, or ask how many bytes another one has that is in its way.
+
+    It belongs to the open file, unlike SQLite's own, which a process loses as soon as it closes the file anywhere.
+    Raises OSError; BlockingIOError if another one is in the way. Only Linux has such locks: elsewhere there are none.
+    """
+    if sys.platform != "linux":
+        return 0
+    wanted = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    found = fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK if take else fcntl.F_OFD_GETLK, wanted)
+    kind, _, _, length, _ = struct.unpack("hhqqi0q", found)
+    return 0 if kind == fcntl.F_UNLCK else int(length)
+
+
 class RunLock:
-    """An exclusive lock beside the checkpoint, held as long as the process lives, whatever ends it."""
+    """An exclusive lock on the checkpoint, held as long as the process lives, whatever ends it.
+
+    It is taken twice. By `flock` on a file beside the checkpoint, which all systems have, and which says in words who
+    has it. And on the checkpoint itself, where it holds whatever name the file is called by and whatever becomes of the
+    other one. SQLite would be in the way of a `flock` there on macOS and on network file systems.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.path = checkpoint.with_name(checkpoint.name + ".lock")
+        self._checkpoint = real_file(checkpoint)
+        self.path = self._checkpoint.with_name(self._checkpoint.name + ".lock")
         self._handle: IO[str] | None = None
+        self._descriptor = -1
 
     def __enter__(self) -> "RunLock":
         try:
@@ -1854,6 +1885,8 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._handle:
             self._handle.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def _acquire(self, handle: IO[str]) -> None:
         if sys.platform == "win32":
@@ -1861,27 +1894,61 @@ class RunLock:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            raise self._refused(self.path, self._holder(handle)) from None
+        except OSError as problem:
             raise UserError(
-                f"another run holds {self.path} ({self._holder(handle)})",
-                "wait for it to end, or give this run another run.checkpoint",
-                ExitCode.LOCKED,
+                f"{self.path} cannot be locked: {problem.strerror}",
+                "set run.checkpoint to a path on a disk of this machine; the file system there has no locks",
             ) from None
+        self._acquire_checkpoint()
         # The PID is for the message that another run prints; the lock itself is the kernel's.
         handle.seek(0)
         handle.truncate()
         handle.write(f"{os.getpid()} {int(time.time())}\n")
         handle.flush()
 
+    def _acquire_checkpoint(self) -> None:
+        # A system or a file system may have no such locks, and what else is wrong with the file the journal will say.
+        with contextlib.suppress(OSError):
+            self._descriptor = os.open(self._checkpoint, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                # How many bytes are locked is all that another process can learn of whoever has locked them.
+                ask_lock(self._descriptor, take=True, start=PID_BYTES, length=os.getpid())
+                ask_lock(self._descriptor, take=True, start=TIME_BYTES, length=int(time.time()))
+            except BlockingIOError:
+                raise self._refused(self._checkpoint, self._holder_of(self._descriptor)) from None
+
+    @staticmethod
+    def _refused(path: Path, holder: str) -> UserError:
+        hint = "wait for it to end, or give this run another run.checkpoint"
+        return UserError(f"another run holds {path} ({holder})", hint, ExitCode.LOCKED)
+
+    @staticmethod
+    def _holder_of(descriptor: int) -> str:
+        pid = ask_lock(descriptor, take=False, start=PID_BYTES, length=1)
+        since = ask_lock(descriptor, take=False, start=TIME_BYTES, length=1)
+        return holder_words(pid, since) if pid else ""
+
     @staticmethod
     def _holder(handle: IO[str]) -> str:
         handle.seek(0)
         match = re.fullmatch(r"(\d+) (\d+)\n", handle.read(100))
-        if match is None:
-            return "it has only just started"
-        return f"process {match[1]}, for {max(0, int(time.time()) - int(match[2]))} s"
+        return holder_words(int(match[1]), int(match[2])) if match else holder_words(0, 0)
 
     def holder(self) -> str:
-        """Who holds the lock, in words; empty if nobody does. Takes none, which would turn a starting run away."""
+        """Who holds the lock, in words; empty if nobody does. Takes none, which would turn a starting run away.
+
+        To be asked before this process opens the checkpoint: to close a file is to give up SQLite's locks on it.
+        """
+        try:
+            descriptor = os.open(self._checkpoint, os.O_RDONLY)
+            try:
+                if said := self._holder_of(descriptor):
+                    return said
+            finally:
+                os.close(descriptor)
+        except OSError:
+            pass
         try:
             with self.path.open(encoding="ascii") as handle:
                 said = self._holder(handle)
@@ -1889,6 +1956,13 @@ class RunLock:
             return ""
         pid = "".join(re.findall(r"process (\d+)", said))
         return said if pid and holds_a_lock(pid) else ""
+
+
+def holder_words(pid: int, since: int) -> str:
+    """Who holds a lock, and for how long. `since` in Unix seconds."""
+    if not (pid and since):
+        return "it has only just started"
+    return f"process {pid}, for {max(0, int(time.time()) - since)} s"
 
 
 def holds_a_lock(pid: str) -> bool:
@@ -1941,12 +2015,12 @@ class Journal:
     horizon = sys.maxsize  # rows of the log behind it are as if they were not there
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
-        self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
+        self.path, self.bucket, self.output_bucket = real_file(path), bucket, output_bucket
         # The feeder and the recorder share one connection: SQLite has one writer anyway, and this one needs no waiting.
         self._lock = threading.Lock()
-        with explaining_sqlite(path):
+        with explaining_sqlite(self.path):
             self._create_private()
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self._db.close)
                 self._refuse_foreign()
@@ -2184,16 +2258,17 @@ class JournalReader(Journal):
     """The checkpoint as it is, while a run may be at work on it: no file is made or changed. A missing one is empty."""
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
-        self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
-        self.is_there = path.exists()
+        self.path, self.bucket, self.output_bucket = real_file(path), bucket, output_bucket
+        self.is_there = self.path.exists()
         self._lock = threading.Lock()
-        with explaining_sqlite(path):
+        with explaining_sqlite(self.path):
             self._db = sqlite3.connect(
                 self._address(), isolation_level=None, check_same_thread=False, uri=True, timeout=30
             )
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self._db.close)
                 if self.is_there:
+                    self._db.execute("PRAGMA query_only = 1")
                     self._refuse_foreign()
                     self._refuse_older()
                 else:
@@ -2213,9 +2288,17 @@ class JournalReader(Journal):
     def _address(self) -> str:
         if not self.is_there:
             return "file::memory:"
-        # A write-ahead log needs its `-shm`, which SQLite would make; where there is no such log, nobody writes.
-        is_in_use = self.path.with_name(self.path.name + "-wal").exists() or RunLock(self.path).holder()
-        return f"{self.path.absolute().as_uri()}?mode=ro{'' if is_in_use else '&immutable=1'}"
+        # What a killed run has left is not merged into the checkpoint by who only looks at it.
+        if self.path.with_name(self.path.name + "-wal").exists():
+            how = "mode=ro"
+        elif os.access(self.path, os.W_OK) and os.access(self.path.absolute().parent, os.W_OK):
+            # The locks and the shared memory of a run that may start beside it: without them, what it merges into the
+            # checkpoint would look like damage. Both files go when it is closed.
+            how = "mode=rw"
+        else:
+            # SQLite cannot make them here.
+            how = "mode=ro&immutable=1"
+        return f"{self.path.absolute().as_uri()}?{how}"
 
     def bytes_on_disk(self) -> int:
         """The size of the checkpoint, with what is not yet merged into it."""
@@ -6202,10 +6285,11 @@ def local_date(seconds: float) -> str:
 def status_lines(settings: Settings) -> Iterator[str]:
     """What the checkpoint knows. Raises UserError if there is none."""
     path = Path(settings.run.checkpoint)
+    holder = RunLock(path).holder()
     with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
         if not journal.is_there:
             raise UserError(f"there is no checkpoint {path}", shards_hint(path) or HINT_WITHOUT_CHECKPOINT)
-        last, holder = journal.last_activity(), RunLock(path).holder()
+        last = journal.last_activity()
         yield f"checkpoint     {path}, {human_bytes(journal.bytes_on_disk())}"
         yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
         yield f"last activity  {local_date(last) if last else 'none'}"
@@ -6510,7 +6594,7 @@ def is_writable(path: Path, name: str) -> str:
 
 def checkpoint_is_usable(settings: Settings) -> str:
     """What the checkpoint is. Raises UserError or RunStopped if a run could not use it."""
-    path = Path(settings.run.checkpoint)
+    path = real_file(Path(settings.run.checkpoint))
     # Before SQLite opens it: to close a file is to give up this process's SQLite locks on it.
     for written in (path, RunLock(path).path, path.with_name(path.name + "-wal")):
         refuse_unwritable(written, "run.checkpoint")
