@@ -437,6 +437,7 @@ class Task:
     copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
     resumed: bool = False  # a run before this one may have sent it already
     overdue: bool = False  # so long ago that the API has forgotten the key
+    sent_at: float = math.inf  # when an earlier run sent it, in Unix seconds; what this run has sent is never too old
     traced: bool = False  # the journal knows of it: another version, other options, or a request
     look_first: bool = False  # its output may be there already: see whether it is this version's
     among_sources: bool = False  # outputs lie between sources, and must not overwrite one
@@ -561,6 +562,10 @@ class Exchange:
     def is_open(self) -> bool:
         """Whether the API may know of it. Of what it has put off, it may remember the body: no other may be sent."""
         return self.maybe_done or self.throttled > 0
+
+    def is_as_old(self, task: Task) -> bool:
+        """Whether a request that the API has forgotten was not made again: its row is all that tells of it."""
+        return task.overdue and not (self.maybe_paid_twice and self.requests)
 
 
 @dataclass
@@ -1394,6 +1399,11 @@ def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | N
     return digest(["s3_bulk_convert/1", bucket, source.key, source.etag, source.size, target, quality])
 
 
+def is_forgotten(sent_at: float) -> bool:
+    """Whether the API has forgotten a request, so that to send it again may pay again. `sent_at` in Unix seconds."""
+    return time.time() - sent_at > IDEMPOTENCY_WINDOW_SECONDS
+
+
 def has_dot_segments(key: str) -> bool:
     """Whether HTTP clients would normalise the key's path, so that a presigned URL for it cannot be fetched."""
     return any(segment in {".", ".."} for segment in key.split("/"))
@@ -2176,7 +2186,8 @@ class Journal:
     def begin(self, tasks: Sequence[Task], now: float) -> None:
         """Make it durable that these are about to be sent. `now` in Unix seconds. Raises RunStopped on a full disk."""
         rows = [self._in_flight_row(task, now) for task in tasks if not task.resumed]
-        # A resumed one keeps its row as it is: the request is the same, and so is the time when it was first sent.
+        # A resumed one keeps its row as it is: the request is the same, and so is the time when it was first sent. One
+        # that the API has forgotten has another URL, and the time of this one; see `end`.
         with self._transaction() as db:
             db.executemany("INSERT OR REPLACE INTO in_flight VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
@@ -2203,6 +2214,10 @@ class Journal:
                 "DELETE FROM in_flight WHERE bucket = ? AND fingerprint = ? AND key = ?",
                 [(self.bucket, o.task.fingerprint, o.task.key) for o in outcomes if not o.unsettled],
             )
+            db.executemany(
+                "UPDATE in_flight SET url = ?, sent_at = ? WHERE bucket = ? AND fingerprint = ? AND key = ?",
+                [self._sent_anew(o, now) for o in outcomes if o.unsettled and o.task.overdue and not o.task.resumed],
+            )
 
     def newest_row(self) -> int:
         """The id of the last row of the log; 0 if there is none."""
@@ -2220,9 +2235,19 @@ class Journal:
             )
 
     def forget_sent_before(self, then: float) -> None:
-        """Drop unsettled requests from before `then` (Unix seconds): their objects are gone or are no longer wanted."""
+        """Drop this bucket's unsettled requests from before `then` (Unix seconds), which a whole run has not met.
+
+        Their objects are gone or are no longer wanted. Of other buckets, of which a checkpoint may know too, a run
+        says nothing.
+        """
         with self._transaction() as db:
-            db.execute("DELETE FROM in_flight WHERE sent_at < ?", (then,))
+            db.execute("DELETE FROM in_flight WHERE bucket = ? AND sent_at < ?", (self.bucket, then))
+
+    def _sent_anew(self, outcome: Outcome, now: float) -> tuple[object, ...]:
+        # Not before it is known that it was sent is one that the API has forgotten any younger.
+        task = outcome.task
+        sent_at = now - outcome.seconds if outcome.maybe_paid_twice and outcome.requests else task.sent_at
+        return (task.url, sent_at, self.bucket, task.fingerprint, task.key)
 
     def _in_flight_row(self, task: Task, now: float) -> tuple[object, ...]:
         claim = (self.output_bucket, claim_of(task.output_key))
@@ -4688,7 +4713,7 @@ class Planner:
         # What was sent for another version of the object can never be asked for again.
         if earlier and earlier.etag != source.etag:
             earlier = None
-        is_overdue = earlier is not None and time.time() - earlier.sent_at > IDEMPOTENCY_WINDOW_SECONDS
+        is_overdue = earlier is not None and is_forgotten(earlier.sent_at)
         task = Task(
             job=job.name,
             fingerprint=job.fingerprint,
@@ -4701,6 +4726,7 @@ class Planner:
             idempotency_key=idempotency_key(self.journal.bucket, source, job.options.target, job.options.quality),
             copy=job.options.same_format == "copy" and is_in_target_format(source.key, job),
             overdue=is_overdue,
+            sent_at=earlier.sent_at if earlier else math.inf,
             job_id=earlier.job_id if earlier else "",
             traced=candidate.is_known or source.key in sent,
             look_first=earlier is not None,
@@ -4951,7 +4977,9 @@ class Feeder:
 
     def _begin(self, waiting: deque[Task]) -> None:
         """Hand out the first of the tasks, which then no longer wait."""
-        signed = [self._signed(task) for task in itertools.islice(waiting, 2 * self.shared.settings.run.workers)]
+        next_ones = itertools.islice(waiting, 2 * self.shared.settings.run.workers)
+        # A page may have waited for hours since it was planned.
+        signed = [self._signed(as_sent_now(task, self.shared.bucket)) for task in next_ones]
         self.journal.begin(signed, time.time())
         for task in signed:
             if not task.copy:
@@ -5020,26 +5048,36 @@ class TotalCount(threading.Thread):
 ########################################################################################################################
 
 
+def as_sent_now(task: Task, bucket: Bucket) -> Task:
+    """A task as it is to be sent at this moment: it may have waited for so long that the API has forgotten it."""
+    if not task.resumed or not is_forgotten(task.sent_at):
+        return task
+    # The URL has died with the key.
+    return replace(task, url=task.url and bucket.presign(task.key), resumed=False, overdue=True)
+
+
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
-    # An earlier run may have sent it: until the API says otherwise, the work may be done.
-    exchange = Exchange(maybe_done=task.may_be_done, replayed=task.may_be_done)
+    exchange = Exchange()
     # Whatever the API has repeated, no secret gets further than this function: all that it hands on goes through here.
     hide = shared.settings.hide
     started = time.monotonic()
     try:
+        task = as_sent_now(task, shared.bucket)
+        # An earlier run may have sent it: until the API says otherwise, the work may be done.
+        exchange.maybe_done = exchange.replayed = task.may_be_done
         outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
-        keeps = exchange.maybe_done and not failure.permanent
+        keeps = (exchange.maybe_done or exchange.is_as_old(task)) and not failure.permanent
         outcome = Outcome(
             task, Event.FAILED, failure.code, failure.message, failure.status, failure.permanent, unsettled=keeps
         )
     except RunStopped as stopped:
         shared.stop.request(replace(stopped.stop, because=hide(stopped.stop.because)))
-        outcome = Outcome(task, Event.LEFT, unsettled=exchange.is_open)
+        outcome = Outcome(task, Event.LEFT, unsettled=exchange.is_open or exchange.is_as_old(task))
     except Interrupted:
-        outcome = Outcome(task, Event.LEFT, unsettled=exchange.is_open)
+        outcome = Outcome(task, Event.LEFT, unsettled=exchange.is_open or exchange.is_as_old(task))
     except Exception as bug:
         log.exception("a worker failed")
         message = f"{type(bug).__name__}: {bug}"
@@ -5240,7 +5278,8 @@ class WorkerProcess:
             self._deaths[task.idempotency_key] += 1
             if self._deaths[task.idempotency_key] < DEATHS_ENDURED or self.shared.stop.requested:
                 # What it has sent may have been converted, and may even have been stored.
-                self._again.append(replace(task, resumed=True, look_first=True))
+                sent_at = task.sent_at if task.resumed else math.inf
+                self._again.append(replace(task, resumed=True, look_first=True, sent_at=sent_at))
             else:
                 said = f"{DEATHS_ENDURED} worker processes died while they held this object"
                 self.shared.tell(Outcome(task, Event.FAILED, "worker_died", said, unsettled=True))
@@ -5250,7 +5289,7 @@ class WorkerProcess:
         """Leave to the next run what no process is there for."""
         queued = () if self._is_fed else iter(self.tasks.get, None)
         for task in itertools.chain(self._again, queued):
-            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done))
+            self.shared.tell(Outcome(task, Event.LEFT, unsettled=task.may_be_done or task.overdue))
 
 
 @contextlib.contextmanager
@@ -5865,7 +5904,8 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         # Those of workers that had to be abandoned count too.
         report.counts["requests"] = max(report.counts["requests"], gate.requests)
         close_accounts(report, is_complete=is_complete)
-        if not report.stop:
+        # A file of keys names some objects, and a request for another one is as much needed as before.
+        if not (report.stop or settings.keys_from):
             journal.forget_sent_before(time.time() - SENT_KEPT_SECONDS)
         if settings.run.summary:
             write_summary(Path(settings.run.summary), report)
