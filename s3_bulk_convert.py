@@ -1905,11 +1905,6 @@ class RunLock:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._refused(self.path, self._holder(handle)) from None
-        except OSError as problem:
-            raise UserError(
-                f"{self.path} cannot be locked: {problem.strerror}",
-                "set run.checkpoint to a path on a disk of this machine; the file system there has no locks",
-            ) from None
         self._acquire_checkpoint()
         # The PID is for the message that another run prints; the lock itself is the kernel's.
         handle.seek(0)

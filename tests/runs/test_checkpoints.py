@@ -1,7 +1,6 @@
 """The checkpoint under several names, beside other commands and buckets, and a day after: nothing is paid twice."""
 
 import contextlib
-import errno
 import os
 import re
 import signal
@@ -129,23 +128,6 @@ def test_runs_with_checkpoints_of_their_own_work_side_by_side(
     assert run_cli("--set", "run.checkpoint=other.sqlite3", S3_BUCKET=other_bucket.name).exit_code == 0
     release.set()
     assert run.wait().exit_code == 0
-
-
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=errno.errorcode.get)
-def test_a_file_system_without_locks_is_said_to_have_none(number: int, run_cli: Cli, api: ConversionApi) -> None:
-    # No file system without locks is at hand: the call fails as it would on one.
-    command = script_with(
-        "import os\n"
-        "def without_locks(*_):\n"
-        f"    raise OSError({number}, os.strerror({number}))\n"
-        "program.fcntl.flock = without_locks"
-    )
-    run = run_cli(command=command)
-    assert (run.exit_code, api.requests) == (2, [])
-    assert run.err == (
-        f"error: {CHECKPOINT}.lock cannot be locked: {os.strerror(number)}\n"
-        "hint: set run.checkpoint to a path on a disk of this machine; the file system there has no locks\n"
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
