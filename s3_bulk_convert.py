@@ -69,6 +69,7 @@ import sqlite3
 import ssl
 import stat
 import statistics
+import struct
 import sysconfig
 import tempfile
 import threading
@@ -1047,6 +1048,12 @@ class Settings:
         share = None if most is None else shard.share(most)
         return replace(self, api=replace(self.api, max_conversions=share), run=replace(run, **named), shard=shard)
 
+    @property
+    def own_prefixes(self) -> tuple[str, ...]:
+        """Where outputs lie in the bucket of the sources."""
+        literals = {literal_prefix(job.output_key) for job in self.jobs}
+        return tuple(filter(None, literals)) if self.s3.is_one_bucket else ()
+
     def puts_among_sources(self, job: Job) -> bool:
         """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
         return self.s3.is_one_bucket and not literal_prefix(job.output_key)
@@ -1457,6 +1464,11 @@ def idempotency_key(bucket: str, source: S3Object, target: str, quality: int | N
     under one key the API would refuse the second (docs/idempotency).
     """
     return digest(["s3_bulk_convert/2", bucket, source.key, source.etag, source.size, target, quality, place])
+
+
+def is_forgotten(sent_at: float) -> bool:
+    """Whether the API has forgotten a request, so that to send it again may pay again. `sent_at` in Unix seconds."""
+    return time.time() - sent_at > IDEMPOTENCY_WINDOW_SECONDS
 
 
 def has_dot_segments(key: str) -> bool:
@@ -2230,12 +2242,42 @@ UPGRADES: Mapping[int, Sequence[str]] = {
 }
 
 
+def real_file(path: Path) -> Path:
+    """Where a link leads: SQLite keeps its `-wal` there, and all names of one checkpoint must come to one lock."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
+# Where the bytes begin that a run locks of its checkpoint: far behind those that SQLite locks, and behind its end.
+PID_BYTES, TIME_BYTES = 1 << 40, 1 << 50
+
+
+def ask_lock(descriptor: int, *, take: bool, start: int, length: int) -> int:
+    """Take an exclusive lock on some bytes of a file, or ask how many bytes another one has that is in its way.
+
+    It belongs to the open file, unlike SQLite's own, which a process loses as soon as it closes the file anywhere.
+    Raises OSError; BlockingIOError if another one is in the way. Only Linux has such locks: elsewhere there are none.
+    """
+    if sys.platform != "linux":
+        return 0
+    wanted = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    found = fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK if take else fcntl.F_OFD_GETLK, wanted)
+    kind, _, _, length, _ = struct.unpack("hhqqi0q", found)
+    return 0 if kind == fcntl.F_UNLCK else int(length)
+
+
 class RunLock:
-    """An exclusive lock beside the checkpoint, held as long as the process lives, whatever ends it."""
+    """An exclusive lock on the checkpoint, held as long as the process lives, whatever ends it.
+
+    It is taken twice. By `flock` on a file beside the checkpoint, which all systems have, and which says in words who
+    has it. And on the checkpoint itself, where it holds whatever name the file is called by and whatever becomes of the
+    other one. SQLite would be in the way of a `flock` there on macOS and on network file systems.
+    """
 
     def __init__(self, checkpoint: Path) -> None:
-        self.path = checkpoint.with_name(checkpoint.name + ".lock")
+        self._checkpoint = real_file(checkpoint)
+        self.path = self._checkpoint.with_name(self._checkpoint.name + ".lock")
         self._handle: IO[str] | None = None
+        self._descriptor = -1
 
     def __enter__(self) -> "RunLock":
         try:
@@ -2251,6 +2293,8 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._handle:
             self._handle.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
 
     def _acquire(self, handle: IO[str]) -> None:
         if sys.platform == "win32":
@@ -2258,27 +2302,56 @@ class RunLock:
         try:
             take_lock(handle, self.path)
         except BlockingIOError:
-            raise UserError(
-                f"another run holds {self.path} ({self._holder(handle)})",
-                "wait for it to end, or give this run another run.checkpoint",
-                ExitCode.LOCKED,
-            ) from None
+            raise self._refused(self.path, self._holder(handle)) from None
+        self._acquire_checkpoint()
         # The PID is for the message that another run prints; the lock itself is the kernel's.
         handle.seek(0)
         handle.truncate()
         handle.write(f"{os.getpid()} {int(time.time())}\n")
         handle.flush()
 
+    def _acquire_checkpoint(self) -> None:
+        # A system or a file system may have no such locks, and what else is wrong with the file the journal will say.
+        with contextlib.suppress(OSError):
+            self._descriptor = os.open(self._checkpoint, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                # How many bytes are locked is all that another process can learn of whoever has locked them.
+                ask_lock(self._descriptor, take=True, start=PID_BYTES, length=os.getpid())
+                ask_lock(self._descriptor, take=True, start=TIME_BYTES, length=int(time.time()))
+            except BlockingIOError:
+                raise self._refused(self._checkpoint, self._holder_of(self._descriptor)) from None
+
+    @staticmethod
+    def _refused(path: Path, holder: str) -> UserError:
+        hint = "wait for it to end, or give this run another run.checkpoint"
+        return UserError(f"another run holds {path} ({holder})", hint, ExitCode.LOCKED)
+
+    @staticmethod
+    def _holder_of(descriptor: int) -> str:
+        pid = ask_lock(descriptor, take=False, start=PID_BYTES, length=1)
+        since = ask_lock(descriptor, take=False, start=TIME_BYTES, length=1)
+        return holder_words(pid, since) if pid else ""
+
     @staticmethod
     def _holder(handle: IO[str]) -> str:
         handle.seek(0)
         match = re.fullmatch(r"(\d+) (\d+)\n", handle.read(100))
-        if match is None:
-            return "it has only just started"
-        return f"process {match[1]}, for {max(0, int(time.time()) - int(match[2]))} s"
+        return holder_words(int(match[1]), int(match[2])) if match else holder_words(0, 0)
 
     def holder(self) -> str:
-        """Who holds the lock, in words; empty if nobody does. Takes none, which would turn a starting run away."""
+        """Who holds the lock, in words; empty if nobody does. Takes none, which would turn a starting run away.
+
+        To be asked before this process opens the checkpoint: to close a file is to give up SQLite's locks on it.
+        """
+        try:
+            descriptor = os.open(self._checkpoint, os.O_RDONLY)
+            try:
+                if said := self._holder_of(descriptor):
+                    return said
+            finally:
+                os.close(descriptor)
+        except OSError:
+            pass
         try:
             with self.path.open(encoding="ascii") as handle:
                 said = self._holder(handle)
@@ -2301,6 +2374,13 @@ def take_lock(handle: IO[Any], path: Path) -> None:
         raise UserError(
             f"{path} cannot be locked: {problem.strerror}", "set run.checkpoint to a path on a local disk"
         ) from None
+
+
+def holder_words(pid: int, since: int) -> str:
+    """Who holds a lock, and for how long. `since` in Unix seconds."""
+    if not (pid and since):
+        return "it has only just started"
+    return f"process {pid}, for {max(0, int(time.time()) - since)} s"
 
 
 def holds_a_lock(pid: str) -> bool:
@@ -2367,12 +2447,12 @@ class Journal:
     horizon = sys.maxsize  # rows of the log behind it are as if they were not there
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
-        self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
+        self.path, self.bucket, self.output_bucket = real_file(path), bucket, output_bucket
         # The feeder and the recorder share one connection: SQLite has one writer anyway, and this one needs no waiting.
         self._lock = threading.Lock()
-        with explaining_sqlite(path):
+        with explaining_sqlite(self.path):
             self._create_private()
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
+            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=30)
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self._db.close)
                 self._refuse_foreign()
@@ -2503,6 +2583,14 @@ class Journal:
         """The fingerprints of the jobs that made what lies under those of the claims that are taken."""
         return self._outputs_under(claims, "fingerprint")
 
+    def senders(self, claims: Sequence[str]) -> dict[str, str]:
+        """The fingerprints of the jobs whose unsettled requests would bring an output under those of the claims."""
+        return dict(
+            self._rows_about(
+                "claim, fingerprint", "in_flight", "output_bucket = ? AND claim", (self.output_bucket,), claims
+            )
+        )
+
     def _outputs_under(self, claims: Sequence[str], column: str, *values: str) -> dict[str, str]:
         # Sources of other buckets count too: several checkpoints' worth of buckets may share one output bucket.
         where = "event IN ('converted', 'found') AND output_bucket = ? AND claim"
@@ -2562,9 +2650,13 @@ class Journal:
             )
 
     def forget_sent_before(self, then: float) -> None:
-        """Drop unsettled requests from before `then` (Unix seconds): their objects are gone or are no longer wanted."""
+        """Drop this bucket's unsettled requests from before `then` (Unix seconds), which a whole run has not met.
+
+        Their objects are gone or are no longer wanted. Of other buckets, of which a checkpoint may know too, a run
+        says nothing.
+        """
         with self._transaction() as db:
-            db.execute("DELETE FROM in_flight WHERE sent_at < ?", (then,))
+            db.execute("DELETE FROM in_flight WHERE bucket = ? AND sent_at < ?", (self.bucket, then))
 
     def _in_flight_row(self, task: Task, now: float) -> tuple[object, ...]:
         claim = (self.output_bucket, claim_of(task.output_key))
@@ -2603,16 +2695,17 @@ class JournalReader(Journal):
     """The checkpoint as it is, while a run may be at work on it: no file is made or changed. A missing one is empty."""
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
-        self.path, self.bucket, self.output_bucket = path, bucket, output_bucket
+        self.path, self.bucket, self.output_bucket = real_file(path), bucket, output_bucket
         self._lock = threading.Lock()
-        with explaining_sqlite(path):
-            self.is_there = path.exists()
+        with explaining_sqlite(self.path):
+            self.is_there = self.path.exists()
             self._db = sqlite3.connect(
                 self._address(), isolation_level=None, check_same_thread=False, uri=True, timeout=30
             )
             with contextlib.ExitStack() as on_failure:
                 on_failure.callback(self._db.close)
                 if self.is_there:
+                    self._db.execute("PRAGMA query_only = 1")
                     self._refuse_foreign()
                     self._refuse_older()
                 else:
@@ -2632,9 +2725,17 @@ class JournalReader(Journal):
     def _address(self) -> str:
         if not self.is_there:
             return "file::memory:"
-        # A write-ahead log needs its `-shm`, which SQLite would make; where there is no such log, nobody writes.
-        is_in_use = self.path.with_name(self.path.name + "-wal").exists() or RunLock(self.path).holder()
-        return f"{self.path.absolute().as_uri()}?mode=ro{'' if is_in_use else '&immutable=1'}"
+        # What a killed run has left is not merged into the checkpoint by who only looks at it.
+        if self.path.with_name(self.path.name + "-wal").exists():
+            how = "mode=ro"
+        elif os.access(self.path, os.W_OK) and os.access(self.path.absolute().parent, os.W_OK):
+            # The locks and the shared memory of a run that may start beside it: without them, what it merges into the
+            # checkpoint would look like damage. Both files go when it is closed.
+            how = "mode=rw"
+        else:
+            # SQLite cannot make them here.
+            how = "mode=ro&immutable=1"
+        return f"{self.path.absolute().as_uri()}?{how}"
 
     def bytes_on_disk(self) -> int:
         """The size of the checkpoint, with what is not yet merged into it."""
@@ -2650,7 +2751,8 @@ class JournalReader(Journal):
     def fingerprints(self) -> list[tuple[str, str]]:
         """The buckets and fingerprints that there are rows of."""
         found: list[tuple[str, str]] = []
-        for table in ("log", "in_flight"):
+        # Requests before outcomes: what is settled in between is in both answers, and never in neither.
+        for table in ("in_flight", "log"):
             group: Any = ("", "")
             # A blob sorts behind every text: each step jumps over all keys of the last group.
             step = f"SELECT bucket, fingerprint FROM {table} WHERE (bucket, fingerprint, key) > (?, ?, x'') "
@@ -2715,8 +2817,11 @@ class JournalInMind(JournalReader):
 
     def __init__(self, path: Path, bucket: str, output_bucket: str) -> None:
         super().__init__(path, bucket, output_bucket)
+        # It counts a temporary table as a change.
+        self._db.execute("PRAGMA query_only = 0")
         # SQLite spills a temporary table to a file without a name, whatever the database itself allows.
-        self._db.execute("CREATE TEMP TABLE claimed (claim TEXT PRIMARY KEY, key TEXT NOT NULL) WITHOUT ROWID")
+        columns = "claim TEXT PRIMARY KEY, key TEXT NOT NULL, fingerprint TEXT NOT NULL"
+        self._db.execute(f"CREATE TEMP TABLE claimed ({columns}) WITHOUT ROWID")
 
     def __enter__(self) -> "JournalInMind":
         return self
@@ -2724,12 +2829,17 @@ class JournalInMind(JournalReader):
     def claim(self, tasks: Iterable[Task]) -> None:
         """Take note of whose the output keys are."""
         with self._lock, explaining_sqlite(self.path):
-            rows = [(claim_of(task.output_key), task.key) for task in tasks]
-            self._db.executemany("INSERT OR IGNORE INTO claimed VALUES (?, ?)", rows)
+            rows = [(claim_of(task.output_key), task.key, task.fingerprint) for task in tasks]
+            self._db.executemany("INSERT OR IGNORE INTO claimed VALUES (?, ?, ?)", rows)
 
     def owners(self, claims: Sequence[str]) -> dict[str, str]:
         """The source keys that have, or would have, an output under those of the claims that are taken."""
         return {**dict(self._rows_about("claim, key", "claimed", "claim", (), claims)), **super().owners(claims)}
+
+    def senders(self, claims: Sequence[str]) -> dict[str, str]:
+        """The fingerprints of the jobs that send, or would send, something for those of the claims."""
+        would = dict(self._rows_about("claim, fingerprint", "claimed", "claim", (), claims))
+        return {**would, **super().senders(claims)}
 
 
 ########################################################################################################################
@@ -5147,12 +5257,11 @@ class Planner:
         self.settings, self.bucket, self.journal, self.stop = settings, bucket, journal, stop
         self.counts: Counter[tuple[str, str]] = Counter()
         self.settled: list[Outcome] = []
-        literals = {literal_prefix(job.output_key) for job in settings.jobs}
-        self.own_prefixes = tuple(filter(None, literals)) if settings.s3.is_one_bucket else ()
+        self.own_prefixes = settings.own_prefixes
         now = time.time()
         self.routes = [make_route(job, now) for job in settings.jobs]
         # Claims of found outputs that the recorder may not have written yet; it is never so many notes behind.
-        self._found: dict[str, str] = {}
+        self._found: dict[str, Task] = {}
         # First folder of keys -> whether the first object that was met there is an output of this program.
         self._folders: dict[str, bool] = {}
         self._shares_outputs = False  # with another source bucket: their outputs lie between ours
@@ -5219,11 +5328,22 @@ class Planner:
         if not todo:
             return []
         sent = by_job(todo, self.journal.sent)
+        todo = list(self._unsettled(todo))
         for claim in list(self._found)[:-FOUND_KEPT]:
             del self._found[claim]
         tasks = [self._task(candidate, sent[candidate.job.fingerprint]) for candidate in todo]
-        claimed = list(self._claimed(self._sendable(tasks)))
-        return self._without_outputs(claimed, {source.key: source for source in page})
+        sources = {source.key: source for source in page}
+        claimed = list(self._claimed(self._sendable(tasks), sources))
+        return self._without_outputs(claimed, sources)
+
+    def _unsettled(self, candidates: Sequence[Candidate]) -> Iterator[Candidate]:
+        """The candidates that have not been settled since they were looked up: this run may have listed them before.
+
+        To be asked for after the requests in flight: an object is in neither answer only if it is new.
+        """
+        since: Counter[tuple[str, str]] = Counter()
+        yield from unfinished(candidates, self.journal, since, retry=self.settings.retry_failed)
+        self.counts.update({what: count for what, count in since.items() if what[1] != RETRIED})
 
     def _without_own_outputs(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
         """The candidates that are sources. Where outputs lie among them, only an object's metadata tells."""
@@ -5260,7 +5380,7 @@ class Planner:
             earlier = None
         planned, quality = output_key(job, source.key), job.options.quality
         place = f"{self.settings.s3.written_bucket}/{planned}"
-        is_overdue = earlier is not None and time.time() - earlier.sent_at > IDEMPOTENCY_WINDOW_SECONDS
+        is_overdue = earlier is not None and is_forgotten(earlier.sent_at)
         task = Task(
             job=job.name,
             fingerprint=job.fingerprint,
@@ -5306,16 +5426,19 @@ class Planner:
             else:
                 yield task
 
-    def _claimed(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def _claimed(self, tasks: Iterable[Task], sources: Mapping[str, S3Object]) -> Iterator[Task]:
         """The tasks whose output key is theirs: the first source keeps a key, in this run and in any later one."""
         waiting = list(tasks)
+        # Requests before outcomes: what is settled in between is in both answers, and never in neither.
+        in_flight = self._claimants(waiting)
+        jobs = self._jobs_that_have(waiting, sources)
         logged = self.journal.owners([claim_of(task.output_key) for task in waiting])
-        owners = {**self._claimants(waiting), **self._found, **logged}
+        found = {claim: task.key for claim, task in self._found.items()}
+        owners = {**in_flight, **found, **logged}
         owners.update(self._owners_by_output([task for task in waiting if claim_of(task.output_key) not in owners]))
-        # Of two jobs that put the same source's outputs under one key, the first keeps it too.
-        jobs: dict[str, str] = {}
         for task in waiting:
             claim = claim_of(task.output_key)
+            # Of two jobs that put the same source's outputs under one key, the first keeps it too.
             owner, job = owners.setdefault(claim, task.key), jobs.setdefault(claim, task.fingerprint)
             is_itself = self.settings.s3.is_one_bucket and task.output_key == task.key
             if owner == task.key and job == task.fingerprint and not is_itself:
@@ -5324,9 +5447,33 @@ class Planner:
                 said = f"belongs to {owner}; put {{ext}} or {{job}} into s3.output_key to keep both"
                 if is_itself:
                     said = "would replace its own source: put {target} or a folder into s3.output_key"
+                elif owner == task.key:
+                    named = next(route.job.name for route in self.routes if route.job.fingerprint == job)
+                    said = (
+                        f"belongs to job {named}; exclude it there or put {{job}} into the output_key of job {task.job}"
+                    )
                 elif owner.startswith(ELSEWHERE):
                     said = f"belongs to {owner}; give each bucket's outputs a prefix of their own in s3.output_key"
                 self._fail(task, "output_collision", f"{task.output_key}: {said}")
+
+    def _jobs_that_have(self, tasks: Sequence[Task], sources: Mapping[str, S3Object]) -> dict[str, str]:
+        """Which job has the output keys of these tasks, by fingerprint, where it still wants their source.
+
+        What was made with options that no job has any more, or by a job that wants the object no more, may be replaced.
+        """
+        if len(self.routes) == 1:
+            return {}
+        claims = [claim_of(task.output_key) for task in tasks]
+        found = {claim: task.fingerprint for claim, task in self._found.items()}
+        # In this order: see `_claimed`.
+        having = {**self.journal.senders(claims), **found}
+        having.update(self.journal.makers(claims))
+        wanting = {
+            (claim_of(task.output_key), route.job.fingerprint)
+            for task in tasks
+            for route in routes_wanting(sources[task.key], self.routes)
+        }
+        return {claim: job for claim, job in having.items() if (claim, job) in wanting}
 
     def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
         """The sources of unsettled requests that claim these tasks' keys."""
@@ -5374,7 +5521,7 @@ class Planner:
             made = next((key for key in made_keys(task.output_key) if key in written), "")
             is_trusted = not (task.among_sources or self._shares_outputs)
             if made and is_trusted and written[made] > sources[task.key].modified:
-                self._found[claim_of(made)] = task.key
+                self._found[claim_of(made)] = task
                 self.settled.append(Outcome(task, Event.FOUND, output_key=made))
             else:
                 # Listings have whole seconds: of two writes within one, only the output's metadata tells the order.
@@ -5533,7 +5680,9 @@ class Feeder:
 
     def _begin(self, waiting: deque[Task]) -> None:
         """Hand out the first of the tasks, which then no longer wait."""
-        signed = [self._signed(task) for task in itertools.islice(waiting, 2 * self.shared.settings.run.workers)]
+        next_ones = itertools.islice(waiting, 2 * self.shared.settings.run.workers)
+        # A page may have waited for hours since it was planned.
+        signed = [self._signed(as_sent_now(task, self.shared.bucket)) for task in next_ones]
         self.journal.begin(signed, time.time())
         for task in signed:
             if not task.copy:
@@ -5610,6 +5759,14 @@ class TotalCount(threading.Thread):
 ########################################################################################################################
 
 
+def as_sent_now(task: Task, bucket: Bucket) -> Task:
+    """A task as it is to be sent at this moment: it may have waited for so long that the API has forgotten it."""
+    if not task.resumed or not is_forgotten(task.sent_at):
+        return task
+    # The URL has died with the key.
+    return replace(task, url=task.url and bucket.presign(task.key), resumed=False, overdue=True)
+
+
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     # An earlier run may have sent it: until the API says otherwise, the work may be done.
@@ -5619,7 +5776,12 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
     started = time.monotonic()
     try:
         with blaming_the_environment(shared.settings.api.url):
-            outcome = convert_and_store(task, shared, client, exchange)
+            sent = as_sent_now(task, shared.bucket)
+            if sent is not task:
+                # Its row tells so before it is sent once more.
+                exchange = Exchange(sent, sent)
+                shared.note(InFlight(task, replace(sent, sent_at=time.time())))
+            outcome = convert_and_store(sent, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
         doubts = exchange.request.is_doubtful or exchange.is_open
@@ -5642,6 +5804,7 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         keep_what_is_open(shared, exchange)
     return replace(
         outcome,
+        task=task,
         code=hide(outcome.code),
         message=hide(outcome.message)[:MESSAGE_CHARACTERS],
         seconds=time.monotonic() - started,
@@ -6607,7 +6770,8 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         # Those of workers that had to be abandoned count too.
         report.counts["requests"] = max(report.counts["requests"], gate.requests)
         close_accounts(report, is_complete=is_complete)
-        if not report.stop:
+        # A file of keys names some objects, and a request for another one is as much needed as before.
+        if not (report.stop or settings.keys_from):
             journal.forget_sent_before(time.time() - SENT_KEPT_SECONDS)
         if settings.run.summary:
             write_summary(Path(settings.run.summary), report)
@@ -7032,10 +7196,11 @@ def local_date(seconds: float) -> str:
 def status_lines(settings: Settings) -> Iterator[str]:
     """What the checkpoint knows. Raises UserError if there is none."""
     path = Path(settings.run.checkpoint)
+    holder = RunLock(path).holder()
     with JournalReader(path, settings.s3.bucket, settings.s3.written_bucket) as journal:
         if not journal.is_there:
             raise UserError(f"there is no checkpoint {path}", shards_hint(path) or HINT_WITHOUT_CHECKPOINT)
-        last, holder = journal.last_activity(), RunLock(path).holder()
+        last = journal.last_activity()
         yield f"checkpoint     {path}, {human_bytes(journal.bytes_on_disk())}"
         yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
         yield f"last activity  {local_date(last) if last else 'none'}"
@@ -7134,6 +7299,8 @@ def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
     if not journal.is_there:
         yield f"checkpoint     there is none ({journal.path})"
         return
+    # Before the outcomes: what is settled in between is told twice rather than not at all.
+    requests_in_flight = journal.requests_of(key)
     # An object that fails in every run has a row of each.
     rows = journal.history(key, 10)
     # No URL is shown: it is signed.
@@ -7143,7 +7310,7 @@ def checkpoint_lines(journal: JournalReader, key: str) -> Iterator[str]:
         failure = f" {lasting}: {shown(row['code'] + ' ' + row['message'])}" if row["event"] == "failed" else ""
         made = f" as {shown(row['output_key'])}" if not failure else ""
         yield f"  {local_date(row['time'])} {row['event']}{failure}{made}, to {row['target']}, ETag {row['etag']}"
-    for sent in journal.requests_of(key):
+    for sent in requests_in_flight:
         yield f"in flight      since {local_date(sent['sent_at'])}, for {shown(sent['claim'])}, ETag {sent['etag']}"
 
 
@@ -7361,7 +7528,7 @@ def is_writable(path: Path, name: str) -> str:
 
 def checkpoint_is_usable(settings: Settings) -> str:
     """What the checkpoint is. Raises UserError or RunStopped if a run could not use it."""
-    path = Path(settings.run.checkpoint)
+    path = real_file(Path(settings.run.checkpoint))
     # Before SQLite opens it: to close a file is to give up this process's SQLite locks on it.
     for written in (path, RunLock(path).path, path.with_name(path.name + "-wal")):
         refuse_unwritable(written, "run.checkpoint")
@@ -7450,6 +7617,8 @@ def bucket_findings(settings: Settings) -> Iterator[Finding]:
         yield proved(
             f"list {where}", partial(can_list, bucket, prefix, listed), f"allow s3:ListBucket on {bucket.name}"
         )
+    if len(settings.jobs) > 1 and listed:
+        yield proved("output keys", partial(jobs_are_apart, settings, listed))
     yield from reading_findings(settings, bucket, listed)
     for prefix in dict.fromkeys(literal_prefix(job.output_key) for job in settings.jobs):
         yield from writing_findings(settings, bucket, prefix)
@@ -7475,6 +7644,22 @@ def can_list(bucket: Bucket, prefix: str, listed: list[S3Object]) -> str:
     if not page:
         raise Doubt("no key begins with this prefix", "check s3.bucket and s3.prefix")
     return f"{len(page)} objects{' and more' if len(page) == PAGE_KEYS else ''}"
+
+
+def jobs_are_apart(settings: Settings, listed: Sequence[S3Object]) -> str:
+    """That no two jobs want one output key for the same object, as far as it can be told. Raises Doubt if they do."""
+    routes = [make_route(job, time.time()) for job in settings.jobs]
+    takers: dict[tuple[str, str], Job] = {}
+    for job, source, _ in select(listed, routes, settings.own_prefixes, settings.shard, Counter()):
+        planned = output_key(job, source.key)
+        first = takers.setdefault((source.key, claim_of(planned)), job)
+        if first is not job:
+            raise Doubt(
+                f"job {first.name} and job {job.name} both want {shown(planned)}",
+                "one of them fails for such objects (output_collision): exclude them in one, or put {job} into its "
+                "output_key",
+            )
+    return f"no two jobs want the same one, of {counted(len(listed), 'object')} looked at"
 
 
 def reading_findings(settings: Settings, bucket: Bucket, listed: Sequence[S3Object]) -> Iterator[Finding]:

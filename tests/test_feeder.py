@@ -352,6 +352,66 @@ def test_an_output_key_that_s3_would_refuse_is_never_paid_for(journal: Journal, 
     assert [*fed.codes.values(), *("sent" for _ in fed.tasks)] == [expected]
 
 
+class SettlesMeanwhile(Journal):
+    """A checkpoint in which all that is in flight is converted as soon as it has answered a question."""
+
+    in_flight: Sequence[Task] = ()
+
+    def settle_meanwhile(self) -> None:
+        """Have the recorder settle what the workers have come to."""
+        tasks, self.in_flight = self.in_flight, ()
+        settle(self, list(tasks), Event.CONVERTED)
+
+
+class SettlesAfterKeys(SettlesMeanwhile):
+    """The question whose a key is."""
+
+    def owners(self, claims: Sequence[str]) -> dict[str, str]:
+        """Whose outputs are there."""
+        found = super().owners(claims)
+        self.settle_meanwhile()
+        return found
+
+    def claimants(self, claims: Sequence[str]) -> dict[str, str]:
+        """Whose outputs are on their way."""
+        found = super().claimants(claims)
+        self.settle_meanwhile()
+        return found
+
+
+class SettlesAfterStates(SettlesMeanwhile):
+    """The question what is done."""
+
+    def states(self, fingerprint: str, keys: Sequence[str]) -> dict[str, program.State]:
+        """What is settled."""
+        found = super().states(fingerprint, keys)
+        self.settle_meanwhile()
+        return found
+
+
+@pytest.fixture
+def feed_twice(tmp_path: Path) -> Callable[..., Fed]:
+    """Feed one page, whose tasks are in flight, and then another, in the planning of which they are settled."""
+
+    def feed_twice(kind: type[SettlesMeanwhile], first: str, second: str) -> Fed:
+        opened = kind(tmp_path / "settles.sqlite3", "bucket", "bucket")
+        with opened:
+            opened.in_flight = feed(FakeBucket(pages_of(first)), opened).tasks
+            return feed(FakeBucket(pages_of(second)), opened)
+
+    return feed_twice
+
+
+def test_a_key_whose_owner_settles_while_it_is_planned_goes_to_nobody_else(feed_twice: Callable[..., Fed]) -> None:
+    fed = feed_twice(SettlesAfterKeys, "a.heic", "a.png")
+    assert (fed.keys, fed.codes) == ([], {"a.png": "output_collision"})
+
+
+def test_an_object_that_settles_while_it_is_planned_again_is_done(feed_twice: Callable[..., Fed]) -> None:
+    fed = feed_twice(SettlesAfterStates, "a.png", "a.png")
+    assert (fed.keys, fed.codes, fed.counts["already_done"]) == ([], {}, 1)
+
+
 ########################################################################
 # Handing out
 ########################################################################

@@ -1,0 +1,133 @@
+"""Two jobs that want one output key for the same source: the one that has it keeps it, and one output is paid for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.standins.conversion_api import ConversionApi
+from tests.standins.converters import Conversion, Converted, wrapped
+
+Cli = Callable[..., Any]
+PNG = b"\x89PNG\r\n\x1a\n"
+KEYS = [f"in/{number}.png" for number in range(4)]
+PHOTOS = ("[job photos]", "quality = 80")
+HQ = ("[job hq]", "include = in/0.png in/1.png", "quality = 95")
+
+
+def with_its_quality(conversion: Conversion) -> Converted:
+    """Convert nothing, but let the output say with which quality it was made."""
+    return Converted(wrapped(b"quality %d" % (conversion.quality or 0), "jpg"), "image/jpeg", "jpg")
+
+
+@pytest.fixture(autouse=True)
+def _four_sources(api: ConversionApi, bucket: Any) -> None:
+    api.behaviour.convert = with_its_quality
+    for key in KEYS:
+        bucket.put(key, PNG + key.encode())
+
+
+@pytest.fixture
+def run_jobs(run_cli: Cli, tmp_path: Path) -> Cli:
+    """Run with these jobs, and bear with any number of failures."""
+
+    def run_jobs(*lines: str, options: tuple[str, ...] = ()) -> Any:
+        ini = tmp_path / "jobs.ini"
+        ini.write_text("\n".join(lines), encoding="utf-8")
+        return run_cli("-c", str(ini), "--set", "run.max_failure_rate=never", *options)
+
+    return run_jobs
+
+
+def qualities(bucket: Any) -> dict[str, int]:
+    """The number in each key of an output -> the quality that it was made with."""
+    return {
+        key.rpartition("/")[2].removesuffix(".jpg"): int(body.partition(b"quality ")[2].partition(b"\xff")[0])
+        for key, (body, *_) in bucket.outputs().items()
+    }
+
+
+def foreseen(run_jobs: Cli, *lines: str) -> dict[str, Any]:
+    """What a dry run says of each job."""
+    run = run_jobs(*lines, options=("--dry-run", "--log-format", "json"))
+    assert run.exit_code == 0, run.err
+    jobs: dict[str, Any] = json.loads(run.out)["jobs"]
+    return jobs
+
+
+def test_a_new_job_takes_no_key_from_the_one_that_has_it(run_jobs: Cli, bucket: Any, api: ConversionApi) -> None:
+    assert run_jobs(*PHOTOS).exit_code == 0
+    jobs = foreseen(run_jobs, *PHOTOS, *HQ)
+    assert (jobs["hq"]["convert"], jobs["hq"]["failed"]) == (0, {"output_collision": 2})
+    assert (jobs["photos"]["convert"], jobs["photos"]["already_done"]) == (0, 4)
+    said = run_jobs(*PHOTOS, *HQ, options=("--why", KEYS[0])).out.splitlines()[-1]
+    assert "fail: output_collision" in said
+    assert "(job hq)" in said
+    told = run_jobs(*PHOTOS, *HQ)
+    assert (told.exit_code, told.summary["failed"]) == (1, {"output_collision": 2})
+    assert [(line["job"], line["key"]) for line in told.failures] == [("hq", KEYS[0]), ("hq", KEYS[1])]
+    assert "job photos" in told.failures[0]["message"]
+    for again in (run_jobs(*PHOTOS, *HQ), run_jobs(*PHOTOS, *HQ, options=("--retry-failed",))):
+        assert (again.summary["converted"], again.summary["requests"]) == (0, 0)
+    assert (len(api.paid), api.paid_twice()) == (4, [])
+    assert qualities(bucket) == dict.fromkeys("0123", 80)
+
+
+def test_jobs_that_took_a_key_from_each_other_pay_no_more(run_jobs: Cli, bucket: Any, api: ConversionApi) -> None:
+    # One after the other, each alone in its configuration: so does the last one have the keys.
+    run_jobs(*PHOTOS)
+    run_jobs("[job hq]", "include = in/0.png in/1.png", "quality = 95")
+    assert len(api.paid) == 4 + 2
+    for _ in range(2):
+        assert run_jobs(*PHOTOS, *HQ).summary["converted"] == 0
+    assert len(api.paid) == 4 + 2
+    assert qualities(bucket) == {"0": 95, "1": 95, "2": 80, "3": 80}
+
+
+def test_a_job_replaces_what_it_made_with_older_options(run_jobs: Cli, bucket: Any, api: ConversionApi) -> None:
+    other = ("[job other]", "include = *.gif", "quality = 10")
+    for quality in (80, 90):
+        run = run_jobs("[job photos]", f"quality = {quality}", *other)
+        assert (run.exit_code, run.summary["converted"]) == (0, 4)
+    assert run_jobs("[job photos]", "quality = 90", *other).summary["already_done"] == 4
+    assert (len(api.paid), qualities(bucket)) == (8, dict.fromkeys("0123", 90))
+
+
+def test_a_key_that_a_job_wants_no_more_goes_to_the_one_that_does(
+    run_jobs: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    run_jobs(*PHOTOS)
+    without = (*PHOTOS, "exclude = in/0.png in/1.png", *HQ)
+    assert foreseen(run_jobs, *without)["hq"]["convert"] == 2
+    assert (run_jobs(*without).exit_code, len(api.paid)) == (0, 6)
+    assert (run_jobs(*without).summary["requests"], len(api.paid)) == (0, 6)
+    assert qualities(bucket) == {"0": 95, "1": 95, "2": 80, "3": 80}
+
+
+def test_jobs_with_listings_of_their_own_pay_once_for_what_both_list(
+    run_jobs: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    jobs = (
+        "[job first]",
+        "prefix = in/",
+        "include = in/0.png in/1.png",
+        "quality = 95",
+        "[job second]",
+        "quality = 80",
+    )
+    told = foreseen(run_jobs, *jobs)
+    assert (told["first"]["convert"], told["second"]["convert"]) == (2, 2)
+    assert told["second"]["failed"] == {"output_collision": 2}
+    run = run_jobs(*jobs)
+    assert (run.exit_code, run.summary["converted"], run.summary["failed"]) == (1, 4, {"output_collision": 2})
+    assert qualities(bucket) == {"0": 95, "1": 95, "2": 80, "3": 80}
+    assert len(api.paid) == 4
+
+
+def test_check_warns_of_two_jobs_that_want_one_key(run_jobs: Cli) -> None:
+    said = run_jobs(*PHOTOS, *HQ, options=("--check",)).out
+    assert "WARN output keys: job hq and job photos both want converted/in/0.jpg" in said
+    apart = run_jobs(*PHOTOS, *HQ, "output_key = hq/{stem}.{target}", options=("--check",)).out
+    assert "OK   output keys: " in apart
