@@ -2361,6 +2361,13 @@ class RunLock:
         return said if pid and holds_a_lock(pid) else ""
 
 
+def holder_words(pid: int, since: int) -> str:
+    """Who holds a lock, and for how long. `since` in Unix seconds."""
+    if not (pid and since):
+        return "it has only just started"
+    return f"process {pid}, for {max(0, int(time.time()) - since)} s"
+
+
 def take_lock(handle: IO[Any], path: Path) -> None:
     """Take an exclusive lock. Raises BlockingIOError if another has it, UserError where the file system has none."""
     if sys.platform == "win32":
@@ -2374,13 +2381,6 @@ def take_lock(handle: IO[Any], path: Path) -> None:
         raise UserError(
             f"{path} cannot be locked: {problem.strerror}", "set run.checkpoint to a path on a local disk"
         ) from None
-
-
-def holder_words(pid: int, since: int) -> str:
-    """Who holds a lock, and for how long. `since` in Unix seconds."""
-    if not (pid and since):
-        return "it has only just started"
-    return f"process {pid}, for {max(0, int(time.time()) - since)} s"
 
 
 def holds_a_lock(pid: str) -> bool:
@@ -4675,6 +4675,11 @@ class ConvertClient:
             self._turn_to(replace(task, doubled=task.doubled or is_lost, overdue=False), exchange)
         elif task.overdue:
             exchange.request = replace(exchange.request, doubled=True)
+        elif exchange.request is task and task.resumed and is_forgotten(task.sent_at):
+            # It was no older than that when it was planned, and has waited since. The URL has died with the key.
+            exchange.maybe_done = False
+            url = task.url and self.shared.bucket.presign(task.key)
+            self._turn_to(replace(task, url=url, overdue=True), exchange)
         return None
 
     def _may_be_about_url(self, failure: ObjectFailed) -> bool:
@@ -5680,9 +5685,7 @@ class Feeder:
 
     def _begin(self, waiting: deque[Task]) -> None:
         """Hand out the first of the tasks, which then no longer wait."""
-        next_ones = itertools.islice(waiting, 2 * self.shared.settings.run.workers)
-        # A page may have waited for hours since it was planned.
-        signed = [self._signed(as_sent_now(task, self.shared.bucket)) for task in next_ones]
+        signed = [self._signed(task) for task in itertools.islice(waiting, 2 * self.shared.settings.run.workers)]
         self.journal.begin(signed, time.time())
         for task in signed:
             if not task.copy:
@@ -5759,14 +5762,6 @@ class TotalCount(threading.Thread):
 ########################################################################################################################
 
 
-def as_sent_now(task: Task, bucket: Bucket) -> Task:
-    """A task as it is to be sent at this moment: it may have waited for so long that the API has forgotten it."""
-    if not task.resumed or not is_forgotten(task.sent_at):
-        return task
-    # The URL has died with the key.
-    return replace(task, url=task.url and bucket.presign(task.key), resumed=False, overdue=True)
-
-
 def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     # An earlier run may have sent it: until the API says otherwise, the work may be done.
@@ -5776,12 +5771,7 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
     started = time.monotonic()
     try:
         with blaming_the_environment(shared.settings.api.url):
-            sent = as_sent_now(task, shared.bucket)
-            if sent is not task:
-                # Its row tells so before it is sent once more.
-                exchange = Exchange(sent, sent)
-                shared.note(InFlight(task, replace(sent, sent_at=time.time())))
-            outcome = convert_and_store(sent, shared, client, exchange)
+            outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
         doubts = exchange.request.is_doubtful or exchange.is_open
@@ -5804,7 +5794,6 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
         keep_what_is_open(shared, exchange)
     return replace(
         outcome,
-        task=task,
         code=hide(outcome.code),
         message=hide(outcome.message)[:MESSAGE_CHARACTERS],
         seconds=time.monotonic() - started,
