@@ -2244,7 +2244,7 @@ UPGRADES: Mapping[int, Sequence[str]] = {
 
 def real_file(path: Path) -> Path:
     """Where a link leads: SQLite keeps its `-wal` there, and all names of one checkpoint must come to one lock."""
-    return Path(os.path.realpath(path)) if path.is_symlink() else path
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 # Where the bytes begin that a run locks of its checkpoint: far behind those that SQLite locks, and behind its end.
