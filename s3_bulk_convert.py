@@ -7533,8 +7533,9 @@ def lock_is_free(checkpoint: Path) -> str:
     # In cron that is as it should be, and no reason to fail.
     if holder:
         raise Doubt(f"a run is at work ({holder})", "another one would exit 4")
-    # On a file of its own: a run that starts at this moment must not find its lock taken.
-    with tempfile.TemporaryFile(dir=checkpoint.absolute().parent) as probe:
+    # On a file of its own: a run that starts at this moment must not find its lock taken. Where there can be none, the
+    # checkpoint itself has been told of.
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=checkpoint.absolute().parent) as probe:
         take_lock(probe, checkpoint)
     return "no run is at work"
 

@@ -73,7 +73,7 @@ def test_check_proves_everything_and_leaves_nothing_behind(run_cli: Cli, bucket:
     bucket.put("a.png", picture())
     run = run_cli("--check")
     assert (run.exit_code, run.err) == (0, "")
-    assert (len(starting("OK", run)), run.out.splitlines()[21:]) == (21, ["ready: 21 OK"]), run.out
+    assert (len(starting("OK", run)), run.out.splitlines()[22:]) == (22, ["ready: 22 OK"]), run.out
     assert (left_in(run), bucket.keys(), api.paid) == ({}, ["a.png"], [])
     assert [request.path for request in api.requests] == ["/", "/v1/usage"]
 
@@ -91,12 +91,12 @@ def test_check_of_an_empty_bucket_warns_and_does_not_fail(run_cli: Cli) -> None:
     run = run_cli("--check")
     assert run.exit_code == 0
     assert starting("WARN", run) == ["list s3", "read"]
-    assert last_line(run) == "ready: 18 OK, 2 WARN"
+    assert last_line(run) == "ready: 19 OK, 2 WARN"
 
 
 def test_a_quiet_check_says_what_is_not_well_and_how_many_are(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", picture())
-    assert run_cli("-q", "--check").out == "ready: 21 OK\n"
+    assert run_cli("-q", "--check").out == "ready: 22 OK\n"
     warned = run_cli("-q", "--check", "--prefix", "no-such/", CTF_API_KEY="ctf_sk_wrong_1")
     assert (starting("WARN", warned), starting("FAIL", warned)) == (["list s3", "read"], ["API key"])
     assert warned.out.splitlines()[3:] == ["not ready: 1 FAIL, 2 WARN"]
