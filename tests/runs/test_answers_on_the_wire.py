@@ -327,7 +327,7 @@ def test_a_run_whose_time_is_over_does_not_wait_for_an_answer_that_drips(
     assert (stored(bucket), run.failures, len(api.paid)) == ({}, [], 1)
 
 
-@pytest.mark.parametrize("drips_from", ["head", "body"])
+@pytest.mark.parametrize("drips_from", ["head", pytest.param("body", marks=pytest.mark.slow)])
 def test_a_look_at_the_usage_that_drips_is_ended(
     drips_from: Any, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

@@ -71,9 +71,9 @@ class Breaks:
     "spoilt",
     [
         pytest.param(Spoilt(status=503), id="503"),
-        pytest.param(Spoilt(status=500), id="500"),
+        pytest.param(Spoilt(status=500), id="500", marks=pytest.mark.slow),
         pytest.param(Spoilt(is_cut=True), id="a cut page"),
-        pytest.param(Spoilt(is_reset=True), id="a connection reset"),
+        pytest.param(Spoilt(is_reset=True), id="a connection reset", marks=pytest.mark.slow),
     ],
 )
 def test_one_page_that_breaks_changes_neither_what_is_converted_nor_what_is_paid(
@@ -97,7 +97,16 @@ def without_token(left: bytes) -> Callable[[bytes], bytes]:
     return lambda body: re.sub(TOKEN, left, body)
 
 
-@pytest.mark.parametrize("left", [b"", b"<NextContinuationToken></NextContinuationToken>", b"<NextContinuationToken/>"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        b"",
+        *(
+            pytest.param(left, marks=pytest.mark.slow)
+            for left in (b"<NextContinuationToken></NextContinuationToken>", b"<NextContinuationToken/>")
+        ),
+    ],
+)
 def test_where_pages_do_not_say_how_to_go_on_it_is_after_their_last_key(
     left: bytes, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:

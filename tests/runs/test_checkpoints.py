@@ -234,7 +234,7 @@ def test_what_was_sent_again_a_day_later_is_resumed_as_it_was_sent_then(
     assert bodies(bucket) == expected
 
 
-@pytest.mark.parametrize("is_old_at_the_start", [True, False])
+@pytest.mark.parametrize("is_old_at_the_start", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_an_old_request_that_a_run_leaves_unsent_is_known_as_perhaps_paid_to_the_next(
     *,
     is_old_at_the_start: bool,

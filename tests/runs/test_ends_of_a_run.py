@@ -59,7 +59,7 @@ def test_the_first_signal_to_a_run_that_is_over_its_time_lets_it_finish(
     assert_all_promises_are_kept(run_cli(), api, bucket, expected)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_first_signal_to_a_run_that_drains_gives_it_its_grace_and_no_more(
     *, processes: int, start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
 ) -> None:
@@ -101,7 +101,7 @@ output_key = archive/{stem}.jpg
 """
 
 
-@pytest.mark.parametrize("transfer", ["url", "upload"])
+@pytest.mark.parametrize("transfer", ["url", pytest.param("upload", marks=pytest.mark.slow)])
 def test_two_jobs_with_equal_options_put_their_outputs_into_two_places(
     transfer: str, run_cli: Cli, bucket: Any, strict_api: ConversionApi, tmp_path: Path
 ) -> None:

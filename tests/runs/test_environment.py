@@ -97,7 +97,7 @@ def assert_met(run_cli: Cli, *words: str, given: tuple[str, ...] = (), is_checke
 ########################################################################
 
 
-@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK"])
+@pytest.mark.parametrize("code", [pytest.param("ENOSYS", marks=pytest.mark.slow), "ENOLCK"])
 def test_a_file_system_without_locks_is_named_and_nothing_is_sent(code: str, run_cli: Cli, api: ConversionApi) -> None:
     command = script_with(NO_LOCKS.format(code))
     words = (os.strerror(getattr(errno, code)), "run.checkpoint", "disk")
@@ -105,7 +105,7 @@ def test_a_file_system_without_locks_is_named_and_nothing_is_sent(code: str, run
     assert api.paid == []
 
 
-@pytest.mark.parametrize("allowed", [0, 5])
+@pytest.mark.parametrize("allowed", [pytest.param(0, marks=pytest.mark.slow), 5])
 def test_a_system_that_starts_no_more_threads_is_named_and_nothing_is_lost(
     allowed: int, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -211,13 +211,13 @@ NO_PORT, NO_END, NO_HOST = "http://127.0.0.1:port", "http://[::1", "http://"
 SOCKS, FTP = "socks5://127.0.0.1:9", "ftp://127.0.0.1:9"
 
 
-@pytest.mark.parametrize("proxy", [NO_PORT, NO_END, SOCKS])
+@pytest.mark.parametrize("proxy", [pytest.param(NO_PORT, marks=pytest.mark.slow), NO_END, SOCKS])
 def test_a_proxy_that_cannot_be_used_is_named(proxy: str, run_cli: Cli, api: ConversionApi) -> None:
     assert_met(run_cli, "proxy", "HTTP_PROXY", is_checked=proxy != NO_PORT, HTTP_PROXY=proxy)
     assert api.requests == []
 
 
-@pytest.mark.parametrize("proxy", [NO_HOST, SOCKS, FTP])
+@pytest.mark.parametrize("proxy", [NO_HOST, *(pytest.param(proxy, marks=pytest.mark.slow) for proxy in (SOCKS, FTP))])
 def test_a_proxy_on_the_way_to_the_api_alone_blames_no_object(proxy: str, run_cli: Cli, s3: S3Server) -> None:
     around: dict[str, Any] = {
         "AWS_ENDPOINT_URL_S3": s3.endpoint.replace("127.0.0.1", "localhost"),
@@ -264,7 +264,7 @@ web_identity_token_file = /nowhere/token
 """
 
 
-@pytest.mark.parametrize("profile", ["with-code", "behind-it"])
+@pytest.mark.parametrize("profile", ["with-code", pytest.param("behind-it", marks=pytest.mark.slow)])
 def test_nobody_is_asked_for_an_mfa_code_where_there_is_no_terminal(profile: str, start: Cli, work: Path) -> None:
     (work / "aws").write_text(PROFILES)
     reading, writing = os.pipe()
@@ -290,7 +290,11 @@ def test_credentials_that_a_missing_file_should_give_are_named(profile: str, run
 
 @pytest.mark.parametrize(
     ("code", "word"),
-    [("RequestTimeTooSkewed", "clock"), ("RequestExpired", "clock"), ("AuthorizationHeaderMalformed", "s3.region")],
+    [
+        ("RequestTimeTooSkewed", "clock"),
+        pytest.param("RequestExpired", "clock", marks=pytest.mark.slow),
+        ("AuthorizationHeaderMalformed", "s3.region"),
+    ],
 )
 def test_a_refusal_of_s3_names_what_is_wrong(code: str, word: str, run_cli: Cli, relay: Relay) -> None:
     relay.refuse = lambda *_: True
@@ -329,7 +333,10 @@ def test_a_server_that_hides_the_length_of_objects_is_named(
 
 @pytest.mark.parametrize(
     "named",
-    [{"TQDM_DISABLE": "1"}, {"TQDM_NCOLS": "wide"}, {"TQDM_POSITION": "top"}],
+    [
+        {"TQDM_DISABLE": "1"},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"TQDM_NCOLS": "wide"}, {"TQDM_POSITION": "top"})),
+    ],
     ids=lambda named: str(*named),
 )
 def test_a_setting_for_other_programs_bars_does_not_reach_this_one(

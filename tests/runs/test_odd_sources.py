@@ -75,7 +75,7 @@ def test_what_unpacks_to_more_than_may_be_sent_is_too_large(run_cli: Cli, bucket
     assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"too_large": 1}, [])
 
 
-@pytest.mark.parametrize("listed", [7, 7_000_000])
+@pytest.mark.parametrize("listed", [7, pytest.param(7_000_000, marks=pytest.mark.slow)])
 def test_a_length_that_the_listing_does_not_know_right_changes_nothing(
     listed: int, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
@@ -181,7 +181,9 @@ def hide(relay: Relay, *keys: str) -> None:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["by URL", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "by URL")]
+)
 def test_one_unreadable_source_fails_alone_though_it_is_the_first(
     *, way: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, tmp_path: Path
 ) -> None:
@@ -212,7 +214,9 @@ def test_many_unreadable_sources_among_others_hold_up_nobody(
     assert sorted(line["key"] for line in run.failures) == secret
 
 
-@pytest.mark.parametrize("way", ["by URL", "named in a file", "copy"])
+@pytest.mark.parametrize(
+    "way", ["by URL", *(pytest.param(way, marks=pytest.mark.slow) for way in ("named in a file", "copy"))]
+)
 def test_where_no_source_can_be_read_the_run_stops_and_all_stays_to_do(
     *, way: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, tmp_path: Path
 ) -> None:

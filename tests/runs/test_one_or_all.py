@@ -177,7 +177,7 @@ def fail_each_at_first(_: Cli, bucket: Any, api: ConversionApi, count: int) -> d
     return fill(bucket, count)
 
 
-@pytest.mark.parametrize("prepare", [send_all_in_vain, fail_each_at_first])
+@pytest.mark.parametrize("prepare", [send_all_in_vain, pytest.param(fail_each_at_first, marks=pytest.mark.slow)])
 def test_the_remainder_is_kept_though_the_api_may_have_done_what_is_sent_again(
     prepare: Callable[..., dict[str, bytes]], run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
