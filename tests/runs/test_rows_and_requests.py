@@ -161,10 +161,15 @@ def test_another_version_of_the_same_size_is_asked_for_under_another_key(
 def test_the_same_object_in_another_bucket_is_asked_for_under_another_key(
     run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi
 ) -> None:
+    # Both outputs go to one place, so that nothing but the bucket of the source tells one request from the other.
+    there = ("--set", f"s3.output_bucket={bucket.name}")
     for each in (bucket, other_bucket):
         each.put("a.png", PNG + b"a picture")
-        run = run_cli(*BY_URL, S3_BUCKET=each.name)
+        own = ("--set", f"run.checkpoint={each.name}.sqlite3")
+        run = run_cli(*BY_URL, *there, *own, S3_BUCKET=each.name)
         assert (run.exit_code, run.summary["possible_double_charges"]) == (0, 0)
+        assert list(bucket.outputs()) == ["converted/a.jpg"]
+        bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
     assert [request.status for request in api.requests] == [200, 200]
 
 

@@ -102,8 +102,9 @@ def refusal(status: int) -> Fault:
     ("arguments", "fault"),
     [
         pytest.param(("--set", "api.transfer=upload"), refusal(422), id="an object's failure"),
-        pytest.param((), refusal(403), id="the reason to stop"),
-        pytest.param(("--log-format", "json"), refusal(403), id="the reason to stop in JSON"),
+        # The API's word on its key ends the run at once; a single 403 is a failure of its object.
+        pytest.param((), refusal(401), id="the reason to stop"),
+        pytest.param(("--log-format", "json"), refusal(401), id="the reason to stop in JSON"),
         pytest.param((*BY_JOBS, "--set", "api.retries=0"), refusal(400).at(is_poll), id="a job"),
         pytest.param(BY_JOBS, refusal(404).at(is_download), id="a download"),
         pytest.param(("--check",), refusal(403).at(is_usage), id="check"),
