@@ -300,7 +300,9 @@ ZIP_BASED = frozenset(
     }
 )
 JSON_TYPES = frozenset({"application/json", "application/problem+json", "text/json"})
-JSON_FORMATS = frozenset({"json", "ndjson", "jsonl", "geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest"})
+JSON_FORMATS = frozenset(
+    {"json", "ndjson", "jsonl", "geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest", "gltf", "lottie"}
+)
 ANY_JSON = frozenset({"json", "ndjson", "jsonl"})  # those of them that may begin as the API's error does
 GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 PACKINGS = frozenset({"br", "compress", "deflate", "gzip", "zstd"})  # Content-Encodings under which bytes are others
@@ -670,6 +672,15 @@ def text(given: str) -> str:
     return given
 
 
+def key_text(given: str) -> str:
+    """What may stand in a key."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise ValueError("expected UTF-8, for S3 has no other keys; check the terminal's locale") from None
+    return given
+
+
 def bucket_name(option: str) -> Callable[[str], str]:
     """A reader of a bucket's name, or the ARN of an access point; `option`: which one is read."""
 
@@ -691,7 +702,7 @@ def key_prefix(given: str) -> str:
         raise ValueError("give only what follows the bucket")
     if is_quoted(given):
         raise ValueError("expected the beginning of a key")
-    return given
+    return key_text(given)
 
 
 def globs(given: str) -> tuple[str, ...]:
@@ -745,6 +756,14 @@ def duration(given: str) -> float:
         raise ValueError("expected a duration such as 150s, 10m, 2h or 7d")
     # A number alone is refused: nobody should have to guess whether 150 is seconds or minutes.
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def positive_duration(given: str) -> float:
+    """Seconds, and more than none."""
+    seconds = duration(given)
+    if not seconds:
+        raise ValueError("expected a duration of more than 0, such as 150s")
+    return seconds
 
 
 def rate(given: str) -> float:
@@ -851,7 +870,7 @@ class S3Options:
     prefix: str = option(key_prefix, "only keys that begin so", default="")
     output_bucket: str = option(bucket_name("output_bucket"), "bucket to write to, if it is another", default="")
     output_key: str = option(
-        text,
+        key_text,
         "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
         default="converted/{dir}{stem}.{target}",
     )
@@ -912,7 +931,7 @@ class ApiOptions:
         unless("none", whole(1)), "conversions to ask for in one run, failed ones included", default=None
     )
     keep_remaining: int = option(whole(0), "stop when the month has so many conversions left", default=0)
-    timeout: float = option(duration, "how long to wait for an answer", default=150.0)
+    timeout: float = option(positive_duration, "how long to wait for an answer", default=150.0)
     retries: int = option(whole(0, 20), "transient failures that one object may have", default=5)
     jobs_above: int | None = option(unless("never", size), "larger objects go through /v1/jobs", default=100 * 10**6)
     max_size: int = option(size, "larger objects are not sent", default=5 * 10**9)
@@ -1596,8 +1615,15 @@ def is_error_envelope(body: bytes) -> bool:
 def looks_like_error_words(body: bytes) -> bool:
     """Whether a text is nothing but what servers call an error, such as `502 Bad Gateway`."""
     phrases = "|".join(re.escape(status.phrase) for status in http.HTTPStatus if status >= 400)
+    # The last are nginx's spelling and what Envoy says.
+    phrases += "|Gateway Time-out|no healthy upstream|upstream request timeout|upstream connect error.*"
     words = rf"\s*(error:?\s+)?(\d{{3}}:?\s+)?({phrases})[.!]?\s*|\s*error code: \d+\s*"
     return re.fullmatch(words.encode(), body, re.IGNORECASE) is not None
+
+
+def looks_like_error_element(head: bytes) -> bool:
+    """Whether a body is the element that S3, and what speaks as it does, answers with in place of a file."""
+    return re.match(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<Error[\s>].*<Code>", head, re.DOTALL) is not None
 
 
 def looks_like_markup(head: bytes) -> bool:
@@ -1654,11 +1680,14 @@ def identify_result(target: str, media_type: str, disposition: str, head: bytes)
 
 def refuse_wrong_beginning(target: str, media_type: str, head: bytes) -> None:
     """Raise BadAnswer where a body does not begin as a file of the target format does, or is an error in words."""
-    kind, is_plain_text = canonical(target), plain_type(media_type).lower() == "text/plain"
+    kind, plain = canonical(target), plain_type(media_type).lower()
     begins_wrongly = (kind in SIGNATURES or kind in ZIP_BASED) and not begins_like(kind, head)
     begins_wrongly |= kind in MARKUP_FORMATS and not looks_like_markup(head)
     # In a `txt` the words may be the file's own: nobody can tell.
-    if is_plain_text and (begins_wrongly or (kind != "txt" and looks_like_error_words(head))):
+    is_error = kind != "txt" and (
+        (plain == "text/plain" and looks_like_error_words(head)) or looks_like_error_element(head)
+    )
+    if is_error or (begins_wrongly and plain in {"text/plain", "text/xml", "application/xml"}):
         raise BadAnswer("text_answer", "the API answered with plain text instead of the file")
     # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
     if begins_wrongly:
@@ -2040,7 +2069,7 @@ class Arriving(io.RawIOBase):
         self._patience = connection.gettimeout() or WAIT_DEADLINE_SECONDS
         self._deadline = time.monotonic() + self._patience
         self._seconds_for_a_byte = 0.0  # of the head
-        self.is_over = False
+        self.is_over = self.has_surplus = False
 
     def begin_body(self) -> None:
         """Note that the head has come."""
@@ -2088,6 +2117,7 @@ class AnswerBuffer(io.BufferedReader):
         if not self.closed:
             self._arriving.is_over = True
             if self.peek(1):
+                self._arriving.has_surplus = True
                 self._arriving.hang_up()
         super().close()
 
@@ -2113,6 +2143,11 @@ class Reply(http.client.HTTPResponse):
             self.will_close = True
         self._agree_on_length()
         self._arriving.begin_body()
+
+    @property
+    def has_surplus(self) -> bool:
+        """Whether more has come than the answer has announced, as far as it is known when the answer has been read."""
+        return self._arriving.has_surplus
 
     def _agree_on_length(self) -> None:
         """Leave one Content-Length where the same was said twice, and none that is no number."""
@@ -3721,7 +3756,9 @@ def parse_page(xml: bytes) -> Page:
     except (ElementTree.ParseError, ValueError) as error:
         raise BadListing(str(error)) from None
     folders = [entry.findtext("Prefix", "") for entry in root.findall("CommonPrefixes")]
-    truncated, token = root.findtext("IsTruncated"), unescaped(places.get("NextContinuationToken", ""))
+    # XML Schema has two words for each, and lets white space stand around them.
+    truncated = {"1": "true", "0": "false"}.get(said := root.findtext("IsTruncated", "").strip().lower(), said)
+    token = unescaped(places.get("NextContinuationToken", ""))
     # What does not add up is no page: a listing that ends early would leave objects out, unnoticed.
     is_whole = count in {-1, len(entries) + len(folders)} and root.find("Contents") is None
     is_whole &= text.count("<Contents>") == text.count("</Contents") == len(entries)
@@ -3778,7 +3815,12 @@ def page_of_reply(reply: Any) -> Page:
         raise BadListing("a page does not say whether it is the last")
     objects = [listed_object(line) for line in reply.get("Contents", [])]
     folders = [entry["Prefix"] for entry in reply.get("CommonPrefixes", [])]
-    return page_of(objects, folders, reply.get("NextContinuationToken") or "", is_truncated=reply["IsTruncated"])
+    return page_of(
+        objects,
+        folders,
+        reply.get("NextContinuationToken") or "",
+        is_truncated=reply["IsTruncated"] or "NextContinuationToken" in reply,
+    )
 
 
 def listed_object(line: Any) -> S3Object:
@@ -4345,6 +4387,9 @@ class RetryPolicy(Retry):
             self.shared.gate.learn(response.headers, time.time())
         code, message = parse_error(error_body(response))
         verdict = self.judge(response.status, code)
+        if response.status == 407 and not proxy_for(self.shared.settings.api.url):
+            # Where no proxy is named, it is no proxy's word on all requests.
+            verdict = Verdict.REFUSED
         self._note_refusal(response.status, code, verdict)
         if verdict is Verdict.STOP_RUN:
             raise refusal_by_api(response.status, code, message, self.shared.settings.api.url)
@@ -4845,7 +4890,9 @@ class ConvertClient:
             if received == 0 or is_cut or not unpack.is_whole:
                 raise BadAnswer("cut_answer", f"the answer has {received} bytes, and should have {length or 'some'}")
             head, tail = both_ends(body, received)
-            # Where neither length nor chunks say where the body ends, a cut one looks like a whole one.
+            # Where neither length nor chunks say where the body ends, or more has come than they say, a cut one looks
+            # like a whole one.
+            is_told &= not has_surplus(response)
             if not (is_told or any(is_whole_file(kind, received, head, tail) for kind in (canonical(target), "zip"))):
                 raise BadAnswer("no_length", "the answer does not say where it ends")
             disposition = response.headers.get("Content-Disposition", "")
@@ -5059,6 +5106,11 @@ def temporary_file() -> IO[bytes]:
     """A file without a name, for a body too large for memory; in TMPDIR."""
     with no_space_stops_the_run():
         return cast(IO[bytes], tempfile.TemporaryFile())
+
+
+def has_surplus(response: requests.Response) -> bool:
+    """Whether more has come on the connection than an answer has announced."""
+    return bool(getattr(getattr(response.raw, "_original_response", None), "has_surplus", False))
 
 
 def both_ends(body: IO[bytes], size: int) -> tuple[bytes, bytes]:
@@ -6892,7 +6944,7 @@ def remedy(code: str) -> str:
     # The API may have codes that no page of it names; the status, where that is all there is, still says whose fault.
     if code.startswith("http_5"):
         return "the API's side: run it again later"
-    if re.fullmatch("http_[34]..", code):
+    if re.fullmatch("http_[134]..", code):
         return REMEDIES.get(code, REMEDIES["http_403"])
     unknown = "open one of the files: it may be damaged or protected by a password; its message says more"
     return REMEDIES.get(code, unknown)

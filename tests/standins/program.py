@@ -115,7 +115,8 @@ class Run:
         told += f"\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
         for name in ("CTF_API_KEY", "AWS_SECRET_ACCESS_KEY"):
             told = told.replace(self._environment.get(name) or "\0", "(secret)")
-        return told
+        # What is no UTF-8 cannot be handed on to the process that prints it.
+        return told.encode("utf-8", "backslashreplace").decode()
 
     def _refuse_secrets(self) -> None:
         written = "".join(path.read_text() for path in self.workdir.glob("*.json*"))
