@@ -150,7 +150,7 @@ ROWS = [
     ),
 ]
 
-# The reading of Retry-After has tests of its own in test_rules.py; here for the whole way.
+# The reading of Retry-After has tests of its own in tests/rules; here for the whole way.
 FORMS_OF_RETRY_AFTER = {
     "a fraction": "0.2",
     "a date that is past": "Sun, 06 Nov 1994 08:49:37 GMT",

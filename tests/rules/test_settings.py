@@ -42,7 +42,7 @@ def complaint(
     path: Path, content: str | bytes = COMPLETE, environ: Mapping[str, str] | None = None, *flags: str
 ) -> str:
     """What is said about a configuration that is refused, in place of the path the words `the file`."""
-    with pytest.raises(program.UserError) as refused:
+    with pytest.raises(program.RunError) as refused:
         load(path, content, environ, *flags)
     assert refused.value.exit_code == program.ExitCode.USAGE
     return refused.value.message.replace(str(path), "the file")
@@ -194,7 +194,7 @@ TAKES_ANY_TEXT = {
     *("s3.sse_kms_key_id", "s3.acl", "s3.cache_control", "convert.include", "convert.exclude", "run.checkpoint"),
     *("run.failures", "run.summary", "run.metrics"),
 }
-ALL_OPTIONS = [f"{section}.{name}" for section in program.SECTIONS for name in program.specs_of(section)]
+ALL_OPTIONS = [f"{section}.{name}" for section in program.SECTIONS for name in program.SPECS[section]]
 
 
 @pytest.mark.parametrize("option", sorted(set(ALL_OPTIONS) - TAKES_ANY_TEXT))
@@ -325,7 +325,7 @@ def test_all_problems_are_named_together(ini: Path) -> None:
 
 
 def test_nothing_at_all_names_what_is_required() -> None:
-    with pytest.raises(program.ConfigError) as refused:
+    with pytest.raises(program.RunError) as refused:
         program.load_settings(None, {}, [])
     assert refused.value.hint == HINT
     assert refused.value.message == (
@@ -445,14 +445,14 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_line(ini: Path, content:
 
 
 def test_a_file_that_is_asked_for_must_exist(ini: Path) -> None:
-    with pytest.raises(program.UserError) as refused:
+    with pytest.raises(program.RunError) as refused:
         program.load_settings(ini, {}, [])
     assert refused.value.message == f"{ini} does not exist"
     assert refused.value.hint == "give the INI file with -c, or copy config.example.ini"
 
 
 def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(program.UserError, match="is a directory"):
+    with pytest.raises(program.RunError, match="is a directory"):
         program.load_settings(tmp_path, {}, [])
 
 
@@ -501,11 +501,21 @@ def test_a_job_can_be_changed_from_the_command_line(ini: Path) -> None:
     assert (photos.name, photos.options.target, photos.options.include) == ("photos", "png", ("*.heic",))
 
 
-def test_the_fingerprint_of_a_job_is_of_what_it_makes_not_of_its_name(ini: Path) -> None:
-    usual = load(ini, COMPLETE).jobs[0].fingerprint
-    assert load(ini, COMPLETE + "[job x]\ninclude = *.png\n").jobs[0].fingerprint == usual
-    for flag in ("convert.target=png", "convert.quality=5", "s3.output_key={key}", "s3.output_bucket=other"):
-        assert load(ini, COMPLETE, None, "--set", flag).jobs[0].fingerprint != usual
+def test_the_fingerprint_of_a_job_is_of_what_it_makes_not_of_its_name_nor_of_where_that_lies(ini: Path) -> None:
+    usual = load(ini, COMPLETE).jobs[0]
+    named = load(ini, COMPLETE + "[job x]\ninclude = *.png\n").jobs[0]
+    assert (named.fingerprint, named.place) == (usual.fingerprint, usual.place)
+    for flag in ("convert.target=png", "convert.quality=5"):
+        assert load(ini, COMPLETE, None, "--set", flag).jobs[0].fingerprint != usual.fingerprint
+    for flag in ("s3.output_key={key}", "s3.output_key={job}/{key}"):
+        moved = load(ini, COMPLETE, None, "--set", flag).jobs[0]
+        assert (moved.fingerprint, moved.place != usual.place) == (usual.fingerprint, True)
+
+
+def test_the_name_of_a_job_is_a_part_of_its_place_only_where_the_template_has_it(ini: Path) -> None:
+    template = "[s3]\nbucket = b\noutput_key = {job}/{key}.{target}\n"
+    jobs = load(ini, COMPLETE.replace("[s3]\nbucket = b\n", template) + "[job x]\n[job y]\n").jobs
+    assert [job.place for job in jobs] == ["x/{key}.{target}", "y/{key}.{target}"]
 
 
 ########################################################################
@@ -539,7 +549,7 @@ def test_a_bad_key_from_the_command_line_or_environment_is_not_shown(ini: Path) 
 def test_a_file_with_a_key_that_others_can_read_is_refused(ini: Path, mode: int) -> None:
     ini.write_text(COMPLETE, encoding="utf-8")
     ini.chmod(mode)
-    with pytest.raises(program.UserError) as refused:
+    with pytest.raises(program.RunError) as refused:
         program.load_settings(ini, {}, [])
     assert refused.value.message == f"{ini} holds the API key and others can read it (mode {mode:04o})"
     assert refused.value.hint == f"run: chmod 600 {ini}"
