@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import s3_bulk_convert as program
 from s3_bulk_convert import Listing, Page, S3Object
-from tests.test_keys_from import make_bucket
+from tests.parts.test_keys_from import make_bucket
 from tests.test_s3_server import DOTTED_KEYS, ODD_KEYS
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
