@@ -170,7 +170,7 @@ def test_a_total_that_cannot_be_counted_is_nobody_s_trouble(
 
 def test_a_worker_that_dies_when_all_is_done_is_no_success(run_cli: Cli, bucket: Any) -> None:
     fill(bucket, 3)
-    run = run_cli(command=script_with("program.HTTPAdapter.close = lambda _: 1 / 0"))
+    run = run_cli("--workers", "1", command=script_with("program.HTTPAdapter.close = lambda _: 1 / 0"))
     assert (run.exit_code, run.summary["exit_code"], run.summary["converted"]) == (3, 3, 3)
     assert run.summary["stopped_because"] == "the program has a bug (a worker failed)"
 

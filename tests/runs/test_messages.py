@@ -14,6 +14,7 @@ from tests.standins.program import SCRIPT
 from tests.standins.samples import photo
 
 Cli = Callable[..., Any]
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"  # that a line for cron's log begins with
 DOES_NOT_CONVERT = "the API does not convert from this format to that: leave it out with convert.exclude"
 
 
@@ -217,7 +218,7 @@ def test_quiet_says_how_many_failed_for_good_before_and_does_not_count_outputs(
     run = run_cli("-q")
     assert (run.exit_code, run.summary["skipped"]["own_output"]) == (0, 1)
     assert re.fullmatch(
-        r"converted 0 in \S+ s, already done 1, skipped 1, failed before 1, failed 0, left 0\n", run.out
+        TIME + r" converted 0 in \S+ s, already done 1, skipped 1, failed before 1, failed 0, left 0\n", run.out
     )
     said = "next: 1 failed for good in an earlier run; --status counts them, --retry-failed tries them again\n"
     assert said in run_cli().out
@@ -282,7 +283,7 @@ def test_a_failure_rate_over_the_limit_says_what_failed_and_what_to_do(
     run = run_cli("--workers", "1")
     assert run.exit_code == 3
     assert f"remedy: {DOES_NOT_CONVERT}" in run.out
-    said = r"stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate = 2%\n"
+    said = TIME + r" stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate = 2%\n"
     assert re.search(said, run.out)
 
 
