@@ -181,5 +181,5 @@ def test_a_request_follows_no_redirect(
     host = api.url if is_own_host else api.download_url
     api.faults.add(Fault.redirect(f"{host}/elsewhere", status, times=None))
     run = run_cli()
-    assert (run.exit_code, run.failures, run.summary["left"]) == (3, [], 1)
+    assert (run.exit_code, run.summary["failed"]) == (1, {f"http_{status}": 1})
     assert [(request.listener, request.path) for request in api.requests] == [("api", "/v1/convert")]
