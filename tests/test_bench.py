@@ -80,7 +80,7 @@ def test_a_limit_admits_so_many_and_no_more(servers: Standins) -> None:
 
 
 def test_a_checkpoint_that_was_made_knows_every_object(servers: Standins) -> None:
-    with finished_checkpoint(COUNT, FOLDERS, KEYS.size) as path:
+    with finished_checkpoint(servers, COUNT, FOLDERS, KEYS.size) as path:
         cost = run_program(servers, "--limit", "1", checkpoint=path)  # one that knows them not ends at once
     assert (cost.exit_code, cost.summary["already_done"], cost.counts["conversions"]) == (0, COUNT, 0)
 

@@ -223,12 +223,12 @@ def run_recipe(servers: Standins, *arguments: str) -> Cost:
 
 
 @contextmanager
-def finished_checkpoint(count: int, folders: int, size: int) -> Iterator[Path]:
-    """A checkpoint that knows every object of the bucket as converted."""
+def finished_checkpoint(servers: Standins, count: int, folders: int, size: int) -> Iterator[Path]:
+    """A checkpoint that knows every object of the stand-ins' bucket as converted."""
     with directory() as workdir:
         path = workdir / "checkpoint.sqlite3"
         numbers = [str(number) for number in (count, folders, size)]
-        command = [sys.executable, "-m", "tests.bench.checkpoint", str(path), BUCKET, *numbers]
+        command = [sys.executable, "-m", "tests.bench.checkpoint", str(path), servers.url, BUCKET, *numbers]
         env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "HOME": str(workdir), "TMPDIR": str(workdir)}
         subprocess.run(command, cwd=workdir, env=env, check=True)
         yield path

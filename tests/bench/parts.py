@@ -180,7 +180,7 @@ def list_each_way(scale: Scale) -> Iterator[list[Cell]]:
             yield listing_row("boto3's paginator", layout, base, start_of_recipe(), base)
             alone = succeeded(run_program(servers, *WANT_NOTHING), done=layout.keys, count="listed")
             yield listing_row("list", layout, alone, start_of_program(), base)
-            with finished_checkpoint(*numbers) as path:
+            with finished_checkpoint(servers, *numbers) as path:
                 whole = succeeded(run_program(servers, checkpoint=path), done=layout.keys, count="already_done")
             yield listing_row("list and journal", layout, whole, start_of_program(), base)
 
@@ -205,7 +205,7 @@ def nothing_to_do(scale: Scale) -> Part:
     rows = []
     for keys in [count for count in scale.memory_keys if count <= scale.keys]:
         layout = Layout(keys, 0, 0.0)
-        with standins(keys=keys) as servers, finished_checkpoint(keys, 0, OBJECT_BYTES) as path:
+        with standins(keys=keys) as servers, finished_checkpoint(servers, keys, 0, OBJECT_BYTES) as path:
             base = run_recipe(servers, "list", BUCKET)
             cost = succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done")
         rows.append(listing_row("boto3's paginator", layout, base, start_of_recipe(), base))
@@ -219,7 +219,7 @@ def memory(scale: Scale) -> Part:
     """Peak memory of a pass with nothing to do, from ten thousand keys to ten million."""
     rows: list[list[Cell]] = []
     for keys in scale.memory_keys:
-        with standins(keys=keys) as servers, finished_checkpoint(keys, 0, OBJECT_BYTES) as path:
+        with standins(keys=keys) as servers, finished_checkpoint(servers, keys, 0, OBJECT_BYTES) as path:
             size = path.stat().st_size
             cost = succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done")
             kept = run_recipe(servers, "keep", BUCKET).peak_mb if keys <= scale.kept_keys else None
