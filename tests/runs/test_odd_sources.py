@@ -97,6 +97,7 @@ def test_a_source_whose_only_length_is_wrong_fails_at_once_and_is_not_paid(
         return re.sub(rb"(<Key>000.png</Key>.*?<Size>)\d+(</Size>)", rb"\g<1>%d\g<2>" % listed, body, flags=re.DOTALL)
 
     relay.rewrite = rewrite
+    relay.hidden = {"content-length"}
     relay.spoil = lambda _, path: Spoilt(is_unmeasured=urlsplit(path).path.endswith(".png"))
     run = run_cli(*UPLOAD, "--set", "api.timeout=20s", "--set", "api.retries=1", AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"network": 1}, 1)
@@ -226,7 +227,7 @@ def test_where_no_source_can_be_read_the_run_stops_and_all_stays_to_do(
     hide(relay)
     run = run_cli(*WAYS[way], AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["converted"], api.paid) == (3, 0, [])
-    assert re.search("S3 refused reading from .*: AccessDenied", run.summary["stopped_because"])
+    assert re.search("S3 refused reading .*: AccessDenied", run.summary["stopped_because"])
     assert len(run.failures) < 10
     relay.refuse = lambda *_: False
     again = run_cli(*WAYS[way], AWS_ENDPOINT_URL_S3=relay.url)
@@ -241,6 +242,7 @@ def test_sources_that_nobody_may_read_any_more_stop_the_run_though_others_were_r
     relay.refuse = lambda method, path: method == "GET" and urlsplit(path).path.endswith(".png") and len(api.paid) >= 5
     run = run_cli(*UPLOAD, "--workers", "2", AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["converted"]) == (3, len(api.paid))
-    assert len(run.failures) < 10
+    # Up to nine before the last success was there, and what the two workers had in hand when the run was stopped.
+    assert len(run.failures) <= 9 + 2
     assert run_cli(*UPLOAD).exit_code == 0
     assert (len(api.paid), api.paid_twice()) == (25, [])

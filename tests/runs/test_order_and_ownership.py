@@ -178,7 +178,7 @@ def test_an_output_that_may_not_be_looked_at_is_not_overwritten(
     bucket.put("a.png", PNG)
     relay.refuse = shows("converted/a.jpg")
     run = run_cli(**there)
-    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"output_collision": 1}, [])
+    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"look_failed": 1}, [])
     assert bucket.read("converted/a.jpg") == PRECIOUS
 
 

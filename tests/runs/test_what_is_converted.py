@@ -119,7 +119,7 @@ def test_an_output_says_what_it_was_made_of(run_cli: Cli, bucket: Any) -> None:
     _, media_type, metadata = bucket.outputs()["converted/in/f\u00fcr 100%.jpg"]
     etag = bucket.client.head_object(Bucket=bucket.name, Key="in/f\u00fcr 100%.png")["ETag"].strip('"')
     assert media_type == "image/jpeg"
-    assert metadata.pop("job-fingerprint") == run.rows()[0]["fingerprint"]
+    assert metadata.pop("job-fingerprint") == run.rows("jobs")[0]["fingerprint"]
     assert metadata.pop("source-bucket") == bucket.name
     assert metadata == {"source-key": "in/f%C3%BCr%20100%25.png", "source-etag": etag, "job": "default"}
 

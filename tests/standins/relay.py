@@ -55,7 +55,7 @@ class Relay(ThreadingHTTPServer):
 
     `refuse` may take a request's method and path, `rewrite` an answer's body; `instead` gives the body of a 200 that
     takes the place of S3's answer, or None; `spoil` says what becomes of the answer to a request, by method and path.
-    `hidden`: headers, in lower case, that no answer to a HEAD has.
+    `hidden`: headers, in lower case, that no answer to a HEAD has; `added`: headers that each answer to one has.
     """
 
     daemon_threads = True
@@ -71,6 +71,7 @@ class Relay(ThreadingHTTPServer):
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
         self.spoil: Callable[[str, str], Spoilt] = lambda *_: Spoilt()
         self.hidden: set[str] = set()
+        self.added: dict[str, str] = {}
 
     @property
     def url(self) -> str:
@@ -127,6 +128,8 @@ class Relayed(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in own:
                 self.send_header(name, value)
+        for name, value in self.server.added.items() if self.command == "HEAD" else ():
+            self.send_header(name, value)
         if self.command != "HEAD" and not spoilt.is_unmeasured:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -1,0 +1,95 @@
+"""Whose an output is: only what is known to be absent or this source's is written. What S3 cannot say is neither."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any, cast
+
+import pytest
+from botocore.exceptions import ClientError
+
+import s3_bulk_convert as program
+from s3_bulk_convert import OutputState, SourceFacts, SourceObject, Task
+
+
+class Heads(program.Bucket):
+    """A bucket whose server answers each HEAD alike: with an error's code, or with metadata and a time."""
+
+    def __init__(self, answer: str | dict[str, str], *, written: float = 0.0, adopts: bool = True) -> None:
+        self.name, self.output_name, self._payer, self._answer = "in", "out", {}, answer
+        self._adopts, self._written = adopts, datetime.fromtimestamp(written, timezone.utc)
+        self._jobs = {"f": "j", "g": "another"}
+
+    @property
+    def client(self) -> Any:
+        """What answers."""
+        return self
+
+    def head_object(self, **_: str) -> dict[str, Any]:
+        """Answer as boto3 does."""
+        if isinstance(self._answer, dict):
+            return {"Metadata": self._answer, "ETag": '"o"', "ContentLength": 3, "LastModified": self._written}
+        status: Any = {"HTTPStatusCode": int(self._answer)}
+        raise ClientError({"Error": {"Code": self._answer}, "ResponseMetadata": status}, "HeadObject")
+
+
+SOURCE = SourceFacts("k.png", "e", 1, 100.0, "", {})
+TASK = Task("j", "f", SourceObject("k.png", "e", 1), "jpg", None, "k.jpg")
+OURS = {"source-key": "k.png", "source-etag": "e", "source-bucket": "in", "job": "j", "job-fingerprint": "f"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "adopts", "state"),
+    [
+        pytest.param("404", True, OutputState.ABSENT, id="nothing"),
+        pytest.param(OURS, True, OutputState.FOUND, id="of this version"),
+        pytest.param(OURS, False, OutputState.REPLACEABLE, id="of this version, which is not to count"),
+        pytest.param({**OURS, "source-bucket": "old"}, True, OutputState.FOUND, id="of a copy of the bucket"),
+        pytest.param({**OURS, "source-bucket": "old"}, False, OutputState.FOREIGN, id="of another bucket"),
+        pytest.param({**OURS, "source-etag": "d"}, True, OutputState.REPLACEABLE, id="of another version"),
+        pytest.param({**OURS, "job-fingerprint": "h"}, True, OutputState.REPLACEABLE, id="with other options"),
+        pytest.param({**OURS, "job-fingerprint": "g"}, True, OutputState.FOREIGN, id="of another job"),
+        pytest.param({**OURS, "source-key": "l.png"}, True, OutputState.FOREIGN, id="of another source"),
+        pytest.param({}, True, OutputState.FOREIGN, id="somebody's, and older"),
+    ],
+)
+def test_what_lies_under_an_output_key_is_what_it_says_of_itself(
+    answer: str | dict[str, str], state: OutputState, *, adopts: bool
+) -> None:
+    assert Heads(answer, adopts=adopts).look_at_output(TASK, SOURCE).state is state
+
+
+@pytest.mark.parametrize(
+    ("written", "adopts", "holder", "state"),
+    [
+        (101.0, True, "", OutputState.ADOPTED),
+        (100.0, True, "", OutputState.FOREIGN),
+        (101.0, False, "", OutputState.FOREIGN),
+        (101.0, True, "somebody", OutputState.FOREIGN),
+    ],
+)
+def test_what_says_nothing_of_itself_is_adopted_only_where_it_can_be_this_source_s(
+    written: float, holder: str, state: OutputState, *, adopts: bool
+) -> None:
+    task = program.replace(TASK, holder=holder)
+    assert Heads({}, written=written, adopts=adopts).look_at_output(task, SOURCE).state is state
+
+
+@pytest.mark.parametrize("answer", ["400", "403", "500", "503"])
+def test_what_s3_does_not_say_is_never_taken_for_absent(answer: str) -> None:
+    bucket = Heads(answer)
+    with pytest.raises(program.ObjectFailed, match=answer) as failed:
+        bucket.look_at_output(TASK, SOURCE)
+    assert (failed.value.code, failed.value.permanent) == ("look_failed", False)
+    with pytest.raises(program.ObjectFailed, match=answer):
+        bucket.require_unchanged(SOURCE)
+    # Neither is a key given free by it, nor is somebody warned of what may well be an output.
+    assert (bucket.is_gone("k.png"), bucket.is_marked("k.jpg")) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_gone", "is_marked"), [("404", True, True), (OURS, False, True), ({}, False, False)]
+)
+def test_what_s3_says_is_believed(answer: Any, *, is_gone: bool, is_marked: bool) -> None:
+    bucket = Heads(cast(Any, answer))
+    assert (bucket.is_gone("k.png"), bucket.is_marked("k.jpg")) == (is_gone, is_marked)
