@@ -213,15 +213,16 @@ def test_the_remainder_is_kept_though_the_api_may_have_done_what_is_sent_again(
 def test_what_remained_when_a_repeated_answer_was_made_stops_no_run(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
-    fill(bucket, 3)
+    expected = fill(bucket, 3)
     api.behaviour.month_quota = 3
     api.faults.add(Fault.cut_after_work(times=None))
     assert run_cli("--set", "api.retries=0", "--workers", "1").exit_code == 1
     assert len(api.paid) == 3
     api.faults.clear()
     api.behaviour.month_quota = None
-    expected = fill(bucket, 6)
+    expected |= fill(bucket, 6, first=3)
     until_next_second()  # by whole seconds it is told that an answer is older than the question
-    run = run_cli("--workers", "1")
+    # The first repeated answer says 2, and what was converted before it said far more.
+    run = run_cli("--workers", "1", "--set", "api.keep_remaining=2")
     assert_all_promises_are_kept(run, api, bucket, expected)
     assert run.summary["replays"] == 3

@@ -90,7 +90,7 @@ def test_what_remains_of_the_month_is_not_taken_from_an_answer_of_another_day(
     # The month is over. The answer that nobody got still says that nothing remains.
     api.faults.clear()
     api.behaviour.month_quota = 1000
-    expected |= fill(bucket, 3)
+    expected |= fill(bucket, 3, first=1)
     run = run_cli("--workers", "1", "--set", "api.keep_remaining=10")
     assert_all_promises_are_kept(run, api, bucket, expected)
     assert (api.replays, run.summary["remaining"]) == (1, 1000 - len(expected))
