@@ -35,4 +35,4 @@ from s3_bulk_convert import Usage
     ],
 )
 def test_usage_is_read_under_any_name(body: dict[str, Any], usage: Usage) -> None:
-    assert program.read_usage(body) == usage
+    assert program.Usage.read(body) == usage
