@@ -48,6 +48,7 @@ class FakeBucket(program.Bucket):
         self.pages, self.outputs = pages, list(outputs)
         self.listed: list[str] = []
         self.pages_read = 0
+        self.outputs_read: Callable[[], None] = lambda: None  # called when outputs have been listed
 
     def check(self) -> None:
         """It exists."""
@@ -63,6 +64,7 @@ class FakeBucket(program.Bucket):
         """All outputs behind a key."""
         after = where["StartAfter"]
         keys = sorted(key for key in self.outputs if key > after and key.startswith(prefix))
+        self.outputs_read()
         return program.Page([source(key) for key in keys], is_last=True)
 
     def is_marked(self, key: str) -> bool:
@@ -165,9 +167,9 @@ def settle(path: Path, tasks: Iterable[Task], kind: OutcomeKind, **changes: Any)
         journal.settle([replace(Outcome(task, kind), **changes) for task in tasks], NOW)
 
 
-def mark_sent(path: Path, *tasks: Task) -> None:
+def mark_sent(path: Path, *tasks: Task, wanted: program.Settings | None = None) -> None:
     """Write down that these have been sent."""
-    with Journal(path, "aws", settings()) as journal:
+    with Journal(path, "aws", wanted or settings()) as journal:
         for task in tasks:
             journal.mark_sent(task, REQUEST)
 
@@ -320,6 +322,14 @@ def test_of_two_jobs_with_one_output_key_the_first_by_name_keeps_it(path: Path) 
     assert [(task.job, task.holder) for task in fed.tasks] == [("a", ""), ("b", "[job a]")]
 
 
+def test_of_two_jobs_with_one_output_key_the_one_whose_request_is_in_flight_keeps_it(path: Path) -> None:
+    wanted = settings("s3.output_key=out/{key}.x", "job b.quality=50", "job a.quality=60")
+    _, second = feed(FakeBucket(pages_of("x.png")), path, wanted).tasks
+    mark_sent(path, second, wanted=wanted)
+    fed = feed(FakeBucket(pages_of("x.png")), path, wanted)
+    assert [(task.job, task.holder) for task in fed.tasks] == [("a", "[job b]"), ("b", "")]
+
+
 def test_a_request_in_flight_holds_its_output_key_against_what_is_listed_before(path: Path) -> None:
     mark_sent(path, *feed(FakeBucket(pages_of("a.png")), path).tasks)
     fed = feed(FakeBucket(pages_of("a.heic", "a.png")), path)
@@ -374,6 +384,11 @@ class Settling(Journal):
     after = ""
     bucket: FakeBucket
 
+    def begin_run(self, now: float) -> None:
+        """Hear of what the bucket answers, too."""
+        super().begin_run(now)
+        self.bucket.outputs_read = lambda: self.settle_meanwhile("outputs")
+
     def settle_meanwhile(self, answer: str) -> None:
         """Have the recorder settle what a worker has come to."""
         if answer == self.after:
@@ -400,7 +415,7 @@ class Settling(Journal):
         return found
 
 
-@pytest.mark.parametrize("answer", ["states", "pending", "holders"])
+@pytest.mark.parametrize("answer", ["states", "pending", "holders", "outputs"])
 @pytest.mark.parametrize("key", ["a.png", "a.heic"])
 def test_what_settles_while_it_is_planned_is_never_sent_unseen(path: Path, answer: str, key: str) -> None:
     mark_sent(path, *feed(FakeBucket(pages_of("a.png")), path).tasks)
@@ -483,15 +498,16 @@ def test_pages_are_read_side_by_side_only_while_workers_wait(path: Path) -> None
     assert bucket.asked == [program.LIST_THREADS, program.LIST_THREADS, 1]
 
 
-def test_a_stopped_feeder_hands_out_no_further_page(path: Path) -> None:
+@pytest.mark.parametrize("keys", [["a.png", "b.png"], []])
+def test_a_stopped_feeder_hands_out_no_further_page(path: Path, keys: list[str]) -> None:
     fed, tasks, wanted = Fed(), queue.Queue[Task | None](), settings()
-    bucket = FakeBucket([*pages_of("a.png"), *pages_of("b.png")])
+    bucket = FakeBucket([[source(key)] for key in keys])
     with Journal(path, "aws", wanted) as journal:
         feeding = feeder(bucket, journal, wanted, tasks, fed)
         feeding.context.stop.request(STOP)
         feeding.run()
     fed.take(tasks)
-    assert (bucket.pages_read, fed.keys, fed.end_markers) == (1, ["a.png"], 2)
+    assert (bucket.pages_read, fed.keys, fed.end_markers) == (len(keys[:1]), keys[:1], 2)
     assert fed.ended == [FeederFinished(None)]
 
 
