@@ -3288,7 +3288,9 @@ class JobMatcher:
         if options.newer_than is None and options.older_than is None:
             return True
         age = self._now - source.modified
-        return (options.older_than or 0.0) <= age <= (math.inf if options.newer_than is None else options.newer_than)
+        # By S3's clock, what was written just now may be from the future: it is new.
+        least = -math.inf if options.older_than is None else options.older_than
+        return least <= age <= (math.inf if options.newer_than is None else options.newer_than)
 
     def is_same_format(self, key: str) -> bool:
         """Whether a key's extension names the target."""

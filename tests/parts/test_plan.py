@@ -205,6 +205,23 @@ def test_each_listed_object_has_one_fate(path: Path, listed: SourceObject, optio
     assert fed.counts["listed"] == 1
 
 
+@pytest.mark.parametrize(
+    ("seconds_old", "option", "is_wanted"),
+    [
+        (-5, "newer_than=1h", True),
+        (-5, "older_than=1h", False),
+        (3599, "newer_than=1h", True),
+        (3601, "newer_than=1h", False),
+        (3601, "older_than=1h", True),
+    ],
+)
+def test_an_object_that_is_from_the_future_by_s3_s_clock_is_new(
+    seconds_old: int, option: str, *, is_wanted: bool
+) -> None:
+    (job,) = settings(f"convert.{option}").jobs
+    assert program.JobMatcher(job, NOW + seconds_old).wants(source("a.png")) is is_wanted
+
+
 def test_an_object_that_two_jobs_want_is_decided_twice_and_listed_once(path: Path) -> None:
     jobs = settings("job a.target=jpg", "job b.target=pdf", "job b.include=*.png")
     bucket = FakeBucket(pages_of("x.png", "y.gif"))
