@@ -48,11 +48,10 @@ soak: .venv/ready  ## an hour of faults, changes and kills: nothing paid twice, 
 bench: .venv/ready-bench  ## measure it: all parts take an hour or two; ONLY=listing one of them; QUICK=1 small numbers
 	$(BIN)/python -m tests.bench $(ONLY)
 
-lint: .venv/ready  ## style, complexity and size of functions, types
+lint: .venv/ready  ## style, complexity and nesting, types
 	$(BIN)/ruff check --config tests/ruff.toml $(CODE)
 	$(BIN)/ruff format --check --config tests/ruff.toml $(CODE)
 	$(BIN)/mypy --config-file tests/mypy.ini $(CODE)
-	$(BIN)/python -m tests.size_budget s3_bulk_convert.py
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -95,7 +95,6 @@ for unmeant in [name for name in os.environ if name.startswith("TQDM_")]:
 try:
     import boto3
     import botocore.config
-    import botocore.credentials
     import requests
     import urllib3
     from boto3.s3.transfer import TransferConfig
@@ -1727,6 +1726,11 @@ class Trouble:
         if trouble is not None:
             return trouble
         log.error("%s failed", where, exc_info=error)
+        return Trouble.bug(where)
+
+    @staticmethod
+    def bug(where: str) -> RunError:
+        """The end of the run for an exception that nobody has foreseen, and that has been logged."""
         hint = "run it again with -v and report what it prints"
         return RunError(f"the program has a bug ({where} failed)", hint, code="bug")
 
@@ -3284,7 +3288,9 @@ class JobMatcher:
         if options.newer_than is None and options.older_than is None:
             return True
         age = self._now - source.modified
-        return (options.older_than or 0.0) <= age <= (math.inf if options.newer_than is None else options.newer_than)
+        # By S3's clock, what was written just now may be from the future: it is new.
+        least = -math.inf if options.older_than is None else options.older_than
+        return least <= age <= (math.inf if options.newer_than is None else options.newer_than)
 
     def is_same_format(self, key: str) -> bool:
         """Whether a key's extension names the target."""
@@ -3330,7 +3336,7 @@ class Planner:
             yield [decision._replace(is_retry=True) for decision in self.undone(postponed, is_last=True)]
 
     def pages(self, max_parallel: Callable[[], int]) -> Iterator[list[SourceObject]]:
-        """What there is, by pages. A prefix inside another one is part of its listing. Raises RunError, StopRequested."""
+        """What there is, by pages. A prefix inside another is part of its listing. Raises RunError, StopRequested."""
         if self.settings.keys_from:
             yield from self._named_pages(self.settings.keys_from)
             return
@@ -4749,7 +4755,10 @@ class Feeder:
         except StopRequested:
             pass
         except Exception as error:
-            reason = Trouble.unexpected("the feeder", error, self._settings.api.url)
+            reason = Trouble.around(error, self._settings.api.url)
+            if reason is None:
+                log.exception("the feeder failed")
+                reason = Trouble.bug("the feeder")
         finally:
             self.has_finished.set()
             self.is_ahead.set()
@@ -4793,7 +4802,7 @@ class Feeder:
                 self._put(decision.task)
 
     def _put(self, task: Task | None) -> None:
-        """Put a task on the queue. Raises StopRequested: nobody may empty the queue any more, and workers see the flag."""
+        """Put a task on the queue. Raises StopRequested: nobody may empty it any more, and workers see the flag."""
         while True:
             try:
                 return self._tasks.put(task, timeout=0.0 if self._stop.is_set else 0.2)
@@ -4817,12 +4826,15 @@ class TotalCounter(threading.Thread):
     def run(self) -> None:
         """Count, if there is something to wait for; tell the recorder once it is all counted."""
         self._feeder.is_ahead.wait()
+        try:
+            self._count()
+        except Exception:
+            # Without a total, the run goes on as well.
+            log.debug("the total could not be counted", exc_info=True)
+
+    def _count(self) -> None:
         context, journal = self._feeder.context, self._feeder.journal
-        # Without a total, the run goes on as well.
-        with (
-            contextlib.suppress(Exception),
-            Journal(journal.path, context.endpoint, context.settings, read_only=True) as own,
-        ):
+        with Journal(journal.path, context.endpoint, context.settings, read_only=True) as own:
             own.horizon = journal.run_id << 32
             planner = Planner(context.settings, context.bucket, own, context.stop)
             total, began = 0, time.thread_time()
@@ -5006,7 +5018,10 @@ def run_worker(function: Callable[[], None], stop: StopFlag, address: str) -> No
     except RunError as error:
         stop.request(error)
     except Exception as error:
-        stop.request(Trouble.unexpected("a worker", error, address))
+        trouble = Trouble.around(error, address)
+        if trouble is None:
+            log.exception("a worker failed")
+        stop.request(trouble or Trouble.bug("a worker"))
 
 
 ########################################################################################################################
@@ -5094,37 +5109,59 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
     context = WorkerContext(settings, stop, bucket, limiter, ledger, matchers, bucket.endpoint)
     tasks: queue.Queue[Task | None] = queue.Queue()
 
-    def listen() -> None:
-        while True:
-            try:
-                message = connection.recv()
-            except (EOFError, OSError):
-                # Nobody is left to write down what comes of it; the next run sends the same requests again.
-                os._exit(ExitCode.STOPPED)
-            if isinstance(message, PauseUntil):
-                limiter.pause_until(message.until)
-            elif isinstance(message, LedgerAnswer):
-                ledger.answer(message)
-            elif isinstance(message, RunError):
-                stop.request(message, is_from_parent=True)
-            else:
-                for _ in range(1 if message else workers):
-                    tasks.put(message)
-
-    threading.Thread(target=listen, daemon=True).start()
-    with ThreadPoolExecutor(workers) as pool:
-        running = {
-            pool.submit(run_worker, partial(work, tasks, context, send), stop, settings.api.url) for _ in range(workers)
-        }
-        told = 0
-        while running:
-            running = wait(running, timeout=ALIVE_SECONDS).not_done
-            # A sign of life, how many requests were sent since the last, and what has been heard of the rate.
-            requests_so_far = limiter.requests
-            send(requests_so_far - told)
-            told = requests_so_far
-            send(PauseUntil(limiter.paused_until))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        function = partial(work, tasks, context, send)
+        running = {pool.submit(run_worker, function, stop, settings.api.url) for _ in range(workers)}
+        # The last one: before it, no worker has anything to do.
+        listen = partial(listen_to_parent, connection, context, ledger, tasks, workers)
+        threading.Thread(target=listen, daemon=True).start()
+    except RuntimeError as error:
+        stop.request(Trouble.unexpected("a worker process", error, settings.api.url))
+        leave_to_parent(connection)
+    told = 0
+    while running:
+        running = wait(running, timeout=ALIVE_SECONDS).not_done
+        # A sign of life, how many requests were sent since the last, and what has been heard of the rate.
+        requests_so_far = limiter.requests
+        send(requests_so_far - told)
+        told = requests_so_far
+        send(PauseUntil(limiter.paused_until))
+    pool.shutdown()
     send(None)
+
+
+def leave_to_parent(connection: "Connection") -> NoReturn:
+    """End a process that cannot work, once its parent has heard why: what it was handed, the parent still has."""
+    with contextlib.suppress(EOFError, OSError):
+        while not isinstance(connection.recv(), RunError):
+            pass
+    os._exit(ExitCode.STOPPED)
+
+
+def listen_to_parent(
+    connection: "Connection",
+    context: WorkerContext,
+    ledger: LedgerClient,
+    tasks: "queue.Queue[Task | None]",
+    workers: int,
+) -> NoReturn:
+    """Do what the parent says, as long as there is one."""
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            # Nobody is left to write down what comes of it; the next run sends the same requests again.
+            os._exit(ExitCode.STOPPED)
+        if isinstance(message, PauseUntil):
+            context.limiter.pause_until(message.until)
+        elif isinstance(message, LedgerAnswer):
+            ledger.answer(message)
+        elif isinstance(message, RunError):
+            context.stop.request(message, is_from_parent=True)
+        else:
+            for _ in range(1 if message else workers):
+                tasks.put(message)
 
 
 class ProcessSupervisor:
@@ -5153,7 +5190,7 @@ class ProcessSupervisor:
                 return self._return_unsent()
 
     def _serve(self, process: Any, connection: "Connection") -> None:
-        """Hand out tasks and take messages until the process leaves. Raises EOFError or OSError when it dies or hangs."""
+        """Hand out tasks and take messages until the process leaves. Raises EOFError, OSError when it dies or hangs."""
         told: set[object] = set()
         heard_at = time.monotonic()
         while True:
@@ -5216,7 +5253,7 @@ class ProcessSupervisor:
             if question.task is None or question.request is None:
                 self._context.ledger.reserve()
             else:
-                # Before it is written, because it is sent only after that: what is held is never less than what is sent.
+                # Before it is written, and it is sent only after that: what is held is never less than what is sent.
                 key = (question.task.job, question.task.source.key)
                 self._held[key] = replace(self._held[key], pending=question.request, look=True)
                 self._context.ledger.mark_sent(question.task, question.request)
