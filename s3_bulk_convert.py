@@ -7,9 +7,9 @@
 
 How data flows; each word is a function below, in this order:
 
-    list_pages -> select -> unfinished -> claim -> begin -> | queue | -> convert -> store -> Outcome
-    `----------- one feeder thread, page by page ---------'          `- worker threads -'      |
-                                                              record: journal, failures file, report
+    list_pages -> plan -> |queue| -> look_at_source -> look_at_output -> convert -> require_unchanged -> store -> Outcome
+    `- one feeder thread -'          `--------------------------- worker threads --------------------------'        |
+                                                                      record: journal, failures file, report
 
 Memory does not depend on the size of the bucket: at most one page of the listing and a bounded queue exist at a time.
 
@@ -5356,7 +5356,8 @@ HINTS = {
     'without s3://BUCKET/ and without a leading "/"',
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
-    "look_failed": "S3 did not say whether something lies under the output key: run it again",
+    "look_failed": "S3 did not say whether something lies under the output key: allow s3:ListBucket and s3:GetObject "
+    "on the outputs if it was refused, and run it again",
     "store_failed": "S3 did not take it: allow s3:PutObject on s3.output_key, check the network, and run it again",
     "output_collision": "its output key is taken: its message says what to put into s3.output_key, such as {ext}",
     "output_key_too_long": "shorten s3.output_key",

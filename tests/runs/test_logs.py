@@ -63,10 +63,10 @@ def test_the_summary_on_stdout_is_the_one_in_the_file(run_cli: Cli, bucket: Any)
 
 def test_failures_are_told_by_code_with_an_example_and_a_remedy(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     put_some(bucket, 3)
-    api.faults.add(Fault.status_reply(422, "bad_request", times=2))
+    api.faults.add(Fault.status_reply(422, "conversion_failed", times=2))
     told = records(run_cli("--log-format", "json", "-q", "--workers", "1", "--set", "api.transfer=upload").err)
     (failure,) = told["failures"]
-    assert (failure["level"], failure["code"], failure["count"]) == ("warning", "bad_request", 2)
+    assert (failure["level"], failure["code"], failure["count"]) == ("warning", "conversion_failed", 2)
     assert failure["key"] == "000.png"
     assert "it may be damaged" in failure["remedy"]
 

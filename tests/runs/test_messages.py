@@ -259,14 +259,14 @@ def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api
 def test_failures_are_grouped_with_an_example_and_what_to_do(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for number in range(3):
         bucket.put(f"{number}.png", photo(number, "png"))
-    api.faults.add(Fault(status=422, code="bad_request", message="no way\n\x1b[2Jfrom png", times=2))
+    api.faults.add(Fault(status=422, code="conversion_failed", message="no way\n\x1b[2Jfrom png", times=2))
     api.faults.add(Fault.status_reply(502, "service_unavailable", times=None, retry_after="0"))
     out = run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload").out
     assert (
-        "failed        2 bad_request\n"
+        "failed        2 conversion_failed\n"
         '              for example 0.png: "no way\\n\\u001b[2Jfrom png"\n'
-        "              remedy: the API does not take this input: open one of them; "
-        "it may be damaged, or not what its name says\n"
+        "              remedy: open one of the files: it may be damaged or protected by a password; "
+        "its message says more\n"
         "failed        1 service_unavailable\n"
         "              for example 2.png: a scripted fault\n"
         "              remedy: the API's converter was down: run it again later\n"
