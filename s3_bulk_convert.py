@@ -7,9 +7,9 @@
 
 How data flows; each word is a function below, in this order:
 
-    list_pages -> plan -> |queue| -> look_at_source -> look_at_output -> convert -> require_unchanged -> store -> Outcome
-    `- one feeder thread -'          `--------------------------- worker threads --------------------------'        |
-                                                                      record: journal, failures file, report
+  list_pages -> plan -> |queue| -> look_at_source -> look_at_output -> convert -> require_unchanged -> store -> Outcome
+  `- one feeder thread -'          `--------------------------- worker threads --------------------------'        |
+                                                                    record: journal, failures file, report
 
 Memory does not depend on the size of the bucket: at most one page of the listing and a bounded queue exist at a time.
 
