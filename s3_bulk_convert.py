@@ -7,9 +7,9 @@
 
 How data flows; each word is a function below, in this order:
 
-    list_pages -> select -> unfinished -> claim -> begin -> | queue | -> convert -> store -> Outcome
-    `----------- one feeder thread, page by page ---------'          `- worker threads -'      |
-                                                              record: journal, failures file, report
+  list_pages -> plan -> |queue| -> look_at_source -> look_at_output -> convert -> require_unchanged -> store -> Outcome
+  `- one feeder thread -'          `--------------------------- worker threads --------------------------'        |
+                                                                    record: journal, failures file, report
 
 Memory does not depend on the size of the bucket: at most one page of the listing and a bounded queue exist at a time.
 
@@ -5393,7 +5393,8 @@ HINTS = {
     'without s3://BUCKET/ and without a leading "/"',
     "source_changed": "overwritten after it was listed: the next run converts the new version",
     "source_unreadable": "S3 does not hand it out: allow s3:GetObject and kms:Decrypt, or restore it from the archive",
-    "look_failed": "S3 did not say whether something lies under the output key: run it again",
+    "look_failed": "S3 did not say whether something lies under the output key: allow s3:ListBucket and s3:GetObject "
+    "on the outputs if it was refused, and run it again",
     "store_failed": "S3 did not take it: allow s3:PutObject on s3.output_key, check the network, and run it again",
     "output_collision": "its output key is taken: its message says what to put into s3.output_key, such as {ext}",
     "output_key_too_long": "shorten s3.output_key",
@@ -5618,16 +5619,29 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """The run as `run.summary` has it; times in seconds, sizes in bytes."""
         seconds, settings, reason = time.monotonic() - self.started, self._settings, self.reason
-        found: dict[str, Any] = {name: self.counts[name] for name in FIGURES}
-        found |= {"skipped": dict(self.skipped.most_common()), "failed": dict(self.failed.most_common())}
-        found |= {"seconds": round(seconds, 3), "per_second": round(found["converted"] / max(seconds, 0.001), 3)}
-        found |= {"p50_seconds": self.percentile(50), "p95_seconds": self.percentile(95), "remaining": self.remaining}
-        found |= {"exit_code": int(self.exit_code), "listing_complete": self.is_complete}
-        found |= {"stopped_because": reason and reason.message, "stopped_code": reason and reason.code}
-        found |= {"version": __version__, "started": iso_time(self._started_at), "bucket": settings.s3.bucket}
-        found["shard"] = str(settings.shard) if settings.shard.count > 1 else None
-        found["jobs"] = {job.name: {"target": job.options.target, **self._by_job[job.name]} for job in settings.jobs}
-        return found
+        jobs = {job.name: {"target": job.options.target, **self._by_job[job.name]} for job in settings.jobs}
+        counted, done = self.counts, self.counts["converted"]
+        return {
+            "version": __version__,
+            "started": iso_time(self._started_at),
+            "bucket": settings.s3.bucket,
+            "shard": str(settings.shard) if settings.shard.count > 1 else None,
+            "jobs": jobs,
+            **{name: counted[name] for name in (LISTED, "converted", ALREADY_DONE, "adopted")},
+            "skipped": dict(self.skipped.most_common()),
+            "failed": dict(self.failed.most_common()),
+            **{name: counted[name] for name in (LEFT, "bytes_in", "bytes_out")},
+            "seconds": round(seconds, 3),
+            "per_second": round(done / max(seconds, 0.001), 3),
+            "p50_seconds": self.percentile(50),
+            "p95_seconds": self.percentile(95),
+            **{name: counted[name] for name in ("requests", "throttled", "replays", "possible_double_charges")},
+            "remaining": self.remaining,
+            "exit_code": int(self.exit_code),
+            "stopped_because": reason and reason.message,
+            "stopped_code": reason and reason.code,
+            "listing_complete": self.is_complete,
+        }
 
     def line(self) -> str:
         """The end of the run in one line."""

@@ -47,8 +47,8 @@ def foreseen(run_cli: Cli, *arguments: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_forecast_is_what_the_run_then_does(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    put_all(bucket, "done.png", "bad.png", "flaky.png")
-    api.faults.add(Fault.status_reply(422, "unsupported_route")).at(lambda request: is_of(request, "bad.png"))
+    put_all(bucket, "done.png", "bad.gif", "flaky.png")
+    api.faults.add(Fault.status_reply(422, "unsupported_route")).at(lambda request: is_of(request, "bad.gif"))
     api.faults.add(Fault.status_reply(503, "service_unavailable")).at(lambda request: is_of(request, "flaky.png"))
     run_cli("--workers", "1", "--set", "api.retries=0", *ANY_RATE)
     put_all(bucket, "new.png", "done.heic", "same.jpg", "folder/", "notes.txt")

@@ -353,9 +353,9 @@ def test_a_command_that_is_interrupted_says_so(flags: tuple[str, ...], start: Cl
 def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png"):
         bucket.put(name, picture(name))
-    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    api.faults.add(Fault.status_reply(422, "conversion_failed"))
     api.faults.add(Fault.status_reply(503, "service_unavailable"))
-    before = left_in(run_cli("--workers", "1", "--set", "api.retries=0"))
+    before = left_in(run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload"))
     run = run_cli("--status", CTF_API_KEY=None, AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
     assert run.exit_code == 0
     assert re.search(
@@ -363,7 +363,7 @@ def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: Conv
         run.out,
     )
     assert f"s3://{bucket.name} to jpg in s3://{bucket.name}/{PLACE}: job default\n  converted    2\n" in run.out
-    assert "failed       1 for good: unsupported_route 1\n  failed       1 for now: service_unavailable 1\n" in run.out
+    assert "failed       1 for good: conversion_failed 1\n  failed       1 for now: service_unavailable 1\n" in run.out
     assert left_in(run) == before
 
 
@@ -419,8 +419,8 @@ WHAT_THE_NEXT_RUN_DOES = {
 def test_why_says_what_the_next_run_does(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for name in ("bad.png", "done.png"):
         bucket.put(name, picture(name))
-    api.faults.add(Fault.status_reply(422, "unsupported_route"))
-    before = left_in(run_cli("--workers", "1"))
+    api.faults.add(Fault.status_reply(422, "conversion_failed"))
+    before = left_in(run_cli("--workers", "1", "--set", "api.transfer=upload"))
     for name in ("new.png", "same.jpg", "folder/", "notes.txt", "done.heic"):
         bucket.put(name, picture(name))
     bucket.put("empty.png", b"")

@@ -259,13 +259,14 @@ def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api
 def test_failures_are_grouped_with_an_example_and_what_to_do(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for number in range(3):
         bucket.put(f"{number}.png", photo(number, "png"))
-    api.faults.add(Fault(status=422, code="unsupported_route", message="no way\n\x1b[2Jfrom png", times=2))
+    api.faults.add(Fault(status=422, code="conversion_failed", message="no way\n\x1b[2Jfrom png", times=2))
     api.faults.add(Fault.status_reply(502, "service_unavailable", times=None, retry_after="0"))
-    out = run_cli("--workers", "1", "--set", "api.retries=0").out
+    out = run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload").out
     assert (
-        "failed        2 unsupported_route\n"
+        "failed        2 conversion_failed\n"
         '              for example 0.png: "no way\\n\\u001b[2Jfrom png"\n'
-        f"              remedy: {DOES_NOT_CONVERT}\n"
+        "              remedy: open one of the files: it may be damaged or protected by a password; "
+        "its message says more\n"
         "failed        1 service_unavailable\n"
         "              for example 2.png: a scripted fault\n"
         "              remedy: the API's converter was down: run it again later\n"
@@ -290,8 +291,8 @@ def test_a_failure_rate_over_the_limit_says_what_failed_and_what_to_do(
 def test_retry_failed_says_first_how_many_it_tries_again(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for number in range(3):
         bucket.put(f"{number}.png", photo(number, "png"))
-    api.faults.add(Fault.status_reply(422, "unsupported_route", times=2))
-    assert run_cli("--workers", "1").summary["failed"] == {"unsupported_route": 2}
+    api.faults.add(Fault.status_reply(422, "conversion_failed", times=2))
+    assert run_cli("--workers", "1", "--set", "api.transfer=upload").summary["failed"] == {"conversion_failed": 2}
     assert "--retry-failed" not in run_cli().err
     assert "--retry-failed: 2 objects that failed for good will be tried again" in run_cli("--retry-failed").err
     # What has been converted since is none of them.
