@@ -351,7 +351,7 @@ def reader(bucket: Any, monkeypatch: pytest.MonkeyPatch, s3: Any) -> program.Buc
     return make_bucket(bucket.name)
 
 
-@pytest.mark.parametrize("hunger", [1, 8])
+@pytest.mark.parametrize("hunger", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_real_server_s_keys_are_all_listed_once(
     *, layout: str, hunger: int, bucket: Any, reader: program.Bucket, monkeypatch: pytest.MonkeyPatch
