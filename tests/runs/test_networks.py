@@ -132,7 +132,7 @@ S3_PLACES = {
 }
 
 
-# What each peer that falls silent stands for its like with.
+# Places for which others stand, and with what each peer that falls silent stands for its like.
 ALIKE = {"look at the bucket", "listing before answer", "source before answer", "middle of request"}
 QUIET = {"before answer": Does.VANISH, "middle of answer": Does.STALL, "middle of PUT": Does.STALL}
 
