@@ -332,7 +332,7 @@ def test_an_api_that_refuses_connections_stops_the_run_and_the_next_one_finishes
     site.assert_finished(site.run())
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.slow), "https"])
 def test_an_address_with_the_wrong_scheme_stops_the_run(scheme: str, site: Site, tmp_path: Path) -> None:
     site.put()
     if scheme == "https":
@@ -511,7 +511,7 @@ def test_an_answer_that_breaks_behind_a_proxy_is_paid_once(site: Site) -> None:
     assert site.api.replays >= COUNT
 
 
-@pytest.mark.parametrize("leg", ["API", "S3"])
+@pytest.mark.parametrize("leg", ["API", pytest.param("S3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.slow), "https"])
 def test_a_proxy_that_refuses_stops_the_run_and_is_named(
     scheme: str, leg: str, site: Site, safe: Site, authorities: Authorities
@@ -527,7 +527,7 @@ def test_a_proxy_that_refuses_stops_the_run_and_is_named(
     assert used.api.requests == []
 
 
-@pytest.mark.parametrize(("scheme", "leg"), [("http", "S3"), ("https", "API")])
+@pytest.mark.parametrize(("scheme", "leg"), [("http", "S3"), pytest.param("https", "API", marks=pytest.mark.slow)])
 def test_a_proxy_that_cannot_be_reached_stops_the_run_and_is_named(
     scheme: str, leg: str, site: Site, safe: Site, authorities: Authorities
 ) -> None:
