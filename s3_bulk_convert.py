@@ -187,7 +187,6 @@ LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes
 PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
 LIST_URL_SECONDS = 300
 FAST_FAILURES_ENDURED = 3  # in a row; after them boto3 lists alone
-REFUSALS_FOR_ALL = 10  # of sources, in a row: fewer may be about these objects, so many are about the credentials
 FOLDER_LEVELS_PROBED = 4  # for folders to list side by side
 PAGES_WORTH_A_SPAN = 4  # a shorter one is read to its end by whoever reads it: its last page is read by two
 DIGITS_OF_A_KEY = 6  # by which it is told where keys lie
@@ -202,7 +201,7 @@ SENT_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for s
 FOUND_KEPT = 10_000  # more than the notes that can wait for the recorder: 8 for each of at most 1,000 workers
 LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
-REFUSALS_ENDURED = 10  # in a row, for the same reason, before all objects are taken to be refused
+REFUSALS_ENDURED = 10  # in a row, for the same reason: fewer may be about these objects, so many are about all
 COMMIT_SECONDS = 0.05  # that an outcome waits for others: a commit for each would cost more than its conversion
 CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
 MOST_SHOWN = 200  # characters of a key or a message in the summary; the failures file has all of them
@@ -2199,13 +2198,16 @@ class Unpacking:
     """Takes off a body the packing that nobody asked for. Raises BadAnswer if it cannot."""
 
     def __init__(self, coding: str) -> None:
-        self._inflate = (
-            zlib.decompressobj(zlib.MAX_WBITS + 32) if coding in UNPACKED_HERE else None
-        )  # tells both by the head
+        self._inflate = self._inflater() if coding in UNPACKED_HERE else None
         if coding not in {"", "identity", *UNPACKED_HERE}:
             raise BadAnswer("packed_answer", f"the answer is packed as {coding}, which nobody asked for")
         # A few bytes may become a thousand times as many.
         self.piece_bytes = CHUNK_BYTES // 64 if self._inflate else CHUNK_BYTES
+
+    @staticmethod
+    def _inflater() -> Any:
+        # It tells gzip and deflate by how they begin.
+        return zlib.decompressobj(zlib.MAX_WBITS + 32)
 
     def __call__(self, piece: bytes) -> bytes:
         """What a piece of the body stands for."""
@@ -2215,7 +2217,7 @@ class Unpacking:
         try:
             while piece:
                 # A file may be packed in several parts.
-                self._inflate = zlib.decompressobj(zlib.MAX_WBITS + 32) if self._inflate.eof else self._inflate
+                self._inflate = self._inflater() if self._inflate.eof else self._inflate
                 unpacked += self._inflate.decompress(piece)
                 piece = self._inflate.unused_data
         except zlib.error as error:
@@ -3520,7 +3522,7 @@ class Bucket:
         """
         code = error_code(error)
         self._refusals += code == "AccessDenied"
-        if is_refusal(error) and (code != "AccessDenied" or self._refusals >= REFUSALS_FOR_ALL):
+        if is_refusal(error) and (code != "AccessDenied" or self._refusals >= REFUSALS_ENDURED):
             return refused(error, f"reading from {self.name}")
         return ObjectFailed("source_unreadable", f"S3: {error}", permanent=code == "InvalidObjectState")
 
@@ -4806,14 +4808,7 @@ class ConvertClient:
         deadline = exchange.asked_at + WAIT_DEADLINE_SECONDS
         policy = RetryPolicy(self._api.retries, shared=self.shared, exchange=exchange, deadline=deadline)
         while True:
-            try:
-                response = self._post(call, policy)
-            except requests.exceptions.InvalidHeader as error:
-                # Lengths that differ: it has answered, and no library reads it.
-                exchange.maybe_done = True
-                policy = policy.increment(error=as_bad_answer(error))
-                policy.sleep()
-                continue
+            response = self._post(call, policy)
             try:
                 return self._result_of(response, exchange, deadline)
             except (BadAnswer, urllib3.exceptions.HTTPError, OSError) as error:
@@ -5490,8 +5485,8 @@ class Planner:
         in_flight = self._claimants(waiting)
         jobs = self._jobs_that_have(waiting, sources)
         logged = self.journal.owners([claim_of(task.output_key) for task in waiting])
-        found = {claim: task.key for claim, task in self._found.items()}
-        owners = {**in_flight, **found, **logged}
+        found = self._found_under(waiting)
+        owners = {**in_flight, **{claim: task.key for claim, task in found.items()}, **logged}
         owners.update(self._owners_by_output([task for task in waiting if claim_of(task.output_key) not in owners]))
         for task in waiting:
             claim = claim_of(task.output_key)
@@ -5521,9 +5516,9 @@ class Planner:
         if len(self.routes) == 1:
             return {}
         claims = [claim_of(task.output_key) for task in tasks]
-        found = {claim: task.fingerprint for claim, task in self._found.items()}
+        found = self._found_under(tasks)
         # In this order: see `_claimed`.
-        having = {**self.journal.senders(claims), **found}
+        having = {**self.journal.senders(claims), **{claim: task.fingerprint for claim, task in found.items()}}
         having.update(self.journal.makers(claims))
         wanting = {
             (claim_of(task.output_key), route.job.fingerprint)
@@ -5531,6 +5526,11 @@ class Planner:
             for route in routes_wanting(sources[task.key], self.routes)
         }
         return {claim: job for claim, job in having.items() if (claim, job) in wanting}
+
+    def _found_under(self, tasks: Sequence[Task]) -> dict[str, Task]:
+        """What was found of late under the output keys of these tasks, by claim."""
+        claims = (claim_of(task.output_key) for task in tasks)
+        return {claim: self._found[claim] for claim in claims if claim in self._found}
 
     def _claimants(self, tasks: Sequence[Task]) -> dict[str, str]:
         """The sources of unsettled requests that claim these tasks' keys."""
@@ -5826,8 +5826,7 @@ def convert_object(task: Task, shared: Shared, client: ConvertClient) -> Outcome
             outcome = convert_and_store(task, shared, client, exchange)
     except ObjectFailed as failure:
         # While the API may hold a paid answer, the request is kept, so that the next run can ask for it.
-        doubts = exchange.request.is_doubtful or exchange.is_open
-        keeps = exchange.may_be_paid or (doubts and not failure.permanent)
+        keeps = exchange.may_be_paid or (exchange.is_open and not failure.permanent)
         outcome = Outcome(
             task, Event.FAILED, failure.code, failure.message, failure.status, failure.permanent, unsettled=keeps
         )
