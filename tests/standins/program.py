@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SCRIPT = PROJECT / "s3_bulk_convert.py"
 # As a module, because Python keeps a module's bytecode: to compile the script is a sixth of what a start costs.
 AS_A_MODULE = ("-m", SCRIPT.stem)
+# Root may do everything: without its capabilities, it is a user like any other.
+IS_ROOT = os.geteuid() == 0
+DROPPING = f"['setpriv', '--bounding-set=-all', sys.executable, '-m', '{SCRIPT.stem}', *sys.argv[1:]]"
+UNPRIVILEGED = ("-c", f"import os, sys; os.execvp('setpriv', {DROPPING})") if IS_ROOT else AS_A_MODULE
 # The interpreter for the script, if it is not the tests' own: see all_pythons.py.
 PYTHON = os.environ.get("S3_TEST_PYTHON", sys.executable)
 
