@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -16,9 +16,6 @@ from tests.standins.program import Run, TestBucket, launch
 from tests.standins.relay import Relay
 from tests.standins.s3_server import S3Server
 from tests.standins.servers.kinds import KINDS
-
-if TYPE_CHECKING:
-    pass
 
 pytest.register_assert_rewrite("tests.standins.promises")  # so that it says what differs
 # Under nohup, or in the background of a script, signals are ignored, and the programs under test would inherit that.
@@ -145,16 +142,32 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
+def cheap_object(api: ConversionApi, bucket: TestBucket) -> None:
+    """One object whose conversion costs nothing."""
+    api.behaviour.convert = marking
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n" + b"a")
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Iterator[Path]:
+    """The directory that the script is started in; what was made unreadable there can be removed again."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    yield folder
+    for made in folder.iterdir():
+        if made.is_dir() and not made.is_symlink():
+            made.chmod(0o700)
+
+
+@pytest.fixture
 def start(
-    s3: S3Server, api: ConversionApi, bucket: TestBucket, tmp_path: Path, request: pytest.FixtureRequest
+    s3: S3Server, api: ConversionApi, bucket: TestBucket, work: Path, request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., Run]]:
     """Start the script with some arguments, in an empty directory that later calls share."""
-    workdir = tmp_path / "work"
-    workdir.mkdir()
     started: list[Run] = request.node.stash.setdefault(STARTED, [])
 
     def start(*arguments: str, **named: Any) -> Run:
-        started.append(launch(*arguments, workdir=workdir, s3=s3, api=api, bucket=bucket, **named))
+        started.append(launch(*arguments, workdir=work, s3=s3, api=api, bucket=bucket, **named))
         return started[-1]
 
     yield start

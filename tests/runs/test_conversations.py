@@ -182,7 +182,7 @@ def test_a_limit_that_is_lowered_after_a_request_was_paid_forgets_nothing(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_kill_after_bytes_were_paid_in_place_of_a_url_sends_the_bytes_again(
     processes: str, start: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -236,7 +236,10 @@ def too_late(answer: Answer) -> Answer:
     return dataclasses.replace(answer, status=504, headers={}, body=b"")
 
 
-@pytest.mark.parametrize(("status", "code"), [(422, "unsupported_route"), (400, "bad_request"), (404, "not_found")])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(422, "unsupported_route"), pytest.param(400, "bad_request", marks=pytest.mark.slow), (404, "not_found")],
+)
 def test_a_refused_job_says_nothing_of_the_call_that_took_too_long(
     status: int, code: str, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -252,7 +255,9 @@ def test_a_refused_job_says_nothing_of_the_call_that_took_too_long(
     assert (len(api.paid), last.rows("in_flight"), bodies(bucket)) == (1, [], expected)
 
 
-@pytest.mark.parametrize(("transfer", "most"), [("auto", 4), ("url", 4), ("upload", 3)])
+@pytest.mark.parametrize(
+    ("transfer", "most"), [("auto", 4), pytest.param("url", 4, marks=pytest.mark.slow), ("upload", 3)]
+)
 def test_a_damaged_file_that_is_refused_as_a_taken_key_has_failed_after_two_successors(
     transfer: str, most: int, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

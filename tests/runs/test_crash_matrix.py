@@ -19,10 +19,13 @@ MOMENTS = [
     (HALF_READ, "after"),
 ]
 WITHOUT_A_TRANSFER = {"request-recorded", "summary-written"}
+# In make test, a kill before each effect by URL and one after it by upload stand for the others.
+QUICK = {("before", "url"), ("after", "upload")}
 CASES = [
-    pytest.param(*moment, transfer, marks=[pytest.mark.slow] if is_alike else [])
-    for moment in MOMENTS
-    for transfer, is_alike in (("url", False), ("upload", moment[0] in WITHOUT_A_TRANSFER))
+    pytest.param(effect, when, transfer, marks=[] if is_quick else [pytest.mark.slow])
+    for effect, when in MOMENTS
+    for transfer in ("url", "upload")
+    for is_quick in [transfer == "url" if effect in WITHOUT_A_TRANSFER else (when, transfer) in QUICK]
 ]
 
 fill_bucket = partial(fill, count=OBJECTS, name="in/picture {}", repeated=400)

@@ -224,7 +224,9 @@ def test_a_storage_class_that_s3_does_not_have_stops_the_run_before_more_is_paid
     assert api.paid_twice() == []
 
 
-@pytest.mark.parametrize(("status", "code"), [(429, "rate_limited"), (503, "service_unavailable")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(429, "rate_limited"), pytest.param(503, "service_unavailable", marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_every_wait_at_once(
     *, status: int, code: str, start: Cli, bucket: Any, api: ConversionApi
 ) -> None:

@@ -62,12 +62,13 @@ def run_cli(run_cli: Cli) -> Cli:
     ("status", "code", "exit_code"),
     [
         (401, "invalid_api_key", 3),
-        (403, "forbidden", 3),
+        pytest.param(403, "forbidden", 3, marks=pytest.mark.slow),
         (302, None, 1),
-        (400, "bad_request", 1),
-        (405, None, 1),
-        (422, "bad_request", 1),
         (504, None, 1),
+        # What these three stand for.
+        pytest.param(400, "bad_request", 1, marks=pytest.mark.slow),
+        pytest.param(405, None, 1, marks=pytest.mark.slow),
+        pytest.param(422, "bad_request", 1, marks=pytest.mark.slow),
     ],
 )
 def test_an_error_reply_to_the_question_for_a_job_pays_for_no_second_one(
@@ -111,7 +112,7 @@ def is_poll_of_the_first_job() -> Callable[[Request], bool]:
     return is_it
 
 
-@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize("status", [404, pytest.param(410, marks=pytest.mark.slow)])
 def test_a_job_that_the_api_has_forgotten_is_sent_anew_and_counted(
     status: int, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -121,7 +122,9 @@ def test_a_job_that_the_api_has_forgotten_is_sent_anew_and_counted(
     assert (run.exit_code, run.summary["possible_double_charges"], bodies(bucket)) == (0, 1, expected)
 
 
-@pytest.mark.parametrize("result", [{}, None, {"file_url": ""}])
+@pytest.mark.parametrize(
+    "result", [{}, *(pytest.param(other, marks=pytest.mark.slow) for other in (None, {"file_url": ""}))]
+)
 def test_a_job_that_is_completed_without_a_link_is_left_after_a_few_questions(
     result: object, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -140,7 +143,10 @@ def make_a_day_older(run: Any) -> None:
         db.execute("UPDATE in_flight SET sent_at = sent_at - ?", (24 * 3600 + 60,))
 
 
-@pytest.mark.parametrize(("is_lost", "doubles"), [(False, 0), (True, 1)], ids=["known", "lost"])
+@pytest.mark.parametrize(
+    ("is_lost", "doubles"),
+    [pytest.param(False, 0, id="known", marks=pytest.mark.slow), pytest.param(True, 1, id="lost")],
+)
 def test_a_job_of_yesterday_is_asked_for_before_anything_is_sent(
     *, is_lost: bool, doubles: int, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -168,7 +174,9 @@ def test_a_job_of_yesterday_is_asked_for_before_anything_is_sent(
     "elsewhere",
     [pytest.param(False, id="own host"), pytest.param(True, id="another host", marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("status", [302, 401, 403, 404, 405, 422])
+@pytest.mark.parametrize(
+    "status", [302, 403, *(pytest.param(other, marks=pytest.mark.slow) for other in (401, 404, 405, 422))]
+)
 def test_a_link_that_is_refused_is_asked_for_anew(
     *, status: int, elsewhere: bool, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -279,7 +287,7 @@ def test_a_job_by_url_that_failed_gets_one_with_the_bytes(run_cli: Cli, bucket: 
         ("fetch_failed", (), [False, True]),
         ("fetch_failed", ("--set", "api.transfer=url"), [False]),
         ("unsupported_route", (), [False]),
-        ("file_too_large", (), [False]),
+        pytest.param("file_too_large", (), [False], marks=pytest.mark.slow),
     ],
 )
 def test_a_job_that_fails_with_the_bytes_too_or_for_another_reason_has_failed(
@@ -293,7 +301,10 @@ def test_a_job_that_fails_with_the_bytes_too_or_for_another_reason_has_failed(
     assert (conversions(api), api.paid, run.rows("in_flight")) == (sent, [], [])
 
 
-@pytest.mark.parametrize(("code", "sent"), [("fetch_failed", [False, True]), ("service_unavailable", [False] * 3)])
+@pytest.mark.parametrize(
+    ("code", "sent"),
+    [("fetch_failed", [False, True]), pytest.param("service_unavailable", [False] * 3, marks=pytest.mark.slow)],
+)
 def test_a_job_of_an_earlier_run_that_failed_is_treated_no_worse(
     *, code: str, sent: list[bool], run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

@@ -202,7 +202,12 @@ def test_check_fails_when_the_month_is_used_up(run_cli: Cli, api: ConversionApi)
     [
         (Fault.json_in_200({"plan": None}), "WARN", "quota: the API does not say what is left of the month"),
         (Fault.html_page(), "WARN", "quota: the API does not say what is left of the month"),
-        (Fault.status_reply(404, "not_found"), "WARN", "quota: the API does not say what is left of the month"),
+        pytest.param(
+            Fault.status_reply(404, "not_found"),
+            "WARN",
+            "quota: the API does not say what is left of the month",
+            marks=pytest.mark.slow,
+        ),
         (Fault.status_reply(503, "service_unavailable"), "FAIL", "API key: the API answered 503 service_unavailable"),
         (Fault.status_reply(403), "FAIL", "API key: the API refused the account: 403"),
     ],

@@ -132,7 +132,8 @@ S3_PLACES = {
 }
 
 
-# What each peer that falls silent stands for its like with.
+# Places for which others stand, and with what each peer that falls silent stands for its like.
+ALIKE = {"look at the bucket", "listing before answer", "source before answer", "middle of request"}
 QUIET = {"before answer": Does.VANISH, "middle of answer": Does.STALL, "middle of PUT": Does.STALL}
 
 
@@ -140,7 +141,8 @@ def breaks(places: Iterable[str]) -> list[Any]:
     """Each place with each thing that may happen there; what another case stands for is slow."""
     cases = []
     for place, does in itertools.product(places, (Does.RESET, Does.CLOSE, Does.VANISH, Does.STALL)):
-        marks = () if does is Does.RESET or QUIET.get(place) is does else (pytest.mark.slow,)
+        stands_for_its_like = QUIET.get(place) is does or (does is Does.RESET and place not in ALIKE)
+        marks = () if stands_for_its_like else (pytest.mark.slow,)
         cases.append(pytest.param(place, does, marks=marks, id=f"{place}-{does.name}"))
     return cases
 
@@ -251,7 +253,9 @@ LASTING = ("api.retries=1",)
 FEW_ATTEMPTS = {"S3_ATTEMPTS": 2}
 
 
-@pytest.mark.parametrize("does", [Does.RESET, Does.VANISH], ids=lambda does: does.name)
+@pytest.mark.parametrize(
+    "does", [Does.RESET, pytest.param(Does.VANISH, marks=pytest.mark.slow)], ids=lambda does: does.name
+)
 def test_an_api_whose_answers_never_come_leaves_transient_failures_and_one_bill(does: Does, site: Site) -> None:
     site.put()
     site.to_api.faults.append(Fault(does, on=CONVERT, way="down", times=None))
@@ -264,7 +268,9 @@ def test_an_api_whose_answers_never_come_leaves_transient_failures_and_one_bill(
     assert site.api.replays >= COUNT
 
 
-@pytest.mark.parametrize("does", [Does.RESET, Does.VANISH], ids=lambda does: does.name)
+@pytest.mark.parametrize(
+    "does", [Does.RESET, pytest.param(Does.VANISH, marks=pytest.mark.slow)], ids=lambda does: does.name
+)
 def test_an_s3_that_takes_no_output_leaves_transient_failures_and_one_bill(does: Does, site: Site) -> None:
     site.put()
     site.to_s3.faults.append(Fault(does, on=PUT, after=IN_THE_MIDDLE, times=None))
@@ -275,7 +281,9 @@ def test_an_s3_that_takes_no_output_leaves_transient_failures_and_one_bill(does:
     site.assert_finished(site.run())
 
 
-@pytest.mark.parametrize("place", [HEAD, LIST], ids=["bucket", "listing"])
+@pytest.mark.parametrize(
+    "place", [pytest.param(HEAD, id="bucket", marks=pytest.mark.slow), pytest.param(LIST, id="listing")]
+)
 def test_an_s3_that_lists_nothing_stops_the_run(place: bytes, site: Site) -> None:
     site.put()
     site.to_s3.faults.append(Fault(Does.RESET, on=place, way="down", times=None))
@@ -313,7 +321,7 @@ def test_an_api_that_cannot_be_found_stops_the_run_and_blames_none_of_sixty_obje
     assert (run.summary["left"], run.summary["requests"] <= 30) == (60, True)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_api_that_refuses_connections_stops_the_run_and_the_next_one_finishes(processes: int, site: Site) -> None:
     site.put()
     with site.to_api.refusing():
@@ -324,7 +332,7 @@ def test_an_api_that_refuses_connections_stops_the_run_and_the_next_one_finishes
     site.assert_finished(site.run())
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.slow), "https"])
 def test_an_address_with_the_wrong_scheme_stops_the_run(scheme: str, site: Site, tmp_path: Path) -> None:
     site.put()
     if scheme == "https":
@@ -336,7 +344,7 @@ def test_an_address_with_the_wrong_scheme_stops_the_run(scheme: str, site: Site,
     assert (run.exit_code, run.summary["failed"]) == (1, {"network": COUNT})
 
 
-@pytest.mark.parametrize("endpoint", ["http://s3.invalid", "refusing"])
+@pytest.mark.parametrize("endpoint", [pytest.param("http://s3.invalid", marks=pytest.mark.slow), "refusing"])
 def test_an_s3_without_a_connection_stops_the_run(endpoint: str, site: Site) -> None:
     site.put()
     with site.to_s3.refusing():
@@ -354,7 +362,7 @@ def said(run: Run, words: str) -> None:
     assert line is not None, "the run ended without saying it"
 
 
-@pytest.mark.parametrize("away", ["the API", "S3"])
+@pytest.mark.parametrize("away", ["the API", pytest.param("S3", marks=pytest.mark.slow)])
 def test_an_outage_in_the_middle_of_a_run_is_waited_for(away: str, site: Site) -> None:
     site.put(8)
     network = site.to_api if away == "the API" else site.to_s3
@@ -369,7 +377,7 @@ def test_an_outage_in_the_middle_of_a_run_is_waited_for(away: str, site: Site) -
     assert run.failures == []
 
 
-@pytest.mark.parametrize("away", ["the API", "S3"])
+@pytest.mark.parametrize("away", [pytest.param("the API", marks=pytest.mark.slow), "S3"])
 def test_an_outage_that_lasts_stops_the_run_and_the_next_one_finishes(away: str, site: Site) -> None:
     site.put(8)
     network = site.to_api if away == "the API" else site.to_s3
@@ -435,7 +443,7 @@ def test_a_private_ca_that_is_not_trusted_stops_the_run(untrusted: str, safe: Si
 @pytest.mark.parametrize(
     ("problem", "whose"),
     [
-        pytest.param("certificate has expired", "the API's", id="expired-API"),
+        pytest.param("certificate has expired", "the API's", id="expired-API", marks=pytest.mark.slow),
         pytest.param("Hostname mismatch", "the API's", id="other host-API"),
         pytest.param("hostname 'localhost' doesn't match", "S3's", id="other host-S3"),
     ],
@@ -502,8 +510,8 @@ def test_an_answer_that_breaks_behind_a_proxy_is_paid_once(site: Site) -> None:
     assert site.api.replays >= COUNT
 
 
-@pytest.mark.parametrize("leg", ["API", "S3"])
-@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("leg", ["API", pytest.param("S3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", [pytest.param("http", marks=pytest.mark.slow), "https"])
 def test_a_proxy_that_refuses_stops_the_run_and_is_named(
     scheme: str, leg: str, site: Site, safe: Site, authorities: Authorities
 ) -> None:
@@ -518,7 +526,7 @@ def test_a_proxy_that_refuses_stops_the_run_and_is_named(
     assert used.api.requests == []
 
 
-@pytest.mark.parametrize(("scheme", "leg"), [("http", "S3"), ("https", "API")])
+@pytest.mark.parametrize(("scheme", "leg"), [("http", "S3"), pytest.param("https", "API", marks=pytest.mark.slow)])
 def test_a_proxy_that_cannot_be_reached_stops_the_run_and_is_named(
     scheme: str, leg: str, site: Site, safe: Site, authorities: Authorities
 ) -> None:

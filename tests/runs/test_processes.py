@@ -139,6 +139,7 @@ def test_what_one_process_hears_stops_them_all(run_cli: Cli, strict_api: Convers
     assert run.failures == []
 
 
+@pytest.mark.slow  # a 429 below is for all as well, by the same pace
 def test_one_pace_holds_for_all_processes(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:
     fill(bucket, 90)
     strict_api.behaviour.per_minute, strict_api.behaviour.window_seconds = 1200, 60

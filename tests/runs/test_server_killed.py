@@ -40,7 +40,7 @@ def kill_at(api: ConversionApi, moment: Event, s3: S3Server) -> threading.Event:
     ("transfer", "back"),
     [
         ("auto", "at once"),
-        ("auto", "after the run"),
+        pytest.param("auto", "after the run", marks=pytest.mark.slow),
         # What `auto` stands for where it is quick.
         pytest.param("url", "at once", marks=pytest.mark.slow),
         pytest.param("upload", "at once", marks=pytest.mark.slow),

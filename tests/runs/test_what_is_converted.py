@@ -48,7 +48,7 @@ def write_ini(path: Path, *lines: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("transfer", ["url", "auto", "upload"])
+@pytest.mark.parametrize("transfer", ["url", pytest.param("auto", marks=pytest.mark.slow), "upload"])
 def test_odd_keys_work_end_to_end(transfer: str, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     api.behaviour.convert = marking
     sources = {key: b"\x89PNG\r\n\x1a\n" + key.encode() for key in ODD_KEYS}

@@ -4,39 +4,20 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.standins.conversion_api import ConversionApi
-from tests.standins.converters import marking
-from tests.standins.program import AS_A_MODULE
+from tests.standins.program import IS_ROOT, UNPRIVILEGED
 
 Cli = Callable[..., Any]
-IS_ROOT = os.geteuid() == 0
-DROPPING = "['setpriv', '--bounding-set=-all', sys.executable, '-m', 's3_bulk_convert', *sys.argv[1:]]"
-UNPRIVILEGED = ("-c", f"import os, sys; os.execvp('setpriv', {DROPPING})") if IS_ROOT else AS_A_MODULE
+pytestmark = pytest.mark.usefixtures("cheap_object")
 # In a mount namespace of its own, so that no other process sees it; `mounted` lies over itself there.
 MOUNTING = 'mount --bind mounted mounted && exec "$0" -m s3_bulk_convert "$@"'
 UNSHARED = ["unshare", *(["-m"] if IS_ROOT else ["-rm"]), "sh", "-c", MOUNTING]
 WITH_A_MOUNT = ("-c", f"import os, sys; os.execvp('unshare', [*{UNSHARED}, sys.executable, *sys.argv[1:]])")
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi, bucket: Any) -> None:
-    """One object whose conversion costs nothing."""
-    api.behaviour.convert = marking
-    bucket.put("a.png", b"\x89PNG\r\n\x1a\n" + b"a")
-
-
-@pytest.fixture
-def work(tmp_path: Path) -> Iterator[Path]:
-    """The directory that the script is started in."""
-    yield tmp_path / "work"
-    for folder in (tmp_path / "work").glob("*/"):
-        folder.chmod(0o700)
 
 
 def written(path: str) -> tuple[str, ...]:

@@ -134,6 +134,7 @@ class Answer:
     body: bytes = b""
     wire: Wire = Wire.WHOLE
     chunked: bool = False
+    announced: int | None = None  # bytes, where the length that the head says is not the body's
     until_close: bool = False  # nothing but the end of the connection says where the body ends
     drips_from: Literal["head", "body", "end"] | None = None  # from there on, a byte at a time
     is_repeated: bool = False  # a line end follows it, and the next request on its connection is answered with it again
@@ -1287,7 +1288,8 @@ class Exchange(BaseHTTPRequestHandler):
         return first, answer.body[middle:]
 
     def _head(self, answer: Answer) -> bytes:
-        length = ("Transfer-Encoding", "chunked") if answer.chunked else ("Content-Length", str(len(answer.body)))
+        announced = len(answer.body) if answer.announced is None else answer.announced
+        length = ("Transfer-Encoding", "chunked") if answer.chunked else ("Content-Length", str(announced))
         framing = [] if answer.until_close else [length]
         lines = [f"HTTP/{'1.0' if answer.until_close else '1.1'} {answer.status} {reason(answer.status)}"]
         lines += [f"{name}: {value}" for name, value in (*answer.headers.items(), *framing)]

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 SCRIPT = PROJECT / "s3_bulk_convert.py"
 # As a module, because Python keeps a module's bytecode: to compile the script is a sixth of what a start costs.
 AS_A_MODULE = ("-m", SCRIPT.stem)
+# Root may do everything: without its capabilities, it is a user like any other.
+IS_ROOT = os.geteuid() == 0
+DROPPING = f"['setpriv', '--bounding-set=-all', sys.executable, '-m', '{SCRIPT.stem}', *sys.argv[1:]]"
+UNPRIVILEGED = ("-c", f"import os, sys; os.execvp('setpriv', {DROPPING})") if IS_ROOT else AS_A_MODULE
 # The interpreter for the script, if it is not the tests' own: see all_pythons.py.
 PYTHON = os.environ.get("S3_TEST_PYTHON", sys.executable)
 
@@ -115,7 +119,8 @@ class Run:
         told += f"\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
         for name in ("CTF_API_KEY", "AWS_SECRET_ACCESS_KEY"):
             told = told.replace(self._environment.get(name) or "\0", "(secret)")
-        return told
+        # What is no UTF-8 cannot be handed on to the process that prints it.
+        return told.encode("utf-8", "backslashreplace").decode()
 
     def _refuse_secrets(self) -> None:
         written = "".join(path.read_text() for path in self.workdir.glob("*.json*"))
