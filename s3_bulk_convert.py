@@ -238,7 +238,7 @@ FORMAT_ALIASES |= {"tif": "tiff", "htm": "html", "mpg": "mpeg", "yml": "yaml", "
 HTML_FORMATS, MARKUP_FORMATS = frozenset({"html", "xhtml", "mhtml"}), frozenset({"svg", "xml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yaml", "rst", "tex"})
 ANY_JSON = frozenset({"json", "ndjson", "jsonl"})  # those of the next that may begin as the API's error does
-JSON_FORMATS = ANY_JSON | {"geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest"}
+JSON_FORMATS = ANY_JSON | {"geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest", "gltf", "lottie"}
 JSON_TYPES = frozenset({"application/json", "application/problem+json", "text/json"})
 GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
@@ -291,11 +291,17 @@ BRANDS = {
 # How bodies begin that are no result: an error page, the API's error envelope; and XML, in UTF-8 or UTF-16.
 HTML_BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head)\b", re.IGNORECASE)
 ERROR_BEGINNING = re.compile(rb"\s*\{\s*\"error\"\s*:")
+ERROR_ELEMENT = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<Error[\s>].*<Code>", re.DOTALL)  # as S3 answers
 MARKUP_BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\s*<|\xff\xfe<\0|\xfe\xff\0<")
-# A whole text that is nothing but what servers call an error, such as `502 Bad Gateway`.
+# A whole text that is nothing but what servers call an error, such as `502 Bad Gateway`; nginx's and Envoy's too.
 ERROR_WORDS = re.compile(
     rb"\s*(error:?\s+)?(\d{3}:?\s+)?(%b)[.!]?\s*|\s*error code: \d+\s*"
-    % b"|".join(re.escape(status.phrase).encode() for status in http.HTTPStatus if status >= 400),
+    % b"|".join(
+        (
+            *(re.escape(status.phrase).encode() for status in http.HTTPStatus if status >= 400),
+            *(b"Gateway Time-out", b"no healthy upstream", b"upstream request timeout", b"upstream connect error.*"),
+        )
+    ),
     re.IGNORECASE,
 )
 
@@ -693,6 +699,15 @@ class Read:
             raise ValueError("give only what follows the bucket")
         if re.fullmatch(QUOTED, given, re.DOTALL):
             raise ValueError("expected the beginning of a key")
+        return Read.key(given)
+
+    @staticmethod
+    def key(given: str) -> str:
+        """What may stand in a key."""
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            raise ValueError("expected UTF-8, for S3 has no other keys; check the terminal's locale") from None
         return given
 
     @staticmethod
@@ -735,6 +750,17 @@ class Read:
             if match is None or match[2] not in units or float(match[1]) > most:
                 raise ValueError(f"expected a {expected}")
             return made(float(match[1]) * units[match[2]])
+
+        return read
+
+    @staticmethod
+    def positive(reader: Callable[[str], float], expected: str) -> Callable[[str], float]:
+        """What `reader` reads, and more than none."""
+
+        def read(given: str) -> float:
+            if not (number := reader(given)):
+                raise ValueError(f"expected {expected}")
+            return number
 
         return read
 
@@ -786,6 +812,7 @@ class Read:
     size = number(SIZE_UNITS, "size such as 500, 100MB or 5GiB", int)
     # A number alone is no duration: is 150 seconds or minutes?
     duration = number({"s": 1, "m": 60, "h": 3600, "d": 86400}, "duration such as 150s, 10m, 2h or 7d", float)
+    positive_duration = positive(duration, "a duration of more than 0, such as 150s")
     percent = number({"%": 0.01}, "rate such as 2%", float, most=100)
     text_or_none, size_or_none = optional("none", str), optional("none", size)
     duration_or_none = optional("none", duration)
@@ -892,7 +919,7 @@ class S3Options:
         partial(Read.bucket, "output_bucket"), "bucket to write to, if it is another", default=""
     )
     output_key: str = option(
-        str,
+        Read.key,
         "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
         default="converted/{dir}{stem}.{target}",
     )
@@ -955,7 +982,7 @@ class ApiOptions:
         Read.optional("none", Read.integer(1)), "conversions to ask for in one run, failed ones included", default=None
     )
     keep_remaining: int = option(Read.integer(0), "stop when the month has so many conversions left", default=0)
-    timeout: float = option(Read.duration, "how long to wait for an answer", default=150.0)
+    timeout: float = option(Read.positive_duration, "how long to wait for an answer", default=150.0)
     retries: int = option(Read.integer(0, 20), "transient failures that one object may have", default=5)
     jobs_above: int | None = option(
         Read.optional("never", Read.size), "larger objects go through /v1/jobs", default=100 * 10**6
@@ -1474,8 +1501,9 @@ class FileType:
         begins_wrongly = has_signature and not cls.begins_like(kind, head)
         begins_wrongly |= kind in MARKUP_FORMATS and MARKUP_BEGINNING.match(head) is None
         # In a `txt` the words may be the file's own: nobody can tell.
-        is_error_text = kind != "txt" and ERROR_WORDS.fullmatch(head)
-        if plain.lower() == "text/plain" and (begins_wrongly or is_error_text):
+        is_words = plain.lower() == "text/plain" and ERROR_WORDS.fullmatch(head)
+        says_error = kind != "txt" and (is_words or ERROR_ELEMENT.match(head))
+        if says_error or (begins_wrongly and plain.lower() in {"text/plain", "text/xml", "application/xml"}):
             raise InvalidResponse("text_answer", "the API answered with plain text instead of the file")
         # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
         if begins_wrongly:
@@ -2308,7 +2336,10 @@ class Page(NamedTuple):
                 is_restoring = entry.findtext(f"{restore}IsRestoreInProgress") == "true"
                 is_archived = is_restoring or not entry.findtext(f"{restore}RestoreExpiryDate")
             objects.append(SourceObject(decode(key), version, int(size), modified, is_archived))
-        count, truncated = root.findtext(f"{space}KeyCount"), root.findtext(f"{space}IsTruncated")
+        count = root.findtext(f"{space}KeyCount")
+        # XML Schema has two words for each, and lets white space stand around them.
+        said = root.findtext(f"{space}IsTruncated", "").strip().lower()
+        truncated = {"1": "true", "0": "false"}.get(said, said)
         if truncated not in {"true", "false"} or (count is not None and int(count) != len(objects)):
             raise ValueError("the page is not whole")
         if clean is not body and not is_encoded:
@@ -3601,7 +3632,7 @@ class Arriving(io.RawIOBase):
         super().__init__()
         self._connection, self._bytes = connection, connection.makefile("rb", buffering=0)
         self._patience = connection.gettimeout() or WAIT_DEADLINE_SECONDS
-        self.is_over = False
+        self.is_over = self.has_surplus = False
         self.give_time(0.0)
 
     def give_time(self, seconds_per_byte: float) -> None:
@@ -3649,6 +3680,7 @@ class AnswerBuffer(io.BufferedReader):
         if not self.closed:
             self._arriving.is_over = True
             if self.peek(1):
+                self._arriving.has_surplus = True
                 self._arriving.hang_up()
         super().close()
 
@@ -3661,6 +3693,11 @@ class Reply(http.client.HTTPResponse):
         self.fp.close()
         self._arriving = Arriving(sock)
         self.fp = AnswerBuffer(self._arriving)
+
+    @property
+    def has_surplus(self) -> bool:
+        """Whether more has come than the answer has announced, as far as it is known when the answer has been read."""
+        return self._arriving.has_surplus
 
     def begin(self, **named: Any) -> None:
         """Read the head of the answer. Raises HTTPException if it makes no sense."""
@@ -4075,7 +4112,9 @@ class ConvertedFile:
             body.seek(max(0, size - 64))
             tail = body.read()
             body.seek(0)
-            # Where neither length nor chunks say where the body ends, a cut one looks like a whole one.
+            # Where neither length nor chunks say where the body ends, or more has come than they say, a cut one looks
+            # like a whole one.
+            is_told &= not getattr(getattr(answer.raw, "_original_response", None), "has_surplus", False)
             kinds = (FileType.canonical(target), "zip")
             if not (is_told or any(FileType.is_whole_file(kind, size, head, tail) for kind in kinds)):
                 raise InvalidResponse("no_length", "the answer does not say where it ends")
@@ -4547,6 +4586,8 @@ class ApiClient:
         status, request, is_own = answer.status_code, call.request, self._key.is_for(call.address)
         code, message = ApiReply.parse_error(read_beginning(answer))
         action = call.classify(status, code)
+        if status == 407 and not Trouble.proxy_for(self._api.url):
+            action = ErrorAction.FAIL  # where no proxy is named, it is no proxy's word on all requests
         if action is ErrorAction.STOP_RUN:
             return Trouble.refusal_by_api(status, code, message, self._api.url)
         permanent = action in {ErrorAction.REJECT, ErrorAction.NEW_KEY}
@@ -5411,7 +5452,7 @@ def hint_for(code: str) -> str:
     if code.startswith("http_5"):
         return "the API's side: run it again later"
     unknown = "open one of the files: it may be damaged or protected by a password; its message says more"
-    return HINTS.get(code, HINTS["http_403"] if re.fullmatch("http_[34]..", code) else unknown)
+    return HINTS.get(code, HINTS["http_403"] if re.fullmatch("http_[134]..", code) else unknown)
 
 
 def printable(text: str) -> str:

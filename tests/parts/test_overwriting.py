@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any, cast
 
@@ -71,7 +72,7 @@ def test_what_lies_under_an_output_key_is_what_it_says_of_itself(
 def test_what_says_nothing_of_itself_is_adopted_only_where_it_can_be_this_source_s(
     written: float, holder: str, state: OutputState, *, adopts: bool
 ) -> None:
-    task = program.replace(TASK, holder=holder)
+    task = replace(TASK, holder=holder)
     assert Heads({}, written=written, adopts=adopts).look_at_output(task, SOURCE).state is state
 
 
