@@ -1994,10 +1994,11 @@ class Journal:
         with self._transaction() as db:
             db.execute("UPDATE runs SET ended = ?, exit_code = ? WHERE id = ?", (now, exit_code, self.run_id))
 
-    def claim(self, owners: Sequence[tuple[str, str]]) -> dict[str, str]:
-        """Slot -> who has it in this run: the first that asked, among these (slot, owner) or before."""
+    def claim(self, owners: Sequence[tuple[str, str]], *, anew: bool = False) -> dict[str, str]:
+        """Slot -> who has it in this run: the first that asked, among these (slot, owner) or before; `anew`: these."""
         with self._locked():
-            self._temporary.executemany("INSERT OR IGNORE INTO claims VALUES (?, ?)", owners)
+            how = "REPLACE" if anew else "IGNORE"
+            self._temporary.executemany(f"INSERT OR {how} INTO claims VALUES (?, ?)", owners)
             asked = "SELECT slot, owner FROM claims WHERE slot = ?"
             return dict(self._temporary.execute(asked, (slot,)).fetchone() for slot, _ in owners)
 
@@ -2978,20 +2979,13 @@ class Bucket:
             OutputState.FOREIGN, stored, taken_key(key, f"[job {maker}]" if is_of_job else printable(holder))
         )
 
-    def is_marked(self, key: str) -> bool:
-        """Whether an object of the source bucket says that this program has made it; also where S3 does not say."""
+    def is_no_source(self, key: str) -> bool | None:
+        """Whether nothing is there, or an output of this program, so that it wants no output key; None: unknown."""
         try:
             head = self._head(self.name, key, "look_failed")
         except ObjectFailed:
-            return True
+            return None
         return head is None or is_own_metadata(head["Metadata"])
-
-    def is_gone(self, key: str) -> bool:
-        """Whether S3 says that a source is not there."""
-        try:
-            return self._head(self.name, key, "look_failed") is None
-        except ObjectFailed:
-            return False
 
     # -- reading and writing -------------------------------------------------------------------------------------------
 
@@ -3416,7 +3410,7 @@ class Planner:
         # A few looks, for a warning alone, at what no output is called.
         if not key.endswith((*self._own_endings, "/")) and self._unmarked_looks > 0 and "unmarked" not in self.warnings:
             self._unmarked_looks -= 1
-            if not self.bucket.is_marked(key):
+            if self.bucket.is_no_source(key) is False:
                 self.warnings["unmarked"] = (
                     f"{printable(key)} lies where outputs go and is none of this program's: such keys are skipped; "
                     "if they are sources, give outputs a prefix of their own in s3.output_key"
@@ -3488,10 +3482,9 @@ class Planner:
             for name, each in self.matchers.items()
             if name != job and each.wants_key(source.key) and (not source.version or each.wants(source))
         ]
-        is_apart = not self.settings.s3.is_one_bucket or bool(matcher.job.constant_prefix)
         return Task(
             job=job,
-            adopts=self.settings.run.skip_existing and is_apart,
+            adopts=self.settings.run.skip_existing and self._has_own_place(job),
             rivals=tuple(rivals),
             fingerprint=matcher.job.fingerprint,
             source=source._replace(version="") if self.settings.keys_from else source,
@@ -3528,7 +3521,7 @@ class Planner:
             holder = key if bucket == self.bucket.name else f"s3://{bucket}/{key}"
             # An object that was deleted while it was in flight, and has left no output, holds nobody up.
             is_itself = (bucket, key) == (self.bucket.name, task.source.key)
-            if is_itself or (not look and bucket == self.bucket.name and self.bucket.is_gone(key)):
+            if is_itself or (not look and bucket == self.bucket.name and self.bucket.is_no_source(key)):
                 holder = ""
             placed.append((replace(task, holder=holder, look=look), slot))
         # A request in flight comes before what is new; what somebody else holds is claimed by nobody here.
@@ -3540,9 +3533,19 @@ class Planner:
                 yield task
             elif key == task.source.key:
                 yield replace(task, holder=f"[job {job}]")
-            else:
+            elif task.look:
                 # Of different sources, the one has the key whose output lies there: the look tells.
-                yield task if task.look else replace(task, holder=key)
+                yield task
+            elif self._has_own_place(job) or not self.bucket.is_no_source(key):
+                yield replace(task, holder=key)
+            else:
+                # Among the sources, outputs of other jobs are listed as well, and have claimed what they do not want.
+                claims |= self.journal.claim([(slot, f"{task.job}/{task.source.key}")], anew=True)
+                yield task
+
+    def _has_own_place(self, job: str) -> bool:
+        """Whether a job's outputs lie apart from all sources."""
+        return not self.settings.s3.is_one_bucket or bool(self.matchers[job].job.constant_prefix)
 
     def _output_place(self, task: Task) -> tuple[str, str]:
         return self.matchers[task.job].job.constant_prefix, task.output_key

@@ -142,6 +142,7 @@ def test_the_project_has_nothing_else_at_its_top_level() -> None:
         "tests",
         "Makefile",
         "README.md",
+        "docs",
         "LICENSE",
         "CHANGELOG.md",
         ".gitignore",

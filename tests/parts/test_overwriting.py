@@ -19,7 +19,6 @@ class Heads(program.Bucket):
     def __init__(self, answer: str | dict[str, str], *, written: float = 0.0, adopts: bool = True) -> None:
         self.name, self.output_name, self._payer, self._answer = "in", "out", {}, answer
         self._adopts, self._written = adopts, datetime.fromtimestamp(written, timezone.utc)
-        self._jobs = {"f": "j", "g": "another"}
 
     @property
     def client(self) -> Any:
@@ -35,7 +34,7 @@ class Heads(program.Bucket):
 
 
 SOURCE = SourceFacts("k.png", "e", 1, 100.0, "", {})
-TASK = Task("j", "f", SourceObject("k.png", "e", 1), "jpg", None, "k.jpg")
+TASK = Task("j", "f", SourceObject("k.png", "e", 1), "jpg", None, "k.jpg", rivals=(("g", "another"),))
 OURS = {"source-key": "k.png", "source-etag": "e", "source-bucket": "in", "job": "j", "job-fingerprint": "f"}
 
 
@@ -72,8 +71,8 @@ def test_what_lies_under_an_output_key_is_what_it_says_of_itself(
 def test_what_says_nothing_of_itself_is_adopted_only_where_it_can_be_this_source_s(
     written: float, holder: str, state: OutputState, *, adopts: bool
 ) -> None:
-    task = replace(TASK, holder=holder)
-    assert Heads({}, written=written, adopts=adopts).look_at_output(task, SOURCE).state is state
+    task = replace(TASK, holder=holder, adopts=adopts)
+    assert Heads({}, written=written).look_at_output(task, SOURCE).state is state
 
 
 @pytest.mark.parametrize("answer", ["400", "403", "500", "503"])
@@ -85,12 +84,10 @@ def test_what_s3_does_not_say_is_never_taken_for_absent(answer: str) -> None:
     with pytest.raises(program.ObjectFailed, match=answer):
         bucket.require_unchanged(SOURCE)
     # Neither is a key given free by it, nor is somebody warned of what may well be an output.
-    assert (bucket.is_gone("k.png"), bucket.is_marked("k.jpg")) == (False, True)
+    assert bucket.is_no_source("k.png") is None
 
 
-@pytest.mark.parametrize(
-    ("answer", "is_gone", "is_marked"), [("404", True, True), (OURS, False, True), ({}, False, False)]
-)
-def test_what_s3_says_is_believed(answer: Any, *, is_gone: bool, is_marked: bool) -> None:
+@pytest.mark.parametrize(("answer", "is_no_source"), [("404", True), (OURS, True), ({}, False)])
+def test_what_s3_says_is_believed(answer: Any, *, is_no_source: bool) -> None:
     bucket = Heads(cast(Any, answer))
-    assert (bucket.is_gone("k.png"), bucket.is_marked("k.jpg")) == (is_gone, is_marked)
+    assert bucket.is_no_source("k.png") is is_no_source

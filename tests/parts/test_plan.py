@@ -67,13 +67,9 @@ class FakeBucket(program.Bucket):
         self.outputs_read()
         return program.Page([source(key) for key in keys], is_last=True)
 
-    def is_marked(self, key: str) -> bool:
-        """All outputs are this program's."""
-        return True
-
-    def is_gone(self, key: str) -> bool:
-        """Every source is still there."""
-        return False
+    def is_no_source(self, key: str) -> bool:
+        """Every source is still there, and all outputs are this program's."""
+        return key in self.outputs
 
 
 @dataclass

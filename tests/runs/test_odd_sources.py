@@ -227,8 +227,9 @@ def test_where_no_source_can_be_read_the_run_stops_and_all_stays_to_do(
     hide(relay)
     run = run_cli(*WAYS[way], AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["converted"], api.paid) == (3, 0, [])
-    assert re.search("S3 refused reading .*: AccessDenied", run.summary["stopped_because"])
-    assert len(run.failures) < 10
+    assert re.search("10 objects in a row .*: source_unreadable .*AccessDenied", run.summary["stopped_because"])
+    # Each is named, and to none has anything happened that the next run would leave out.
+    assert {line["permanent"] for line in run.failures} == {False}
     relay.refuse = lambda *_: False
     again = run_cli(*WAYS[way], AWS_ENDPOINT_URL_S3=relay.url)
     assert (again.exit_code, again.summary["converted"], api.paid_twice()) == (0, len(expected), [])
@@ -242,7 +243,7 @@ def test_sources_that_nobody_may_read_any_more_stop_the_run_though_others_were_r
     relay.refuse = lambda method, path: method == "GET" and urlsplit(path).path.endswith(".png") and len(api.paid) >= 5
     run = run_cli(*UPLOAD, "--workers", "2", AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["converted"]) == (3, len(api.paid))
-    # Up to nine before the last success was there, and what the two workers had in hand when the run was stopped.
-    assert len(run.failures) <= 9 + 2
+    # The ten, one before the last success, and what the two workers had in hand when the run was stopped.
+    assert len(run.failures) <= 10 + 1 + 2
     assert run_cli(*UPLOAD).exit_code == 0
     assert (len(api.paid), api.paid_twice()) == (25, [])

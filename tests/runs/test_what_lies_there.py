@@ -35,12 +35,6 @@ def _cheap(api: ConversionApi) -> None:
     api.behaviour.convert = marking
 
 
-@pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """Where the script runs."""
-    return tmp_path / "work"
-
-
 def forget(work: Path) -> None:
     """Lose the checkpoint."""
     for path in work.glob("s3_bulk_convert.sqlite3*"):
