@@ -14,17 +14,18 @@ from tests.standins.promises import assert_all_promises_are_kept, fill
 Cli = Callable[..., Any]
 OBJECTS = 6
 KILLED = -9
+OF_THEIR_OWN = {"failure-written", "output-looked-at"}  # what the first run of good objects never comes to
 MOMENTS = [
-    *((effect, when) for effect in EFFECTS if effect != "failure-written" for when in ("before", "after")),
+    *((effect, when) for effect in EFFECTS if effect not in OF_THEIR_OWN for when in ("before", "after")),
     (HALF_READ, "after"),
 ]
-WITHOUT_A_TRANSFER = {"request-recorded", "summary-written"}
+WITHOUT_A_TRANSFER = {"source-looked-at", "source-looked-at-again", "request-recorded", "summary-written"}
 # In make test, a kill before each effect by URL and one after it by upload stand for the others.
 QUICK = {("before", "url"), ("after", "upload")}
 CASES = [
     pytest.param(effect, when, transfer, marks=[] if is_quick else [pytest.mark.slow])
     for effect, when in MOMENTS
-    for transfer in ("url", "upload")
+    for transfer in (("url",) if effect == "source-looked-at-again" else ("url", "upload"))
     for is_quick in [transfer == "url" if effect in WITHOUT_A_TRANSFER else (when, transfer) in QUICK]
 ]
 
@@ -50,6 +51,17 @@ def test_a_run_after_a_kill_finishes_and_pays_nothing_twice(
     run = start(*mode).wait()
     assert_all_promises_are_kept(run, strict_api, bucket, expected)
     assert run.summary["possible_double_charges"] == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_second_kill_where_a_paid_answer_is_looked_for_pays_nothing_twice(
+    *, when: str, start: Cli, strict_api: ConversionApi, bucket: Any
+) -> None:
+    expected = fill_bucket(bucket)
+    # Three outputs lie there, and their requests are in flight.
+    die_at(start, "outcomes-committed", "before", 1, "--limit", "3")
+    die_at(start, "output-looked-at", when, 2)
+    assert_all_promises_are_kept(start().wait(), strict_api, bucket, expected)
 
 
 def test_a_kill_after_a_refused_url_ends_at_the_same_upload(start: Cli, strict_api: ConversionApi, bucket: Any) -> None:

@@ -15,9 +15,12 @@ from typing import Any
 import s3_bulk_convert as program
 
 EFFECTS: dict[str, tuple[Any, str]] = {
+    "source-looked-at": (program.Bucket, "look_at_source"),
+    "output-looked-at": (program.Bucket, "look_at_output"),
     "request-recorded": (program.Journal, "mark_sent"),
     "request-sent": (program.ApiClient, "_exchange"),
     "answer-read": (program.ConvertedFile, "receive"),
+    "source-looked-at-again": (program.Bucket, "require_unchanged"),
     "output-put": (program.Bucket, "store"),
     "failure-written": (program.OutputFile, "append"),
     "outcomes-committed": (program.Journal, "settle"),
