@@ -2532,24 +2532,6 @@ class SourceFacts(NamedTuple):
         return listed.version == self.version
 
 
-class OutputState(Enum):
-    """What lies under an output key."""
-
-    ABSENT = "absent"
-    FOUND = "found"  # made of this very version with these options
-    ADOPTED = "adopted"  # without this program's mark, newer than the source
-    REPLACEABLE = "replaceable"  # of this source, of another version or with other options
-    FOREIGN = "foreign"  # of anything else
-
-
-class Existing(NamedTuple):
-    """What a look at an output key has shown."""
-
-    state: OutputState
-    output: StoredOutput | None = None
-    message: str = ""
-
-
 def taken_key(output_key: str, holder: str) -> str:
     """What to say of an output key that another object has: one of this bucket, of another one, or of another job."""
     cure = "put {ext} or {job} into s3.output_key to keep both; only these can be converted anew: see --keys-from"
@@ -2943,41 +2925,48 @@ class Bucket:
             said = "the object was overwritten or deleted while it was converted: the result is dropped"
             raise ObjectFailed("source_changed", said)
 
-    def look_at_output(self, task: Task, source: SourceFacts) -> Existing:
-        """What lies under a task's output key. Raises RunError; ObjectFailed if S3 does not say."""
-        existing = Existing(OutputState.ABSENT)
-        for key in (task.output_key, f"{task.output_key}.zip"):
-            if (head := self.head_output(key)) is not None:
-                existing = self._judge(task, source, key, head)
-                if existing.state is not OutputState.REPLACEABLE:
-                    break
-        return existing
+    def look_at_output(self, task: Task, source: SourceFacts) -> tuple[OutcomeKind, StoredOutput] | None:
+        """The output that makes a conversion needless, FOUND or ADOPTED; None where a task may write its own.
 
-    def _judge(self, task: Task, source: SourceFacts, key: str, head: Any) -> Existing:
-        metadata, stored = head["Metadata"], StoredOutput(key, etag_of(head), head.get("ContentLength", 0))
+        Raises ObjectFailed if the key is another object's, or if S3 does not say what lies there; RunError.
+        """
+        collision = ""
+        for key in (task.output_key, f"{task.output_key}.zip") if task.look else ():
+            head = self.head_output(key)
+            if head is None:
+                continue
+            kind, collision = self._judge(task, source, key, head)
+            if kind:
+                return kind, StoredOutput(key, etag_of(head), head.get("ContentLength", 0))
+            if collision:
+                break
+        if task.holder:
+            collision = taken_key(task.output_key, task.holder)
+        if collision:
+            raise ObjectFailed("output_collision", collision)
+        return None
+
+    def _judge(self, task: Task, source: SourceFacts, key: str, head: Any) -> tuple[OutcomeKind | None, str]:
+        """Whether an object counts as a task's output; if not, why it must not be replaced ("": it may)."""
+        metadata = head["Metadata"]
         if not is_own_metadata(metadata):
             # The published recipe's outputs carry no mark.
             is_newer = "LastModified" in head and head["LastModified"].timestamp() > source.modified
             if is_newer and task.adopts and not task.holder:
-                return Existing(OutputState.ADOPTED, stored)
-            said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
-            return Existing(OutputState.FOREIGN, stored, said)
+                return OutcomeKind.ADOPTED, ""
+            return None, f"{key} exists and is no output of this object; put outputs under a prefix of their own"
         bucket, fingerprint = urllib.parse.unquote(metadata.get("source-bucket", "?")), metadata.get("job-fingerprint")
         is_of_key = source_key_metadata(source.key).items() <= metadata.items()
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
         is_same = is_of_key and metadata["source-etag"] == source.version and fingerprint == task.fingerprint
         if is_same and self._adopts:
-            return Existing(OutputState.FOUND, stored)
+            return OutcomeKind.FOUND, ""
+        if not is_of_key or bucket != self.name:
+            owner = urllib.parse.unquote(metadata.get("source-key", "another object"))
+            return None, taken_key(key, printable(owner if bucket == self.name else f"s3://{bucket}/{owner}"))
         # What another job has made is replaced only where that job does not want the object any more.
         maker = dict(task.rivals).get(str(fingerprint)) if fingerprint != task.fingerprint else None
-        if is_of_key and bucket == self.name and maker is None:
-            return Existing(OutputState.REPLACEABLE, stored)
-        holder = urllib.parse.unquote(metadata.get("source-key", "another object"))
-        holder = holder if bucket == self.name else f"s3://{bucket}/{holder}"
-        is_of_job = is_of_key and bucket == self.name
-        return Existing(
-            OutputState.FOREIGN, stored, taken_key(key, f"[job {maker}]" if is_of_job else printable(holder))
-        )
+        return None, "" if maker is None else taken_key(key, f"[job {maker}]")
 
     def is_no_source(self, key: str) -> bool | None:
         """Whether nothing is there, or an output of this program, so that it wants no output key; None: unknown."""
@@ -3091,21 +3080,34 @@ FAILURE = re.compile(r'\s*\{(?=.*"bucket"\s*:)(?=.*"key"\s*:)')
 KEYS_HINT = "give keys, one a line in UTF-8; an S3 Inventory in CSV, best its manifest.json; or a failures file"
 
 
-def keys_from(source: str, bucket: Bucket) -> Iterator[list[SourceObject]]:
-    """The objects that a file names, in pages without duplicates; without ETag, size and date where it has only keys.
+def keys_from(source: str, bucket: Bucket, stop: StopFlag) -> Iterator[list[SourceObject]]:
+    """The objects that a file names, in pages; without ETag, size and date where it has only keys.
 
-    `source` is a path, `-` for stdin, or `s3://bucket/key`. Raises RunError; for usage only before the first page.
+    `source` is a path, `-` for stdin, or `s3://bucket/key`. Raises RunError, for usage only before the first page;
+    StopRequested.
     """
-    has_begun = False
+    objects, has_begun = KeyFile(source, bucket).objects(), False
+    # A failures file names an object once for each failure: the second must not go out while the first does.
+    recent: dict[str, None] = {}
+    # A pipe may be silent for long: only a thread of its own waits for it.
+    pool = ThreadPoolExecutor(1)
     try:
-        objects = KeyFile(source, bucket).objects()
-        while page := {named.key: named for named in itertools.islice(objects, PAGE_KEYS)}:
-            yield list(page.values())
+        while True:
+            coming = pool.submit(lambda: list(itertools.islice(objects, PAGE_KEYS)))
+            while not wait([coming], timeout=0.2).done:
+                stop.sleep(0)
+            page = {named.key: named for named in coming.result()}
+            if not page:
+                return
+            yield [named for key, named in page.items() if key not in recent]
+            recent.update(dict.fromkeys(page))
+            for key in list(recent)[:-KEYS_REMEMBERED]:
+                del recent[key]
             has_begun = True
     except RunError as error:
-        if has_begun:
-            raise RunError(error.message, error.hint) from None
-        raise
+        raise (RunError(error.message, error.hint) if has_begun else error) from None
+    finally:
+        pool.shutdown(wait=False)
 
 
 class KeyFile:
@@ -3123,17 +3125,19 @@ class KeyFile:
         # A manifest's own names stand in its first lines.
         head = list(itertools.islice(lines, 8))
         first, lines = "".join(head[:1]), itertools.chain(head, lines)
-        if INVENTORY_MANIFEST.match("\n".join(head)):
-            return self._inventory_objects("\n".join(lines))
-        if INVENTORY_ROW.match(first):
-            return self._row_objects(lines, ["Bucket", "Key"])
-        if FAILURE.match(first):
-            return self._failed_objects(lines)
         # Names of files decide nothing, but such a file hardly holds plain keys: each would be missed in the bucket.
-        if first and self.name.lower().removesuffix(".gz").endswith((".csv", ".json", ".jsonl")):
+        is_misnamed = first and self.name.lower().removesuffix(".gz").endswith((".csv", ".json", ".jsonl"))
+        if INVENTORY_MANIFEST.match("\n".join(head)):
+            yield from self._inventory_objects("\n".join(lines))
+        elif INVENTORY_ROW.match(first):
+            yield from self._row_objects(lines, ["Bucket", "Key"])
+        elif FAILURE.match(first):
+            yield from self._failed_objects(lines)
+        elif is_misnamed:
             what = 'is not what is expected there: "bucket","key",... as S3 Inventory writes it, or JSON'
             raise self._bad_line(1, what)
-        return (self._object(line, number) for number, line in enumerate(lines, 1) if line)
+        else:
+            yield from (self._object(line, number) for number, line in enumerate(lines, 1) if line)
 
     def _lines(self) -> Iterator[str]:
         """The lines of the file, unpacked if it is gz, without their ends."""
@@ -3255,22 +3259,6 @@ class KeyFile:
             raise self._bad_line(rows.line_num, f"cannot be read: {problem}") from None
 
 
-def interruptible(pages: Iterable[T], stop: StopFlag) -> Iterator[T]:
-    """The pages of a source that may be silent for long, as a pipe may be. Raises StopRequested when the run stops."""
-    source, pool = iter(pages), ThreadPoolExecutor(1)
-    try:
-        while True:
-            coming = pool.submit(next, source, None)
-            while not wait([coming], timeout=0.2).done:
-                stop.sleep(0)
-            # A page is a list, so that None is never one.
-            if (page := coming.result()) is None:
-                return
-            yield page
-    finally:
-        pool.shutdown(wait=False)
-
-
 ########################################################################################################################
 # Plan. What becomes of each object of a page, in each job: the feeder, --dry-run, --why and the count of the total all
 # consume the same decisions.
@@ -3363,23 +3351,13 @@ class Planner:
     def pages(self, max_parallel: Callable[[], int]) -> Iterator[list[SourceObject]]:
         """What there is, by pages. A prefix inside another is part of its listing. Raises RunError, StopRequested."""
         if self.settings.keys_from:
-            yield from self._named_pages(self.settings.keys_from)
+            yield from keys_from(self.settings.keys_from, self.bucket, self.stop)
             return
         prefixes = {job.prefix for job in self.settings.jobs}
         for prefix in sorted(prefixes):
             if not any(other != prefix and prefix.startswith(other) for other in prefixes):
                 with contextlib.closing(self.bucket.list_pages(prefix, max_parallel)) as pages:
                     yield from pages
-
-    def _named_pages(self, source: str) -> Iterator[list[SourceObject]]:
-        # A failures file names an object once for each failure: the second must not go out while the first does.
-        recent: dict[str, None] = {}
-        for page in interruptible(keys_from(source, self.bucket), self.stop):
-            fresh = [named for named in page if named.key not in recent]
-            recent.update(dict.fromkeys(named.key for named in fresh))
-            for key in list(recent)[:-KEYS_REMEMBERED]:
-                del recent[key]
-            yield fresh
 
     def plan(self, page: Sequence[SourceObject], *, is_last: bool = False) -> list[Decision]:
         """One decision for each object of a page and each job that wants it, or none that does. Raises RunError.
@@ -3555,11 +3533,6 @@ class Planner:
         # A task whose key somebody else holds as well: its source may be an output, and its own output may lie there.
         kind = DecisionKind.COPY if task.copy else DecisionKind.RESUME if task.pending else DecisionKind.CONVERT
         return Decision(kind, task.source, task.job, task=task)
-
-
-def collision(task: Task) -> tuple[str, str]:
-    """Code and message for an output key that somebody else holds."""
-    return "output_collision", taken_key(task.output_key, task.holder)
 
 
 class OutputLister:
@@ -5019,12 +4992,9 @@ def look_convert_store(task: Task, context: WorkerContext, client: ApiClient, co
     source = bucket.look_at_source(task.source)
     task = task_as_seen(task, source, context)
     conversation.source = task.source
-    existing = bucket.look_at_output(task, source) if task.look else Existing(OutputState.ABSENT)
-    if existing.state in {OutputState.FOUND, OutputState.ADOPTED}:
+    if existing := bucket.look_at_output(task, source):
         conversation.is_stored = True
-        return Outcome(task, OutcomeKind(existing.state.value), output=existing.output)
-    if existing.state is OutputState.FOREIGN or task.holder:
-        raise ObjectFailed(*(collision(task) if task.holder else ("output_collision", existing.message)))
+        return Outcome(task, existing[0], output=existing[1])
     if task.copy:
         output = bucket.copy(task, source)
         return Outcome(task, OutcomeKind.CONVERTED, output=output)
@@ -6152,17 +6122,14 @@ def predict(decision: Decision, planner: Planner) -> Decision:
     try:
         source = bucket.look_at_source(task.source)
         task = task_as_seen(task, source, planner)
-        existing = bucket.look_at_output(task, source) if task.look else Existing(OutputState.ABSENT)
+        existing = bucket.look_at_output(task, source)
     except ObjectSkipped as skipped:
         kind = DecisionKind.DONE if str(skipped) == ALREADY_DONE else DecisionKind.SKIP
         return decision._replace(kind=kind, reason=str(skipped))
     except ObjectFailed as failure:
         return decision._replace(kind=DecisionKind.FAIL, reason=failure.code, message=failure.message)
-    if existing.state in {OutputState.FOUND, OutputState.ADOPTED}:
-        return decision._replace(kind=DecisionKind.DONE, reason=existing.state.value)
-    if existing.state is OutputState.FOREIGN or task.holder:
-        code, message = collision(task) if task.holder else ("output_collision", existing.message)
-        return decision._replace(kind=DecisionKind.FAIL, reason=code, message=message)
+    if existing:
+        return decision._replace(kind=DecisionKind.DONE, reason=existing[0].value)
     return decision._replace(source=task.source)
 
 
@@ -6403,8 +6370,8 @@ NEXT_STEPS = {
 REASONS = {
     "": f"leave it: {ALREADY_DONE}",
     ALREADY_DONE: f"leave it: {ALREADY_DONE}",
-    OutputState.FOUND.value: "find its output, which is there, and pay nothing",
-    OutputState.ADOPTED.value: "take the output that is there",
+    OutcomeKind.FOUND.value: "find its output, which is there, and pay nothing",
+    OutcomeKind.ADOPTED.value: "take the output that is there",
     FAILED_BEFORE: "it failed for good before; --retry-failed tries it again",
     SAME_FORMAT: "same_format: it is in the target format already; see convert.same_format",
     NOT_MATCHED: "not_matched: globs, sizes or ages leave it out; see convert.include",

@@ -18,7 +18,7 @@ from urllib.parse import quote_plus
 import pytest
 
 import s3_bulk_convert as program
-from s3_bulk_convert import ExitCode, RunError, SourceObject, keys_from
+from s3_bulk_convert import ExitCode, RunError, SourceObject
 from tests.runs.test_what_is_converted import ODD_KEYS as CONVERTED_KEYS
 from tests.standins.key_files import DATE, SCHEMA, SOURCE, full_row, inventory_rows, write, write_manifest
 from tests.standins.program import SCRIPT
@@ -50,9 +50,14 @@ def source(s3: S3Server) -> Iterator[program.Bucket]:
         yield make_bucket()
 
 
+def keys_from(path: Path | str, source: program.Bucket) -> Iterator[list[SourceObject]]:
+    """What a file names, by pages, for a run that nobody stops."""
+    return program.keys_from(str(path), source, program.StopFlag())
+
+
 def keys(path: Path | str, source: program.Bucket) -> list[str]:
     """All keys that a file names."""
-    return [found.key for page in keys_from(str(path), source) for found in page]
+    return [found.key for page in keys_from(path, source) for found in page]
 
 
 ODD_KEYS = list(dict.fromkeys([*CONVERTED_KEYS, *SERVER_KEYS, *DOTTED_KEYS]))
@@ -113,21 +118,33 @@ def test_plain_keys_are_taken_verbatim(source: program.Bucket, tmp_path: Path) -
 
 def test_pages_are_bounded_and_name_a_key_once(source: program.Bucket, tmp_path: Path) -> None:
     path = write(tmp_path / "keys", "".join(f"k{number // 2}\n" for number in range(5_000)))
-    pages = list(keys_from(str(path), source))
+    pages = list(keys_from(path, source))
     assert [len(page) for page in pages] == [500] * 5
     assert [found for page in pages for found in page] == [
         SourceObject(f"k{number}", "", 0, "") for number in range(2_500)
     ]
 
 
+def test_a_key_is_not_named_again_while_it_may_be_at_work(
+    source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "KEYS_REMEMBERED", 1_000)
+    lines = [*range(1_000), *range(1_000), *range(1_000, 2_000), 0]
+    path = write(tmp_path / "keys", "".join(f"k{number}\n" for number in lines))
+    assert [len(page) for page in keys_from(path, source)] == [1_000, 0, 1_000, 1]
+
+
 def test_an_empty_file_names_nothing(source: program.Bucket, tmp_path: Path) -> None:
-    assert list(keys_from(str(write(tmp_path / "none.csv.gz", "")), source)) == []
+    assert list(keys_from(write(tmp_path / "none.csv.gz", ""), source)) == []
 
 
-def test_memory_does_not_grow_with_the_file(source: program.Bucket, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(
+    source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "KEYS_REMEMBERED", 1_000)
     path = write(tmp_path / "keys.gz", "".join(f"folder/{number:060}.png\n" for number in range(300_000)))
     tracemalloc.start()
-    for page in keys_from(str(path), source):
+    for page in keys_from(path, source):
         assert len(page) == program.PAGE_KEYS
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -137,7 +154,7 @@ def test_memory_does_not_grow_with_the_file(source: program.Bucket, tmp_path: Pa
 def test_failures_of_this_very_run_are_not_read_again(source: program.Bucket, tmp_path: Path) -> None:
     path = write(tmp_path / "failures.jsonl", "".join(failure(f"k{number}") + "\n" for number in range(1_500)))
     pages = 0
-    for page in itertools.islice(keys_from(str(path), source), 5):
+    for page in itertools.islice(keys_from(path, source), 5):
         pages += 1
         with path.open("a", encoding="utf-8") as lines:
             lines.writelines(failure(found.key) + "\n" for found in page)
@@ -164,7 +181,7 @@ def test_an_inventory_gives_the_newest_versions_with_what_it_knows(source: progr
         full_row("gone.png", deleted="true"),
         full_row("cold.png", storage="DEEP_ARCHIVE"),
     ]
-    [page] = keys_from(str(write_manifest(tmp_path, rows)), source)
+    [page] = keys_from(write_manifest(tmp_path, rows), source)
     assert page == [SourceObject("a b+c.png", "e1", 7, DATE), SourceObject("cold.png", "e1", 7, DATE, archived=True)]
 
 
@@ -175,7 +192,7 @@ def test_a_row_of_an_inventory_without_all_columns_is_a_plain_key(
     kept = [number for number, column in enumerate(SCHEMA.split(", ")) if column != missing]
     rows = [[row[number] for number in kept] for row in [full_row("a.png")]]
     schema = ", ".join(SCHEMA.split(", ")[number] for number in kept)
-    [page] = keys_from(str(write_manifest(tmp_path, rows, fileSchema=schema)), source)
+    [page] = keys_from(write_manifest(tmp_path, rows, fileSchema=schema), source)
     assert page == [SourceObject("a.png", "", 0, "")]
 
 
@@ -215,7 +232,7 @@ def test_a_damaged_inventory_gives_no_key(source: program.Bucket, tmp_path: Path
     [part] = tmp_path.rglob("*.csv.gz")
     write(part, inventory_rows([full_row(f"{number}") for number in range(2_000)]))
     with ends_with(ExitCode.USAGE, r"1.csv.gz is damaged"):
-        next(keys_from(str(manifest), source))
+        next(keys_from(manifest, source))
 
 
 def test_an_inventory_that_is_not_there_ends_the_run(source: program.Bucket, tmp_path: Path) -> None:
@@ -306,7 +323,7 @@ def test_a_damaged_gz_is_never_taken_for_whole(damage: str, source: program.Buck
 
 def test_trouble_after_the_first_page_stops_the_run(source: program.Bucket, tmp_path: Path) -> None:
     path = write(tmp_path / "keys", b"k\n" * 1_000 + b"\xff\n")
-    pages = keys_from(str(path), source)
+    pages = keys_from(path, source)
     assert next(pages) == [SourceObject("k", "", 0, "")]
     with ends_with(ExitCode.STOPPED, r"line 1001 is not UTF-8"):
         next(pages)
