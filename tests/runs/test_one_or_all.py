@@ -10,7 +10,7 @@ from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import marking
 from tests.standins.program import HASTY
-from tests.standins.promises import assert_all_promises_are_kept, fill
+from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 
 Cli = Callable[..., Any]
 PAGE = b"<!DOCTYPE html><html><body><h1>This site is blocked</h1></body></html>"
@@ -226,3 +226,32 @@ def test_what_remained_when_a_repeated_answer_was_made_stops_no_run(
     run = run_cli("--workers", "1", "--set", "api.keep_remaining=2")
     assert_all_promises_are_kept(run, api, bucket, expected)
     assert run.summary["replays"] == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What fails again and again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_failed_in_five_runs_has_failed_for_good_and_until_then_goes_last(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 3)
+    damaged = is_about("001.png")
+    fault = api.faults.add(Fault.status_reply(500, "internal_error", times=None)).at(damaged)
+    once = (*ONE_BY_ONE, "--set", "api.retries=0")
+    assert run_cli(*once).summary["failed"] == {"internal_error": 1}
+    bucket.put("002-new.png", PNG + b"new")
+    for number in range(2, 6):
+        asked = len(api.requests)
+        run = run_cli(*once)
+        assert (run.exit_code, run.failures[-1]["key"], fault.struck) == (1, "001.png", number)
+        assert damaged(api.requests[-1])
+        assert len(api.requests) - asked == (2 if number == 2 else 1)
+    last = run.failures[-1]
+    assert (last["code"], last["permanent"], run.summary["failed"]) == ("gave_up", True, {"gave_up": 1})
+    again = run_cli(*once)
+    assert (again.exit_code, again.summary["skipped"], fault.struck) == (0, {"failed_before": 1, "own_output": 3}, 5)
+    bucket.put("001.png", PNG + b"mended")
+    api.faults.clear()
+    assert run_cli(*once).summary["converted"] == 1

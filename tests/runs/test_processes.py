@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault, Request
+from tests.standins.program import script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 
 Cli = Callable[..., Any]
@@ -74,6 +75,19 @@ def test_a_worker_process_that_is_killed_is_replaced_and_nothing_is_paid_twice(
     assert_all_promises_are_kept(run.wait(), strict_api, bucket, expected)
     assert "a worker process died with" in run.err
     assert run.summary["converted"] >= 36
+
+
+def test_a_worker_process_that_is_frozen_is_replaced_and_nothing_is_paid_twice(
+    start: Cli, strict_api: ConversionApi, bucket: Any
+) -> None:
+    expected = fill(bucket, 24)
+    strict_api.behaviour.latency = 0.1
+    run = start(*THREE, command=script_with("program.HANG_SECONDS = 4"))
+    wait_until(functools.partial(has_paid, strict_api, 6))
+    frozen = min(worker_pids(run))
+    os.kill(frozen, signal.SIGSTOP)
+    assert_all_promises_are_kept(run.wait(), strict_api, bucket, expected)
+    assert not is_alive(frozen)
 
 
 def test_worker_processes_that_all_die_end_the_run_and_the_next_one_finishes(
