@@ -144,84 +144,39 @@ CONNECT_TIMEOUT_SECONDS = 10
 OUTAGE_SECONDS = 300  # as long as a router takes to start anew; after that, it is for the next run
 OUTAGE_PAUSE_SECONDS = 15  # between two attempts in it, at most: a network that is back is soon noticed
 BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
-SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
-SLOTS_REMEMBERED = 10_000  # of the last minute, while the API's limit is unknown
-SECONDS_TO_RECOVER_HALF = 60.0  # of what a 429 has taken off the rate
-SECONDS_TO_DOUBLE_GUESS = 300.0  # of a limit that nobody says; the next 429 takes a fifth off it
-MIN_LIMIT = 10  # requests per minute, of the API's plans; no guess is lower
-MAX_EXCESS = 7.0  # an eighth of the rate is as slow as 429s make it
-FIRST_ANSWER_SECONDS = 5  # to wait for the first answer, which says what the API's limit is
 RETRY_AFTER_CAP_SECONDS = 300  # its windows last a minute: more is a mistake or an attack
 WAIT_DEADLINE_SECONDS = 30 * 60  # 429 and 409 cost no attempts, but not for ever; the API's own cap on a call is 120 s
 IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer for free
-URL_SECONDS = IDEMPOTENCY_WINDOW_SECONDS  # a resumed request carries the same URL, so it lives as long
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
-POLLS_BEFORE_LOST = 5  # that a job is not known by, half a minute: a new one may not be known everywhere at once
-JOB_DEADLINE_SECONDS = 6 * 3600
-ROUNDING_SECONDS = 2  # of two times that the API tells in whole seconds
-TIMEOUTS_BEFORE_JOBS = 2  # one may be a gateway's; a second one says that the object is too slow for the call
-MIN_BODY_SECONDS = 600  # for the body of an answer; a connection of 1 MB/s needs it for the largest one
-PIPE_POLL_SECONDS = 0.01  # how soon an idle worker process gets a task
-ALIVE_SECONDS, HANG_SECONDS = 0.5, 120  # between two signs of life of a worker process; without any, it is replaced
-MAX_DEATHS = 3  # of worker processes, over one object or without any result
+KEYS_REMEMBERED = 50_000  # of a file of keys, because it may name one twice
+HANG_SECONDS = 120  # without a sign of life; then a worker process is replaced
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
-MAX_SUCCESSORS = 2  # of a key that is taken: an API that says so of each key speaks of the object
 MAX_PAYMENTS = 2  # for a result that cannot be stored
-UNPAID_ANSWERS = frozenset({"html_answer", "json_answer", "text_answer"})  # 200s that a gateway may have made
-NOT_ABOUT_URL = frozenset({"unsupported_route", "file_too_large", "not_stored"})  # codes of failures with any body
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
-MEMORY_BODY_BYTES = 1 << 20  # a larger answer goes through a temporary file
-MULTIPART_BYTES = 100 * 10**6  # a larger output is put in parts, each of which is in memory twice; one PUT is streamed
-PART_BYTES = 5 << 20  # the least that S3 takes
+MULTIPART_BYTES = (
+    100 * 10**6
+)  # a larger output is put in parts, each in memory twice: so they are small; one PUT is streamed
 S3_TIMEOUT_SECONDS = 60
 S3_ATTEMPTS = 5  # about 8 s, in all
 MAX_S3_ATTEMPTS = 40  # of one request while S3 is away or asks for less
 PAGE_KEYS = 1000  # what S3 lists at once
 LIST_THREADS = 16  # pages at a time, at most: 100,000 keys/s where a page takes 160 ms
-PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
-MIN_PAGES_OF_A_RANGE = 4  # a shorter one is read to its end by one reader: its last page is read by two
-INTERPOLATED_CHARACTERS = 6  # of a key, by which it is told where keys lie
-SPLITS_AT_FIRST = 64  # of the key space, before a page has been read
 LAST_KEY = "\U0010ffff" * (1024 // 4)  # no key comes after it
-EMPTY_LISTING_SECONDS = 10  # for so long it is believed that no outputs lie where none were listed
-MAX_UNMARKED_LOOKS = 16  # at keys that look like outputs, for a warning
-KEYS_REMEMBERED = 50_000  # of a file of keys, because it may name one twice
-LINE_BYTES = 8 << 20  # of a file of keys: a manifest may be one line, a key's line is far shorter
-SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
-SQLITE_TIMEOUT_SECONDS = 30
-REQUEST_KEPT_SECONDS = 7 * 86_400  # an unsettled request that no run has met for so long belongs to a deleted object
-LATENCIES_KEPT = 10_000  # the percentiles are those of the newest
 FAILURES_BEFORE_RATE_COUNTS = 50
-FAILURES_IN_A_ROW = 10  # for the same reason, with no success between them: evidence against all objects
-MAX_RUNS_FAILED = 5  # in a row; after them an object has failed permanently
 COMMIT_SECONDS = 0.05  # that an outcome waits for others: a commit for each would cost more than its conversion
-CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
-MAX_PRINTED = 200  # characters of a key or a message in the summary; the failures file has all of them
-IDLE_TO_BUSY = 9  # of the thread that counts the total: a tenth of a processor at the most
-MIN_BAR = len(" |") + 10 + len("| ")
-DRAW_SECONDS = 0.2  # between two states of the bar
-PUBLISHED_LATENCY_SECONDS = 0.8  # the API's own median for files under 5 MB
 LINE_SECONDS = 60  # between two lines where there is no terminal, even if nothing finishes
 SILENCE_SECONDS = 30  # without news, what is being waited for is said
-RATE_SECONDS = 60  # the rate that is shown is that of the last minute
-METRICS_SECONDS = 15  # as often as Prometheus asks, by default
-METADATA_KEY_BYTES = 1_400  # S3 takes 2 KB of metadata in all; a longer key is stored as its digest
 S3_KEY_BYTES = 1_024
 SCARCE_DISK_BYTES, LITTLE_DISK_BYTES = 100 * 10**6, 10**9  # a failure, a warning of --check
-SLOWEST_BYTES_PER_SECOND = 1_000  # of an answer, on the average; what is slower than a modem drips
 LOOK_SECONDS = 60  # for an answer that no conversion waits for
-SYNC_LIMIT_BYTES = 100 * 10**6  # what /v1/convert takes, in the smaller reading of MB
-MAX_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
 
 OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3": "2.0.2"}
-CONVERT_PATH, JOBS_PATH, USAGE_PATH = "/v1/convert", "/v1/jobs", "/v1/usage"
+CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 JOB_LOST = "job_lost"
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
-BUCKET_NAME = r"[A-Za-z0-9._-]{1,255}|arn:aws.*:s3.*:accesspoint[/:][A-Za-z0-9.-]+"  # what boto3 lets through
-DROPPINGS = (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae")  # of macOS, Windows and iOS: nobody's content
 # How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
 GLOB_MISTAKES = {
     r".*,|.*,\*.*": "separate globs by spaces, without commas",
@@ -242,8 +197,6 @@ JSON_FORMATS = ANY_JSON | {"geojson", "topojson", "jsonld", "ipynb", "har", "web
 JSON_TYPES = frozenset({"application/json", "application/problem+json", "text/json"})
 GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
-PACKINGS = frozenset({"br", "compress", "deflate", "gzip", "zstd"})  # Content-Encodings under which bytes are others
-UNPACKED_HERE = frozenset({"gzip", "x-gzip", "deflate"})  # those of an answer that can be told by how they begin
 RIFF_BASED = frozenset({"webp", "wav", "avi"})
 ZIP_BASED = frozenset(
     {
@@ -688,7 +641,8 @@ class Read:
         if address:
             below = f" and prefix = {address[2]}/" if address[2] and name == "bucket" else ""
             raise ValueError(f"expected a bucket's name; did you mean {name} = {address[1]}{below}?")
-        if given and not re.fullmatch(BUCKET_NAME, given):
+        # As boto3 lets it through.
+        if given and not re.fullmatch(r"[A-Za-z0-9._-]{1,255}|arn:aws.*:s3.*:accesspoint[/:][A-Za-z0-9.-]+", given):
             raise ValueError("expected a bucket's name")
         return given
 
@@ -833,6 +787,8 @@ ARRAY_SCHEDULERS = {
 class Shard:
     """One of the parts into which several machines divide the work; as it stands, the only one: everything."""
 
+    MAX_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
+
     index: int = 0  # from 0
     count: int = 1
 
@@ -840,8 +796,8 @@ class Shard:
     def parse(cls, given: str) -> "Shard":
         """One of N parts, from `I/N`. Raises ValueError with what it accepts."""
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", given)
-        if match is None or not int(match[1]) < int(match[2]) <= MAX_SHARDS:
-            raise ValueError(f"expected I/N such as 0/8, with I from 0 to N - 1 and N at most {MAX_SHARDS}")
+        if match is None or not int(match[1]) < int(match[2]) <= Shard.MAX_SHARDS:
+            raise ValueError(f"expected I/N such as 0/8, with I from 0 to N - 1 and N at most {Shard.MAX_SHARDS}")
         return cls(int(match[1]), int(match[2]))
 
     @classmethod
@@ -878,8 +834,8 @@ class Shard:
         rank, remainder = divmod(index - first, step)
         if remainder or not 0 <= rank < count:
             raise ValueError(f"expected an index from {first} to {last}" + (f" in steps of {step}" if step > 1 else ""))
-        if count > MAX_SHARDS:
-            raise ValueError(f"expected at most {MAX_SHARDS} shards")
+        if count > Shard.MAX_SHARDS:
+            raise ValueError(f"expected at most {Shard.MAX_SHARDS} shards")
         return cls(rank, count)
 
     def __str__(self) -> str:
@@ -950,7 +906,11 @@ class ConvertOptions:
 
     target: str = option(Read.file_format, "format to convert to", default="")
     include: tuple[str, ...] = option(Read.globs, "globs of what to convert", default=("*",))
-    exclude: tuple[str, ...] = option(Read.globs, "globs of what to leave out", default=DROPPINGS)
+    exclude: tuple[str, ...] = option(
+        Read.globs,
+        "globs of what to leave out",
+        default=(".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae"),  # of macOS, Windows, iOS: nobody's content
+    )
     min_size: int | None = option(Read.size_or_none, "only objects of at least this size", default=None)
     max_size: int | None = option(Read.size_or_none, "only objects of at most this size", default=None)
     newer_than: float | None = option(Read.duration_or_none, "only objects changed within this time", default=None)
@@ -1830,6 +1790,8 @@ class Journal:
     where the buckets are. Raises RunError if it cannot be used.
     """
 
+    SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
+
     def __init__(self, path: Path, endpoint: str, settings: Settings, *, read_only: bool = False) -> None:
         self.path, self._endpoint, self._read_only = real_file(path), endpoint, read_only
         self._files = [self.path.with_name(self.path.name + ending) for ending in ("", "-wal", "-shm")]
@@ -1875,9 +1837,7 @@ class Journal:
         else:
             # Where SQLite cannot make them, nobody else writes either.
             address += "?mode=ro&immutable=1"
-        return sqlite3.connect(
-            address, isolation_level=None, check_same_thread=False, timeout=SQLITE_TIMEOUT_SECONDS, uri=True
-        )
+        return sqlite3.connect(address, isolation_level=None, check_same_thread=False, timeout=30, uri=True)
 
     def _open_schema(self) -> None:
         (version,), (owner,) = self._ask("PRAGMA user_version")[0], self._ask("PRAGMA application_id")[0]
@@ -1977,8 +1937,8 @@ class Journal:
 
     def _ask_about(self, query: str, scope: Sequence[object], names: Sequence[str]) -> Iterator[Any]:
         """The rows of a query whose `{}` stands for a list of names, which may be longer than SQLite takes."""
-        for start in range(0, len(names), SQL_VARIABLES):
-            part = names[start : start + SQL_VARIABLES]
+        for start in range(0, len(names), self.SQL_VARIABLES):
+            part = names[start : start + self.SQL_VARIABLES]
             yield from self._ask(query.format(",".join("?" * len(part))), *scope, *part)
 
     # -- a run's own book-keeping --------------------------------------------------------------------------------------
@@ -2363,6 +2323,8 @@ class Page(NamedTuple):
 class KeyRange:
     """Keys that are not listed yet: those after `after`, up to and including `until`."""
 
+    INTERPOLATED_CHARACTERS = 6  # of a key, by which it is told where keys lie
+
     after: str
     until: str
     token: str = ""  # where a page has been read: S3's own word for where it goes on
@@ -2387,11 +2349,12 @@ class KeyRange:
             steps = [(self.after[:depth], self.after[depth]) for depth in range(common, len(self.after))]
             return [before + chr(ord(char) + 1) for before, char in steps if " " <= char < "~"]
         low, high = self._to_int(self.after), self._to_int(self.until)
-        parts = int(min(extra, self.pages / MIN_PAGES_OF_A_RANGE))
+        # A range of few pages is read to its end by one reader: its last page is read by two.
+        parts = int(min(extra, self.pages / 4))
         points = []
         for part in range(parts, 0, -1):
             number = low + (high - low) * part // (parts + 1)
-            digits = [number // 95**power % 95 for power in reversed(range(INTERPOLATED_CHARACTERS))]
+            digits = [number // 95**power % 95 for power in reversed(range(self.INTERPOLATED_CHARACTERS))]
             points.append(self.after[:common] + "".join(chr(0x20 + digit) for digit in digits))
         return points
 
@@ -2413,7 +2376,7 @@ class KeyRange:
     def _to_int(self, key: str) -> int:
         """A key behind what all keys of the range begin with, as a number with the printable characters as digits."""
         number, common = 0, self._common
-        for char in key[common : common + INTERPOLATED_CHARACTERS].ljust(INTERPOLATED_CHARACTERS):
+        for char in key[common : common + self.INTERPOLATED_CHARACTERS].ljust(self.INTERPOLATED_CHARACTERS):
             # Characters that are not printable ASCII count as the nearest that is.
             number = number * 95 + min(max(ord(char) - 0x20, 0), 94)
         return number
@@ -2425,6 +2388,8 @@ class ParallelLister:
     `fetch_page` fetches one page, for a prefix and where to begin; what it returns parses the page.
     """
 
+    PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
+
     def __init__(
         self, fetch_page: Callable[..., Callable[[], Page]], prefix: str, max_parallel: Callable[[], int]
     ) -> None:
@@ -2432,7 +2397,7 @@ class ParallelLister:
         self._waiting = [KeyRange("", prefix + LAST_KEY)]  # the one that is read next is the last
         self._reading: dict[Future[Callable[[], Page]], KeyRange] = {}
         self._width = 1  # pages at a time; it grows while the reader has to wait for them
-        self._splits_left = SPLITS_AT_FIRST
+        self._splits_left = 64  # of the key space, before a page has been read
 
     def pages(self) -> Generator[list[SourceObject], None, None]:
         """The objects, a page at a time; in the order of their keys where one page is read at a time.
@@ -2445,7 +2410,7 @@ class ParallelLister:
                 self._read_on(pool)
                 since = time.monotonic()
                 ready = wait(self._reading, return_when=FIRST_COMPLETED).done
-                if time.monotonic() - since > PAGE_WAIT_SECONDS:
+                if time.monotonic() - since > self.PAGE_WAIT_SECONDS:
                     self._width = min(2 * self._width, LIST_THREADS)
                 for done in ready:
                     key_range, page = self._reading.pop(done), done.result()()
@@ -2548,7 +2513,7 @@ def is_own_metadata(metadata: Mapping[str, str]) -> bool:
 def source_key_metadata(key: str) -> dict[str, str]:
     """The metadata that names an output's source; a key too long for S3's 2 KB of metadata is named by its digest."""
     quoted = urllib.parse.quote(key, safe="/")
-    if len(quoted) > METADATA_KEY_BYTES:
+    if len(quoted) > 1_400:
         return {"source-key-sha256": hashlib.sha256(key.encode()).hexdigest()}
     return {"source-key": quoted}
 
@@ -2979,10 +2944,12 @@ class Bucket:
     # -- reading and writing -------------------------------------------------------------------------------------------
 
     def presign(self, key: str) -> str:
-        """A URL that reads one object for as long as URL_SECONDS. Raises RunError without credentials."""
+        """A URL that reads one object for as long as a request can be resumed. Raises RunError without credentials."""
         request: Any = {"Bucket": self.name, "Key": key}
         with translate_s3_errors("signing a URL"):
-            return self.client.generate_presigned_url("get_object", Params=request, ExpiresIn=URL_SECONDS)
+            return self.client.generate_presigned_url(
+                "get_object", Params=request, ExpiresIn=IDEMPOTENCY_WINDOW_SECONDS
+            )
 
     def open_source(self, source: SourceFacts) -> tuple[IO[bytes], int]:
         """A stream over the very version that was looked at, and how many bytes it announces.
@@ -2999,7 +2966,8 @@ class Bucket:
         body, length = self.open_source(source)
         # Other codings are about the transport (aws-chunked), or no codings at all (identity, utf-8).
         codings = [coding.strip().lower() for coding in source.encoding.split(",")]
-        packing = ", ".join(coding for coding in codings if coding.removeprefix("x-") in PACKINGS)
+        known = {"br", "compress", "deflate", "gzip", "zstd"}
+        packing = ", ".join(coding for coding in codings if coding.removeprefix("x-") in known)
         return unpack(body, packing, self._max_size) if packing else (body, length)
 
     @contextlib.contextmanager
@@ -3019,7 +2987,7 @@ class Bucket:
         extra = {**self.output_arguments(task, source), "ContentType": file.media_type}
         with translate_s3_errors(f"writing {printable(key)}", "store_failed"):
             if file.size > MULTIPART_BYTES:
-                parts = TransferConfig(use_threads=False, multipart_chunksize=PART_BYTES)
+                parts = TransferConfig(use_threads=False, multipart_chunksize=5 << 20)
                 self.client.upload_fileobj(file.body, self.output_name, key, ExtraArgs=extra, Config=parts)
                 reply = self._head(self.output_name, key, "store_failed") or {}
             else:
@@ -3116,6 +3084,8 @@ class KeyFile:
     `md5`: what the file must have, in hex. A file of the disk, stdin, and a file in S3 (as a copy) are the same here.
     """
 
+    LINE_BYTES = 8 << 20  # of a file of keys: a manifest may be one line, a key's line is far shorter
+
     def __init__(self, name: str, bucket: Bucket, md5: str = "") -> None:
         self.name, self._bucket, self._md5 = name, bucket, md5
 
@@ -3178,9 +3148,9 @@ class KeyFile:
     def _text_lines(self, file: IO[bytes], left: int) -> Iterator[str]:
         """The lines of the first `left` bytes."""
         number = 0
-        while left > 0 and (line := file.readline(LINE_BYTES)):
+        while left > 0 and (line := file.readline(self.LINE_BYTES)):
             number, left = number + 1, left - len(line)
-            if len(line) == LINE_BYTES:
+            if len(line) == self.LINE_BYTES:
                 raise self._bad_line(number, "is too long")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -3332,7 +3302,7 @@ class Planner:
         endings = {f".{job.options.target}" for job in settings.jobs} | {".zip"}
         self._own_endings = tuple(sorted(endings))
         self._outputs = OutputLister(bucket)
-        self._unmarked_looks = MAX_UNMARKED_LOOKS
+        self._unmarked_looks = 16  # at keys that look like outputs, for a warning
         self.warnings: dict[str, str] = {}  # by kind: what a person should know
 
     def decisions(self, max_parallel: Callable[[], int]) -> Iterator[list[Decision]]:
@@ -3477,7 +3447,8 @@ class Planner:
     def _impossible(self, task: Task) -> tuple[str, str] | None:
         """Code and message of a failure that needs no worker to be seen."""
         api = self.settings.api
-        most = min(api.max_size, SYNC_LIMIT_BYTES if api.jobs_above is None else api.max_size)
+        # /v1/convert takes 100 MB, in the smaller reading of MB.
+        most = min(api.max_size, 100 * 10**6 if api.jobs_above is None else api.max_size)
         if task.source.size > most and not task.copy:
             return "too_large", f"{task.source.size} bytes are more than {most}; see api.max_size, api.jobs_above"
         if len(f"{task.output_key}.zip".encode()) > S3_KEY_BYTES:
@@ -3568,7 +3539,7 @@ class OutputLister:
     def _listed(self, prefix: str, keys: Iterable[str]) -> set[str]:
         wanted, found = sorted(keys, reverse=True), set[str]()
         empty_after, seen_at = self._empty_after.get(prefix, ("", -math.inf))
-        is_fresh = time.monotonic() - seen_at < EMPTY_LISTING_SECONDS
+        is_fresh = time.monotonic() - seen_at < 10  # seconds for which an empty listing is believed
         after = token = ""
         while wanted and not (is_fresh and wanted[-1] > empty_after):
             # StartAfter leaves out the key itself: a key without its last character sorts before it.
@@ -3696,7 +3667,7 @@ class Reply(http.client.HTTPResponse):
                 self.headers["Content-Length"] = length
                 # http.client has not understood a list.
                 self.length = int(length) if self.length is None and not self.chunked else self.length
-        self._arriving.give_time(1 / SLOWEST_BYTES_PER_SECOND)
+        self._arriving.give_time(1 / 1_000)  # seconds per byte: what is slower than a modem drips
 
 
 class Adapter(HTTPAdapter):
@@ -3828,6 +3799,12 @@ class RateLimiter:
     `parts`: shards and processes that share the limit, each of which has a limiter of its own.
     """
 
+    SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
+    SECONDS_TO_RECOVER_HALF = 60.0  # of what a 429 has taken off the rate
+    SECONDS_TO_DOUBLE_GUESS = 300.0  # of a limit that nobody says; the next 429 takes a fifth off it
+    MIN_LIMIT = 10  # requests per minute, of the API's plans; no guess is lower
+    MAX_EXCESS = 7.0  # an eighth of the rate is as slow as 429s make it
+
     def __init__(self, requests_per_minute: int | None, parts: int = 1) -> None:
         self._cap, self._parts = requests_per_minute, parts
         self._lock = threading.RLock()
@@ -3841,7 +3818,7 @@ class RateLimiter:
         self._is_first = True
         self._has_answer = threading.Event()
         # While the limit is unknown: when slots were taken, so that a 429 says how many were too many.
-        self._taken: deque[float] = deque(maxlen=SLOTS_REMEMBERED)
+        self._taken: deque[float] = deque(maxlen=10_000)
         self.requests = 0  # slots that were taken, each for one request
 
     def acquire(self, stop: StopFlag) -> None:
@@ -3852,7 +3829,7 @@ class RateLimiter:
         with self._lock:
             is_first, self._is_first = self._is_first, False
         if not is_first and self._cap is None:
-            patience = time.monotonic() + FIRST_ANSWER_SECONDS
+            patience = time.monotonic() + 5  # seconds for the first answer, which says what the API's limit is
             while not self._has_answer.is_set() and time.monotonic() < patience:
                 stop.sleep(0.0)
                 self._has_answer.wait(0.05)
@@ -3889,7 +3866,7 @@ class RateLimiter:
             if int(limit) != self._limit or self._guessed_at is not None:
                 self._limit = int(limit)
                 allowed = min(self._limit, self._cap or self._limit)
-                self._interval, self._guessed_at = 60 * self._parts / (allowed * SHARE_OF_LIMIT), None
+                self._interval, self._guessed_at = 60 * self._parts / (allowed * self.SHARE_OF_LIMIT), None
                 # The slot before the first answer counts as well: of many shards, each has one.
                 self._next = max(self._next, (self._taken or [0.0])[-1] + self._interval)
 
@@ -3904,8 +3881,8 @@ class RateLimiter:
                 elif not self._interval:
                     # As many as there were within a minute were too many.
                     recent = sum(taken > now - 60 for taken in self._taken)
-                    self._interval, self._guessed_at = 60 / max(recent, MIN_LIMIT / self._parts), now + seconds
-                self._excess, self._slowed_at = min(self._excess_at(now) * 1.25 + 0.1, MAX_EXCESS), now
+                    self._interval, self._guessed_at = 60 / max(recent, self.MIN_LIMIT / self._parts), now + seconds
+                self._excess, self._slowed_at = min(self._excess_at(now) * 1.25 + 0.1, self.MAX_EXCESS), now
             self.pause_until(now + seconds)
         self._has_answer.set()
 
@@ -3917,10 +3894,10 @@ class RateLimiter:
 
     def _interval_at(self, now: float) -> float:
         grown = max(0.0, now - self._guessed_at) if self._guessed_at is not None else 0.0
-        return self._interval * math.pow(0.5, grown / SECONDS_TO_DOUBLE_GUESS)
+        return self._interval * math.pow(0.5, grown / self.SECONDS_TO_DOUBLE_GUESS)
 
     def _excess_at(self, now: float) -> float:
-        return self._excess * math.pow(0.5, (now - self._slowed_at) / SECONDS_TO_RECOVER_HALF)
+        return self._excess * math.pow(0.5, (now - self._slowed_at) / self.SECONDS_TO_RECOVER_HALF)
 
 
 class ApiState:
@@ -3995,7 +3972,7 @@ class Usage:
 
 def ask_usage(api: ApiOptions) -> Usage:
     """What the API says of the plan and the month. Raises RunError for a refusal, and for silence."""
-    with http_get(api.url + USAGE_PATH, auth=ApiKey(api)) as answer:
+    with http_get(f"{api.url}/v1/usage", auth=ApiKey(api)) as answer:
         status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
     code, message = ApiReply.parse_error(json.dumps(body).encode())
     if classify_reply(status, code) is ErrorAction.STOP_RUN or status == 403:
@@ -4073,7 +4050,7 @@ class ConvertedFile:
         length = answer.headers.get("Content-Length", "")
         is_told = length.isdigit() or answer.headers.get("Transfer-Encoding", "").lower() == "chunked"
         coding = answer.headers.get("Content-Encoding", "").strip().lower()
-        is_small = length.isdigit() and int(length) <= MEMORY_BODY_BYTES
+        is_small = length.isdigit() and int(length) <= 1 << 20  # a larger one goes through a temporary file
         with contextlib.ExitStack() as on_failure:
             body: IO[bytes] = on_failure.enter_context(io.BytesIO() if is_small else temporary_file())
             size = 0
@@ -4102,7 +4079,7 @@ class ConvertedFile:
     @staticmethod
     def _pieces(raw: Any, coding: str, deadline: float) -> Iterator[bytes]:
         """A body as it comes, without the packing that nobody asked for. Raises InvalidResponse."""
-        is_packed = coding in UNPACKED_HERE
+        is_packed = coding in {"gzip", "x-gzip", "deflate"}  # those that can be told by how they begin
         if not (is_packed or coding in {"", "identity"}):
             raise InvalidResponse("packed_answer", f"the answer is packed as {coding}, which nobody asked for")
         inflate = zlib.decompressobj(zlib.MAX_WBITS + 32)  # tells gzip and deflate by the head
@@ -4362,7 +4339,8 @@ class ApiClient:
                     return self._finish_job(task, conversation)
                 return self._post(task, source, conversation)
             except ObjectFailed as failure:
-                if failure.status == 200 and failure.code not in UNPAID_ANSWERS:
+                # Some 200s are not the API's, and nobody has paid for them.
+                if failure.status == 200 and failure.code not in {"html_answer", "json_answer", "text_answer"}:
                     request.mark_paid()
                     request.state = RequestState.ANSWERED if failure.permanent else request.state
                 # Without an extension, the API has gone by the bytes.
@@ -4393,7 +4371,7 @@ class ApiClient:
         current = conversation.current
         if current.state is RequestState.KEY_TAKEN:
             conversation.successors += 1
-            if conversation.successors <= MAX_SUCCESSORS:
+            if conversation.successors <= 2:
                 return current.successor()
             # Whatever key it comes with, the API says the same: it is about the object, and nothing was charged.
             for request in conversation.requests:
@@ -4401,7 +4379,8 @@ class ApiClient:
             failure.permanent, current.is_doubtful = True, conversation.requests[0].is_doubtful
         # Only the API's word on it lets another body be sent: after anything else, both might be paid for.
         is_rejected = current.state is RequestState.REJECTED and failure.permanent and not conversation.is_open
-        is_about_url = current.url and is_rejected and failure.code not in NOT_ABOUT_URL
+        has_other_cause = failure.code in {"unsupported_route", "file_too_large", "not_stored"}
+        is_about_url = current.url and is_rejected and not has_other_cause
         following = None
         if failure.code == JOB_LOST and current.is_forgotten:
             current.job_id, following = "", current
@@ -4433,7 +4412,7 @@ class ApiClient:
     def _is_too_slow(self, status: int, request: ApiRequest, conversation: Conversation) -> bool:
         """Whether the API's call has ended too early, again, and the object may be converted by a job."""
         may_be_job = request.path == CONVERT_PATH and self._api.jobs_above is not None
-        return status == 504 and may_be_job and conversation.timeouts >= TIMEOUTS_BEFORE_JOBS
+        return status == 504 and may_be_job and conversation.timeouts >= 2  # the first may be a gateway's
 
     def _is_worth_another_job(self, failure: JobFailed, conversation: Conversation) -> bool:
         """Whether a job failed that another one may not fail as; waits before that one, and uses up an attempt."""
@@ -4633,7 +4612,8 @@ class ApiClient:
                 self._context.ledger.mark_sent(task, request.pending(conversation.source.version))
             answer.close()
             return self._finish_job(task, conversation)
-        deadline = time.monotonic() + max(self._api.timeout, MIN_BODY_SECONDS)
+        # A connection of 1 MB/s needs ten minutes for the largest body.
+        deadline = time.monotonic() + max(self._api.timeout, 600)
         is_json = FileType.media_kind(answer.headers.get("Content-Type", "")) == "json"
         if not is_json or task.target in JSON_FORMATS:
             return ConvertedFile.receive(answer, task.target, deadline)
@@ -4644,8 +4624,9 @@ class ApiClient:
 
     def _finish_job(self, task: Task, conversation: Conversation) -> ConvertedFile:
         """Wait for a job and fetch its result."""
-        request, deadline = conversation.current, time.monotonic() + JOB_DEADLINE_SECONDS
-        polls_left, results_left = POLLS_BEFORE_LOST, 3
+        request, deadline = conversation.current, time.monotonic() + 6 * 3600
+        # Five polls are half a minute: a new job may not be known everywhere at once.
+        polls_left, results_left = 5, 3
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
             self._stop.sleep(pause)
             try:
@@ -4693,7 +4674,8 @@ class ApiClient:
         if code == "quota_exceeded":
             raise Trouble.refusal_by_api(429, code, message, self._api.url)
         conversation.current.state = RequestState.REJECTED
-        is_old = ApiReply.age_of_job(job, now) > time.time() - conversation.asked_at + ROUNDING_SECONDS
+        # The API tells both times in whole seconds, so that two may be rounding.
+        is_old = ApiReply.age_of_job(job, now) > time.time() - conversation.asked_at + 2
         permanent = code not in {"service_unavailable", "rate_limited"}
         said = message or "the API says that the job failed"
         return JobFailed(code or "job_failed", said, permanent=permanent, is_old=is_old)
@@ -4859,7 +4841,8 @@ class TotalCounter(threading.Thread):
                 total += sum(
                     not (each.is_retry or each.kind in {DecisionKind.SKIP, DecisionKind.DONE}) for each in decisions
                 )
-                if self._feeder.has_finished.wait(IDLE_TO_BUSY * (time.thread_time() - began)):
+                # It takes a tenth of a processor at the most.
+                if self._feeder.has_finished.wait(9 * (time.thread_time() - began)):
                     return
                 began = time.thread_time()
             self._tell(TotalCounted(total))
@@ -5135,7 +5118,7 @@ def worker_process(connection: "Connection", settings: Settings, workers: int, *
         leave_to_parent(connection)
     told = 0
     while running:
-        running = wait(running, timeout=ALIVE_SECONDS).not_done
+        running = wait(running, timeout=0.5).not_done
         # A sign of life, how many requests were sent since the last, and what has been heard of the rate.
         requests_so_far = limiter.requests
         send(requests_so_far - told)
@@ -5181,6 +5164,8 @@ def listen_to_parent(
 class ProcessSupervisor:
     """One worker process as its thread in the parent sees it. Everything here happens in that thread."""
 
+    MAX_DEATHS = 3  # of worker processes, over one object or without any result
+
     def __init__(
         self, context: WorkerContext, tasks: "queue.Queue[Task | None]", tell: Callable[[Message], None], workers: int
     ) -> None:
@@ -5215,7 +5200,7 @@ class ProcessSupervisor:
             while len(self._held) < 2 * self._workers and (task := self._next()):
                 self._held[task.job, task.source.key] = task
                 connection.send(task)
-            if connection.poll(PIPE_POLL_SECONDS):
+            if connection.poll(0.01):  # how soon an idle process gets a task
                 heard_at = time.monotonic()
                 message = connection.recv()
                 if message is None:
@@ -5281,15 +5266,15 @@ class ProcessSupervisor:
     def _requeue_after_crash(self) -> None:
         """Take back what a dead process held: it is sent again, or given up where it may be what kills processes."""
         self._idle_deaths += 1
-        if self._idle_deaths >= MAX_DEATHS:
+        if self._idle_deaths >= self.MAX_DEATHS:
             message = f"worker processes died {self._idle_deaths} times in a row without converting anything"
             hint = "look for what kills them (memory?), or set fewer run.workers"
             self._context.stop.request(RunError(message, hint, code="environment"))
         for task in self._held.values():
-            if task.crashed + 1 < MAX_DEATHS or self._context.stop.is_set:
+            if task.crashed + 1 < self.MAX_DEATHS or self._context.stop.is_set:
                 self._returned.append(replace(task, crashed=task.crashed + 1, look=True))
             else:
-                said = f"{MAX_DEATHS} worker processes died while they held this object"
+                said = f"{self.MAX_DEATHS} worker processes died while they held this object"
                 self._tell(Outcome(task, OutcomeKind.FAILED, "worker_died", said, pending=task.pending))
         self._held.clear()
 
@@ -5431,7 +5416,7 @@ def hint_for(code: str) -> str:
 def printable(text: str) -> str:
     """A key or a message of somebody else's on one line: it may hold line ends and orders to the terminal."""
     plain = text if text.isprintable() else json.dumps(text)
-    return plain if len(plain) <= MAX_PRINTED else plain[: MAX_PRINTED - 3] + "..."
+    return plain if len(plain) <= 200 else plain[:197] + "..."
 
 
 def human_bytes(count: float) -> str:
@@ -5525,11 +5510,13 @@ class OutputFile:
 class Report:
     """Counts, exit code, summary and last words of a run. Every listed object ends in exactly one count."""
 
+    CODES_KEPT = 20  # codes of failures that are counted by name; an API that invents more of them fills no memory
+
     def __init__(self, settings: Settings) -> None:
         self._settings, self.started, self._started_at = settings, time.monotonic(), time.time()
         self.counts, self.skipped, self.failed = Counter[str](), Counter[str](), Counter[str]()
         self._by_job = {job.name: Counter[str]() for job in settings.jobs}
-        self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
+        self._latencies: deque[float] = deque(maxlen=10_000)
         self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it
         self._charged_twice = ""  # the first key that the API may have been paid for twice
         self.remaining: int | None = None  # conversions this month
@@ -5563,7 +5550,7 @@ class Report:
         numbers = [number for number in (self.remaining, outcome.remaining) if number is not None]
         self.remaining = min(numbers, default=None)
         if kind is OutcomeKind.FAILED:
-            code = outcome.code if outcome.code in self.failed or len(self.failed) < CODES_KEPT else "other"
+            code = outcome.code if outcome.code in self.failed or len(self.failed) < self.CODES_KEPT else "other"
             self.failed[code] += 1
             self.examples.setdefault(code, outcome)
             self.counts["failed_permanently"] += outcome.permanent
@@ -5732,8 +5719,8 @@ class Progress:
 
     def __init__(self, settings: Settings, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
         self.report, self._settings, self._clock = report, settings, clock
-        # (monotonic seconds, objects finished by then), one a second: the rate is the slope.
-        self._pace: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=RATE_SECONDS)
+        # (monotonic seconds, objects finished by then), one a second of the last minute: the rate is the slope.
+        self._pace: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=60)
         self._seen, self._moved = (0, 0), clock()  # (finished, listed), and when they last changed
         self._said, self._said_at = 0, clock()  # finished by the last line
         self._drawn_at, self._columns = 0.0, 0
@@ -5775,7 +5762,7 @@ class Progress:
         if now - self._pace[-1][0] >= 1:
             self._pace.append((now, report.finished))
         if self._bar is not None:
-            if now - self._drawn_at >= DRAW_SECONDS:
+            if now - self._drawn_at >= 0.2:
                 self._drawn_at = now
                 self._draw(self._bar)
         elif report.finished >= self._said + step or now - self._said_at >= LINE_SECONDS:
@@ -5783,7 +5770,7 @@ class Progress:
             numbers = self._numbers()
             log.info("%s", ", ".join(self._words(numbers)), extra=log_fields("progress", **numbers))
         if now >= self._due:
-            self._due = now + METRICS_SECONDS
+            self._due = now + 15  # seconds, as often as Prometheus asks by default
             self._write_metrics(is_running=True)
 
     def finish(self) -> None:
@@ -5845,7 +5832,7 @@ class Progress:
             bar.sp = bar.status_printer(bar.fp)
             self._columns = columns
         count, *more = self._words(self._numbers())
-        while more and len(count) + MIN_BAR + len(", ".join(more)) > columns:
+        while more and len(f"{count} |{10 * ' '}| {', '.join(more)}") > columns:
             more.pop()
         bar.bar_format = f"{count} |{{bar}}| {', '.join(more)}"
         bar.n, bar.total = self.report.finished, self.report.expected
@@ -5951,7 +5938,7 @@ class Recorder:
             self._streak = [outcome]
             return list(map(self._with_history, held))
         held.append(outcome)
-        if len(held) < FAILURES_IN_A_ROW:
+        if len(held) < 10:
             self._streak = held
             return []
         said = f"{len(held)} objects in a row failed for the same reason: {outcome.code} {printable(outcome.message)}"
@@ -5967,7 +5954,7 @@ class Recorder:
     def _with_history(self, outcome: Outcome) -> Outcome:
         """A failure that knows in how many runs its version has failed: after five, it has failed permanently."""
         runs = 1 + self._runs_failed(outcome)
-        if runs < MAX_RUNS_FAILED:
+        if runs < 5:
             return replace(outcome, runs_failed=runs)
         said = f"failed in {runs} runs, at last with {outcome.code}: {outcome.message}"
         return replace(outcome, code="gave_up", message=said, permanent=True, runs_failed=runs, pending=None)
@@ -6070,7 +6057,8 @@ def run(settings: Settings, stop: StopFlag) -> Report:
             journal.end_run(time.time(), report.exit_code)
             # A file of keys names some objects, and a request for another one is as much needed as before.
             if not (report.reason or settings.keys_from):
-                journal.purge_requests(time.time() - REQUEST_KEPT_SECONDS)
+                # A request that no run has met for a week belongs to a deleted object.
+                journal.purge_requests(time.time() - 7 * 86_400)
         for kind, warning in feeder.planner.warnings.items():
             log.warning("%s", warning, extra=log_fields("warning", kind=kind))
         OutputFile("run.summary", settings.run.summary).replace(json.dumps(report.summary(), indent=2) + "\n")
@@ -6209,7 +6197,8 @@ class Estimate:
         # This shard's share of the smaller limit, as far as limits are known before anything is sent.
         limits = [limit for limit in (settings.api.requests_per_minute, usage.requests_per_minute) if limit]
         rate = min(limits) / settings.shard.count if limits else None
-        latency = statistics.median(self._latencies or [PUBLISHED_LATENCY_SECONDS])
+        # Where no latency is known, it is the API's own median for files under 5 MB.
+        latency = statistics.median(self._latencies or [0.8])
         jobs = {
             name: {
                 **{what: counts[what] for what in (convert, "bytes", resume, copy, RETRIED, ALREADY_DONE)},

@@ -31,7 +31,7 @@ WRITTEN = "2026-09-21T14:13:20.000Z"
 @pytest.fixture(autouse=True)
 def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every page makes the reader wait long enough to want more at a time."""
-    monkeypatch.setattr(program, "PAGE_WAIT_SECONDS", -1.0)
+    monkeypatch.setattr(program.ParallelLister, "PAGE_WAIT_SECONDS", -1.0)
 
 
 class SortedKeys:

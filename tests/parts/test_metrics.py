@@ -41,8 +41,8 @@ def test_codes_without_end_become_one_label(settings: program.Settings) -> None:
     report = program.Report(settings)
     for number in range(100):
         report.add(failed(f"code_{number}"))
-    assert len(report.failed) == len(report.examples) == program.CODES_KEPT + 1
-    assert report.failed["other"] == 100 - program.CODES_KEPT
+    assert len(report.failed) == len(report.examples) == program.Report.CODES_KEPT + 1
+    assert report.failed["other"] == 100 - program.Report.CODES_KEPT
     assert report.failed.total() == 100
 
 

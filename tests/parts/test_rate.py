@@ -90,9 +90,9 @@ def test_a_429_pauses_all_and_lowers_the_pace_which_then_recovers(clock: Clock) 
     before = clock.now
     assert gaps(limiter, clock, 1) == [pytest.approx(1.1, rel=0.02)]
     assert clock.now - before == pytest.approx(10 + 1.1, rel=0.02)
-    clock.now += program.SECONDS_TO_RECOVER_HALF
+    clock.now += program.RateLimiter.SECONDS_TO_RECOVER_HALF
     assert gaps(limiter, clock, 1) == [pytest.approx(1.05, rel=0.02)]
-    clock.now += 10 * program.SECONDS_TO_RECOVER_HALF
+    clock.now += 10 * program.RateLimiter.SECONDS_TO_RECOVER_HALF
     assert gaps(limiter, clock, 5) == pytest.approx([1] * 5, rel=0.001)
 
 
@@ -109,7 +109,7 @@ def test_429s_without_end_do_not_bring_it_to_a_stand(clock: Clock) -> None:
     for _ in range(100):
         limiter.pause(1)
         gaps(limiter, clock, 1)
-    assert gaps(limiter, clock, 1)[0] < 1 + program.MAX_EXCESS
+    assert gaps(limiter, clock, 1)[0] < 1 + program.RateLimiter.MAX_EXCESS
 
 
 def test_where_nobody_says_a_429_does(clock: Clock) -> None:
@@ -130,7 +130,7 @@ def test_a_429_for_the_very_first_request_does_not_hold_up_the_whole_run(
     limiter.pause(20)
     # Others may have used up the limit, so that nothing is known of it: as if it were the smallest.
     assert gaps(limiter, clock, 1) == [pytest.approx(seconds, rel=0.02)]
-    clock.now += 10 * program.SECONDS_TO_DOUBLE_GUESS
+    clock.now += 10 * program.RateLimiter.SECONDS_TO_DOUBLE_GUESS
     assert gaps(limiter, clock, 1)[0] < seconds / 1000
 
 
