@@ -1778,7 +1778,7 @@ CREATE INDEX in_flight_slot ON in_flight (slot);
 CREATE TABLE runs (id INTEGER PRIMARY KEY, started REAL NOT NULL, ended REAL, exit_code INTEGER);
 """
 TEMPORARY_SCHEMA = """
-CREATE TABLE claims (slot TEXT PRIMARY KEY, owner TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE claims (slot TEXT PRIMARY KEY, job TEXT NOT NULL, key TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE postponed (job TEXT, key TEXT, etag TEXT, size INTEGER, time TEXT, PRIMARY KEY (job, key)) WITHOUT ROWID;
 """
 
@@ -1954,13 +1954,13 @@ class Journal:
         with self._transaction() as db:
             db.execute("UPDATE runs SET ended = ?, exit_code = ? WHERE id = ?", (now, exit_code, self.run_id))
 
-    def claim(self, owners: Sequence[tuple[str, str]], *, anew: bool = False) -> dict[str, str]:
-        """Slot -> who has it in this run: the first that asked, among these (slot, owner) or before; `anew`: these."""
+    def claim(self, claims: Sequence[tuple[str, str, str]], *, anew: bool = False) -> dict[str, tuple[str, str]]:
+        """Claim slots for (slot, job, key). Slot -> (job, key) that has it in this run: the first; `anew`: the last."""
         with self._locked():
             how = "REPLACE" if anew else "IGNORE"
-            self._temporary.executemany(f"INSERT OR {how} INTO claims VALUES (?, ?)", owners)
-            asked = "SELECT slot, owner FROM claims WHERE slot = ?"
-            return dict(self._temporary.execute(asked, (slot,)).fetchone() for slot, _ in owners)
+            self._temporary.executemany(f"INSERT OR {how} INTO claims VALUES (?, ?, ?)", claims)
+            query = "SELECT job, key FROM claims WHERE slot = ?"
+            return {slot: self._temporary.execute(query, (slot,)).fetchone() for slot, *_ in claims}
 
     def postpone(self, sources: Sequence[tuple[str, SourceObject]]) -> None:
         """Set (job, object) aside until all others have been tried."""
@@ -3248,32 +3248,32 @@ class JobMatcher:
     """A job with its filters made ready. `now` in Unix seconds: ages are counted from there."""
 
     def __init__(self, job: Job, now: float) -> None:
-        options = self._options = job.options
-        self.job, self._now = job, now
-        self._included, self._excluded = globs_match(options.include), globs_match(options.exclude)
-        self._takes_all, self._leaves_out = "*" in options.include, bool(options.exclude)
-        target = FileType.canonical(options.target)
+        self.job, self._now, options = job, now, job.options
+        self._included = None if "*" in options.include else globs_match(options.include)
+        self._excluded = globs_match(options.exclude) if options.exclude else None
+        self._sizes = (options.min_size or 0, math.inf if options.max_size is None else options.max_size)
+        # By S3's clock, what was written just now may be from the future: it is new.
+        self._ages = (
+            -math.inf if options.older_than is None else options.older_than,
+            math.inf if options.newer_than is None else options.newer_than,
+        )
+        target = self._target = FileType.canonical(options.target)
         same = [target, *(alias for alias, name in FORMAT_ALIASES.items() if name == target)]
-        self._target, self._same_endings = target, tuple(f".{ext}" for ext in same)
-        self.is_filtered = (options.min_size, options.max_size, options.newer_than, options.older_than) != (None,) * 4
-
-    def wants_key(self, key: str) -> bool:
-        """Whether prefix and globs let it in."""
-        if not key.startswith(self.job.prefix) or (self._leaves_out and self._excluded(key)):
-            return False
-        return self._takes_all or self._included(key)
+        self._same_endings = tuple(f".{ext}" for ext in same)
 
     def wants(self, source: SourceObject) -> bool:
-        """Whether size and age, which must be known, let it in."""
-        options = self._options
-        if not (options.min_size or 0) <= source.size <= (math.inf if options.max_size is None else options.max_size):
+        """Whether prefix and globs let an object in; and size and age, unless only its key is known."""
+        key = source.key
+        if not key.startswith(self.job.prefix) or (self._excluded and self._excluded(key)):
             return False
-        if options.newer_than is None and options.older_than is None:
-            return True
-        age = self._now - source.modified
-        # By S3's clock, what was written just now may be from the future: it is new.
-        least = -math.inf if options.older_than is None else options.older_than
-        return least <= age <= (math.inf if options.newer_than is None else options.newer_than)
+        if self._included and not self._included(key):
+            return False
+        if source.version and not self._sizes[0] <= source.size <= self._sizes[1]:
+            return False
+        least, most = self._ages
+        # Without a limit no date is read: that would take longer than all the rest.
+        is_any_age = not source.version or (least, most) == (-math.inf, math.inf)
+        return is_any_age or least <= self._now - source.modified <= most
 
     def is_same_format(self, key: str) -> bool:
         """Whether a key's extension names the target."""
@@ -3293,14 +3293,12 @@ class Planner:
     """Lists, selects and decides. It owns nothing that grows with the bucket, and no counts."""
 
     def __init__(self, settings: Settings, bucket: Bucket, journal: Journal, stop: StopFlag) -> None:
-        self.settings, self.bucket, self.journal, self.stop = settings, bucket, journal, stop
+        self.settings, self.bucket, self.journal, self._stop = settings, bucket, journal, stop
         # Sorted by name: of two jobs that want one output key for an object, the first keeps it, in every run.
-        self.matchers = {
-            job.name: JobMatcher(job, time.time()) for job in sorted(settings.jobs, key=lambda job: job.name)
-        }
+        jobs = sorted(settings.jobs, key=lambda job: job.name)
+        self.matchers = {job.name: JobMatcher(job, time.time()) for job in jobs}
         self._own_prefixes = settings.own_prefixes
-        endings = {f".{job.options.target}" for job in settings.jobs} | {".zip"}
-        self._own_endings = tuple(sorted(endings))
+        self._own_endings = (*(f".{job.options.target}" for job in jobs), ".zip", "/")
         self._outputs = OutputLister(bucket)
         self._unmarked_looks = 16  # at keys that look like outputs, for a warning
         self.warnings: dict[str, str] = {}  # by kind: what a person should know
@@ -3312,16 +3310,15 @@ class Planner:
         """
         for page in self.pages(max_parallel):
             decisions = self.plan(page)
-            late = [(decision.job, decision.source) for decision in decisions if decision.kind is DecisionKind.POSTPONE]
-            self.journal.postpone(late)
+            self.journal.postpone([(each.job, each.source) for each in decisions if each.kind is DecisionKind.POSTPONE])
             yield decisions
         for postponed in self.journal.postponed():
-            yield [decision._replace(is_retry=True) for decision in self.undone(postponed, is_last=True)]
+            yield [decision._replace(is_retry=True) for decision in self._decide(postponed, is_last=True)]
 
     def pages(self, max_parallel: Callable[[], int]) -> Iterator[list[SourceObject]]:
         """What there is, by pages. A prefix inside another is part of its listing. Raises RunError, StopRequested."""
         if self.settings.keys_from:
-            yield from keys_from(self.settings.keys_from, self.bucket, self.stop)
+            yield from keys_from(self.settings.keys_from, self.bucket, self._stop)
             return
         prefixes = {job.prefix for job in self.settings.jobs}
         for prefix in sorted(prefixes):
@@ -3349,16 +3346,17 @@ class Planner:
                     decisions.append(Decision(DecisionKind.SKIP, source, matcher.job.name, SAME_FORMAT))
                 else:
                     selected.append((matcher.job.name, source))
-        return decisions + self.undone(selected, is_last=is_last)
+        return decisions + self._decide(selected, is_last=is_last)
 
     def _is_own(self, key: str) -> str:
-        """Whether a key lies where outputs go; such keys are skipped, and sources among them are named in a warning."""
+        """OWN_OUTPUT if a key lies where outputs go. Such keys are skipped; a warning names sources among them."""
         if not key.startswith(self._own_prefixes):
             return ""
         # A few looks, for a warning alone, at what no output is called.
-        if not key.endswith((*self._own_endings, "/")) and self._unmarked_looks > 0 and "unmarked" not in self.warnings:
+        if self._unmarked_looks and not key.endswith(self._own_endings):
             self._unmarked_looks -= 1
             if self.bucket.is_no_source(key) is False:
+                self._unmarked_looks = 0
                 self.warnings["unmarked"] = (
                     f"{printable(key)} lies where outputs go and is none of this program's: such keys are skipped; "
                     "if they are sources, give outputs a prefix of their own in s3.output_key"
@@ -3366,25 +3364,21 @@ class Planner:
         return OWN_OUTPUT
 
     def _wanting(self, source: SourceObject) -> Sequence[JobMatcher]:
-        wanting = [
-            matcher
-            for matcher in self.matchers.values()
-            if matcher.wants_key(source.key)
-            and (not matcher.is_filtered or not source.version or matcher.wants(source))
-        ]
+        wanting = [matcher for matcher in self.matchers.values() if matcher.wants(source)]
         if len(wanting) < 2:
             return wanting
-        # Of jobs that would make the very same output, one is enough.
-        return list(
-            {(each.job.fingerprint, output_key(each.job, source.key)): each for each in wanting[::-1]}.values()
-        )[::-1]
+        # Of jobs that would make the very same output, the first is enough.
+        outputs = dict[tuple[str, str], JobMatcher]()
+        for matcher in wanting:
+            outputs.setdefault((matcher.job.fingerprint, output_key(matcher.job, source.key)), matcher)
+        return list(outputs.values())
 
-    def undone(self, selected: Sequence[tuple[str, SourceObject]], *, is_last: bool) -> list[Decision]:
-        """Decisions by what the journal knows. `is_last`: all else has been tried, so that nothing is postponed."""
-        sources: dict[str, list[SourceObject]] = {}
+    def _decide(self, selected: Sequence[tuple[str, SourceObject]], *, is_last: bool) -> list[Decision]:
+        """Decisions for (job, object) by what the journal knows, and by who has their output keys."""
+        keys: dict[str, list[str]] = {}
         for job, source in selected:
-            sources.setdefault(job, []).append(source)
-        states = {job: self.journal.states(job, [source.key for source in of_job]) for job, of_job in sources.items()}
+            keys.setdefault(job, []).append(source.key)
+        states = {job: self.journal.states(job, of_job) for job, of_job in keys.items()}
         decisions, todo = list[Decision](), list[tuple[str, SourceObject, JournalState | None]]()
         for job, source in selected:
             state = states[job].get(source.key)
@@ -3396,53 +3390,46 @@ class Planner:
                 decisions.append(Decision(DecisionKind.SKIP, source, job, state[5]))
             elif state[3] and not self.settings.retry_failed:
                 decisions.append(Decision(DecisionKind.SKIP, source, job, FAILED_BEFORE))
-            else:
+            elif is_last or state[5] in FREE_FAILURES:
                 todo.append((job, source, JournalState(*state)))
-        return decisions + self._resolve(todo, is_last=is_last)
-
-    def _resolve(
-        self, todo: Sequence[tuple[str, SourceObject, JournalState | None]], *, is_last: bool
-    ) -> list[Decision]:
-        """Decisions for what the journal does not know as done: what must fail, wait, or go to a worker."""
-        names = {job for job, *_ in todo}
-        keys = {name: [source.key for job, source, _ in todo if job == name] for name in names}
-        pending = {name: self.journal.pending(name, keys[name]) for name in names}
-        decisions, tasks = list[Decision](), list[Task]()
-        for job, source, state in todo:
-            task = self._task(job, source, state, pending[job].get(source.key))
-            failure = self._impossible(task)
-            has_failed = state is not None and state.version == source.version and state.code not in FREE_FAILURES
-            if failure:
-                decisions.append(Decision(DecisionKind.FAIL, source, job, *failure, task))
-            elif has_failed and not is_last:
-                decisions.append(Decision(DecisionKind.POSTPONE, source, job))
             else:
-                tasks.append(task)
-        return decisions + [self._dispatch(task) for task in self._placed(tasks)]
+                decisions.append(Decision(DecisionKind.POSTPONE, source, job))
+        # What is finished is asked about in no other table: that is most of a bucket, in most runs.
+        pending = {job: self.journal.pending(job, of_job) for job, of_job in keys.items()} if todo else {}
+        tasks = [self._task(job, source, state, pending[job].get(source.key)) for job, source, state in todo]
+        return [*decisions, *self._dispatch(tasks)]
 
     def _task(self, job: str, source: SourceObject, state: JournalState | None, pending: PendingRequest | None) -> Task:
-        matcher = self.matchers[job]
-        options = matcher.job.options
+        settings, chosen = self.settings, self.matchers[job].job
+        options = chosen.options
         # What was sent for another version can never be asked for again. An inventory's version may be a day old.
         is_resumable = pending is not None and (not source.version or pending.version == source.version)
-        rivals = [
-            (each.job.fingerprint, name)
-            for name, each in self.matchers.items()
-            if name != job and each.wants_key(source.key) and (not source.version or each.wants(source))
-        ]
+        others = (matcher for name, matcher in self.matchers.items() if name != job and matcher.wants(source))
         return Task(
             job=job,
-            adopts=self.settings.run.skip_existing and self._has_own_place(job),
-            rivals=tuple(rivals),
-            fingerprint=matcher.job.fingerprint,
-            source=source._replace(version="") if self.settings.keys_from else source,
+            fingerprint=chosen.fingerprint,
+            source=source._replace(version="") if settings.keys_from else source,
             target=options.target,
             quality=options.quality,
-            output_key=output_key(matcher.job, source.key),
-            copy=options.same_format == "copy" and matcher.is_same_format(source.key),
+            output_key=output_key(chosen, source.key),
+            copy=options.same_format == "copy" and self.matchers[job].is_same_format(source.key),
+            adopts=settings.run.skip_existing and not settings.puts_among_sources(chosen),
+            rivals=tuple((other.job.fingerprint, other.job.name) for other in others),
             pending=pending if is_resumable else None,
             known=state,
         )
+
+    def _dispatch(self, tasks: Sequence[Task]) -> Iterator[Decision]:
+        """Decisions for what the journal does not know as done: it must fail, or goes to a worker."""
+        possible = list[Task]()
+        for task in tasks:
+            if failure := self._impossible(task):
+                yield Decision(DecisionKind.FAIL, task.source, task.job, *failure, task)
+            else:
+                possible.append(task)
+        for task in self._placed(possible):
+            kind = DecisionKind.COPY if task.copy else DecisionKind.RESUME if task.pending else DecisionKind.CONVERT
+            yield Decision(kind, task.source, task.job, task=task)
 
     def _impossible(self, task: Task) -> tuple[str, str] | None:
         """Code and message of a failure that needs no worker to be seen."""
@@ -3460,50 +3447,39 @@ class Planner:
 
     def _placed(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """The tasks with what is known of their output keys: who holds them, and whether something lies there."""
+        here, jobs = self.bucket.name, {name: matcher.job for name, matcher in self.matchers.items()}
         slots = [self.journal.slot(task.output_key) for task in tasks]
         held = self.journal.holders(slots)
-        there = self._outputs.existing([self._output_place(task) for task in tasks])
-        placed: list[tuple[Task, str]] = []
+        there = self._outputs.existing([(jobs[task.job].constant_prefix, task.output_key) for task in tasks])
+        placed: list[tuple[str, Task]] = []
         for slot, task in zip(slots, tasks, strict=True):
             look = task.pending is not None or task.output_key in there
-            bucket, key = held.get(slot, (self.bucket.name, task.source.key))
-            holder = key if bucket == self.bucket.name else f"s3://{bucket}/{key}"
+            bucket, key = held.get(slot, (here, task.source.key))
+            holder = key if bucket == here else f"s3://{bucket}/{key}"
             # An object that was deleted while it was in flight, and has left no output, holds nobody up.
-            is_itself = (bucket, key) == (self.bucket.name, task.source.key)
-            if is_itself or (not look and bucket == self.bucket.name and self.bucket.is_no_source(key)):
+            is_itself = (bucket, key) == (here, task.source.key)
+            if is_itself or (not look and bucket == here and self.bucket.is_no_source(key)):
                 holder = ""
-            placed.append((replace(task, holder=holder, look=look), slot))
+            placed.append((slot, replace(task, holder=holder, look=look)))
         # A request in flight comes before what is new; what somebody else holds is claimed by nobody here.
-        free = sorted((each for each in placed if not each[0].holder), key=lambda each: each[0].pending is None)
-        claims = self.journal.claim([(slot, f"{task.job}/{task.source.key}") for task, slot in free])
-        for task, slot in placed:
-            job, _, key = claims.get(slot, "").partition("/")
-            if task.holder or (job, key) == (task.job, task.source.key):
+        free = sorted((each for each in placed if not each[1].holder), key=lambda each: each[1].pending is None)
+        claims = self.journal.claim([(slot, task.job, task.source.key) for slot, task in free])
+        for slot, task in placed:
+            claim = (slot, task.job, task.source.key)
+            job, key = claims.get(slot, claim[1:])
+            if task.holder or (job, key) == claim[1:]:
                 yield task
             elif key == task.source.key:
                 yield replace(task, holder=f"[job {job}]")
             elif task.look:
                 # Of different sources, the one has the key whose output lies there: the look tells.
                 yield task
-            elif self._has_own_place(job) or not self.bucket.is_no_source(key):
+            elif not self.settings.puts_among_sources(jobs[job]) or not self.bucket.is_no_source(key):
                 yield replace(task, holder=key)
             else:
                 # Among the sources, outputs of other jobs are listed as well, and have claimed what they do not want.
-                claims |= self.journal.claim([(slot, f"{task.job}/{task.source.key}")], anew=True)
+                claims |= self.journal.claim([claim], anew=True)
                 yield task
-
-    def _has_own_place(self, job: str) -> bool:
-        """Whether a job's outputs lie apart from all sources."""
-        return not self.settings.s3.is_one_bucket or bool(self.matchers[job].job.constant_prefix)
-
-    def _output_place(self, task: Task) -> tuple[str, str]:
-        return self.matchers[task.job].job.constant_prefix, task.output_key
-
-    @staticmethod
-    def _dispatch(task: Task) -> Decision:
-        # A task whose key somebody else holds as well: its source may be an output, and its own output may lie there.
-        kind = DecisionKind.COPY if task.copy else DecisionKind.RESUME if task.pending else DecisionKind.CONVERT
-        return Decision(kind, task.source, task.job, task=task)
 
 
 class OutputLister:
@@ -3513,26 +3489,21 @@ class OutputLister:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket = bucket
+        self._bucket, self._is_refused = bucket, False
         self._empty_after: dict[str, tuple[str, float]] = {}  # prefix -> (key, monotonic seconds)
-        self._is_refused = False
 
     def existing(self, places: Sequence[tuple[str, str]]) -> set[str]:
         """Those of the (constant prefix, key) whose key, or that key with `.zip`, exists; all if none may be listed."""
         found: set[str] = set()
         for prefix in sorted({prefix for prefix, _ in places}):
             keys = [key for own, key in places if own == prefix]
-            if self._is_refused:
-                found.update(keys)
-                continue
+            listed = {made for key in keys for made in (key, f"{key}.zip")}
             try:
-                listed = self._listed(prefix, {made for key in keys for made in (key, f"{key}.zip")})
+                listed = listed if self._is_refused else self._listed(prefix, listed)
             except ObjectFailed as failure:
                 # What may not be listed is looked at, object by object.
                 log.warning("outputs cannot be listed (%s): each is looked at instead", failure.message)
                 self._is_refused = True
-                found.update(keys)
-                continue
             found.update(key for key in keys if key in listed or f"{key}.zip" in listed)
         return found
 
@@ -3554,8 +3525,7 @@ class OutputLister:
                 self._empty_after[prefix] = (after, time.monotonic())
             listed = {output.key for output in page.objects}
             while wanted and (page.is_last or wanted[-1] <= after):
-                key = wanted.pop()
-                found.update({key} & listed)
+                found |= {wanted.pop()} & listed
         return found
 
 
@@ -6485,7 +6455,7 @@ class Why:
         """What one job would do. `decision`: None if the object is another shard's."""
         if not self.key.startswith(matcher.job.prefix):
             return f"not list it, for its key does not begin with {matcher.job.prefix}"
-        if not (matcher.wants_key(self.key) and matcher.wants(source)):
+        if not matcher.wants(source):
             return f"leave it: {REASONS[NOT_MATCHED]}"
         if decision is None:
             slot, count = KeyParts.slot_of(output_key(matcher.job, self.key)), self.settings.shard.count
@@ -6725,7 +6695,7 @@ class Diagnostics:
         takers: dict[tuple[str, str], str] = {}
         for matcher, source in itertools.product([JobMatcher(job, time.time()) for job in self.settings.jobs], listed):
             is_own = source.key.startswith(self.settings.own_prefixes)
-            if is_own or not matcher.wants_key(source.key) or not matcher.wants(source):
+            if is_own or not matcher.wants(source):
                 continue
             planned = output_key(matcher.job, source.key)
             first = takers.setdefault((source.key, KeyParts.slot_of(planned)), matcher.job.name)

@@ -334,10 +334,12 @@ def test_an_odd_key_comes_back_as_it_is(journal: Journal, key: str) -> None:
 
 
 def test_an_output_key_goes_to_the_first_that_asks_in_a_run(journal: Journal, path: Path) -> None:
-    assert journal.claim([("1", "a"), ("1", "b"), ("2", "b")]) == {"1": "a", "2": "b"}
-    assert journal.claim([("2", "c"), ("3", "c")]) == {"2": "b", "3": "c"}
+    a, b, c = ("j/k", "a"), ("j", "k/b"), ("j", "c")
+    assert journal.claim([("1", *a), ("1", *b), ("2", *b)]) == {"1": a, "2": b}
+    assert journal.claim([("2", *c), ("3", *c)]) == {"2": b, "3": c}
+    assert journal.claim([("2", *c)], anew=True) == {"2": c}
     with opened(path) as next_run:
-        assert next_run.claim([("2", "c")]) == {"2": "c"}
+        assert next_run.claim([("2", *a)]) == {"2": a}
 
 
 def test_what_was_postponed_comes_back_once_and_by_pages(journal: Journal) -> None:
