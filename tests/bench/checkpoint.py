@@ -1,51 +1,41 @@
-"""Make a checkpoint that knows every object of the synthetic bucket as converted, in seconds for a million.
+"""Multiply the one row of a checkpoint, so that it knows every object of the bucket, in seconds for a million.
 
-    python -m tests.bench.checkpoint PATH ENDPOINT BUCKET KEYS FOLDERS SIZE
+    python -m tests.bench.checkpoint PATH KEYS FOLDERS SIZE
 
-The program itself makes the file; the rows are then made by SQLite. The columns are read from the file: one that is not
-known here gets 0 or an empty text, and whether the program takes the rows for what they are is seen by what it counts
-as already done.
+A program has converted one object of the bucket; SQLite then makes as many copies of what was written down, each with
+the key and the ETag of another object. So the checkpoint of any edition will do that has a table `log` with the columns
+`id` and `key`. Whether it takes the copies for what they are is seen by what it counts as already done.
 """
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 
-import s3_bulk_convert as program
-from tests.bench.keys import SQL_OBJECTS, Keys
-
-TARGET = "jpg"
-# Column of the log -> SQL for its value.
-SQL_VALUES = {
-    "job": "(SELECT max(id) FROM jobs)",
-    "key": "stem || '.png'",
-    "id": "((SELECT max(id) FROM runs) << 32) + number",
-    "time": "1770000000",
-    "etag": "etag",
-    "event": "'converted'",
-    "output_etag": "etag",
-    "bytes_out": ":size",
-    "seconds": "0.9",
-    "requests": "1",
-    "code": "''",
-    "message": "''",
-}
+from tests.bench.keys import ONE_FOLDER, SQL_OBJECTS, Keys
 
 
 def insert_all(db: sqlite3.Connection, keys: Keys) -> None:
-    """Append a row for each object, in the order of the keys."""
-    values: dict[str, str] = {}
-    for _, name, kind, is_required, default, _ in db.execute("PRAGMA table_info(log)"):
-        if name in SQL_VALUES or (is_required and default is None):
-            values[name] = SQL_VALUES.get(name, "''" if kind == "TEXT" else "0")
-    query = f"INSERT INTO log ({', '.join(values)}) SELECT {', '.join(values.values())} FROM ({SQL_OBJECTS})"
-    numbers = {"count": keys.count, "folders": keys.folders, "per_folder": keys.per_folder, "size": keys.size}
-    db.execute(query, numbers)
+    """Append a row for each object but the one that is there, in the order of the keys."""
+    db.execute("CREATE TEMPORARY TABLE sample AS SELECT * FROM log")
+    found = db.execute("SELECT * FROM sample")
+    columns = [name for name, *_ in found.description]
+    [row] = found.fetchall()
+    key = row[columns.index("key")]
+    own = keys.number_of(key)
+    assert own is not None
+    values = []
+    for column, value in zip(columns, row, strict=True):
+        sql = f"sample.{column}"
+        for of_sample, of_object in ((key.removesuffix(".png"), "stem"), (keys.etag(own), "objects.etag")):
+            if of_sample in str(value):
+                sql = f"replace({sql}, '{of_sample}', {of_object})"
+        values.append(f"{sql} + 1 + number" if column == "id" else sql)
+    query = f"SELECT {', '.join(values)} FROM ({SQL_OBJECTS}) AS objects, sample WHERE number <> :own"
+    numbers = {"count": keys.count, "folders": keys.folders, "per_folder": keys.per_folder, "own": own}
+    db.execute(f"INSERT INTO log ({', '.join(columns)}) {query}", {**numbers, "one_folder": ONE_FOLDER})
 
 
 def fill(path: Path, keys: Keys) -> None:
@@ -67,13 +57,8 @@ def fill(path: Path, keys: Keys) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Make the checkpoint that the command line names, for a run that is told bucket and target, and nothing else."""
-    path, endpoint, bucket = Path(arguments[0]), arguments[1], arguments[2]
-    environment = {"CTF_API_KEY": "ctf_sk_bench", "S3_BUCKET": bucket, "TARGET_FORMAT": TARGET}
-    settings = program.load_settings(Path(os.devnull), environment, [])
-    with program.Journal(path, endpoint, settings) as journal:
-        journal.begin_run(time.time())
-    fill(path, Keys(*map(int, arguments[3:])))
+    """Fill the checkpoint that the command line names."""
+    fill(Path(arguments[0]), Keys(*map(int, arguments[1:])))
 
 
 if __name__ == "__main__":
