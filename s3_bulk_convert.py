@@ -76,7 +76,7 @@ import time
 import traceback
 import urllib.parse
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
@@ -4330,7 +4330,7 @@ class ApiClient:
         above = self._api.jobs_above
         path = JOBS_PATH if above is not None and source.size > above else CONVERT_PATH
         place = self._context.matchers[task.job].job.place
-        key = idempotency_key(self._context.endpoint, self._context.bucket.name, source, task, place)
+        key = idempotency_key(self._context.bucket.endpoint, self._context.bucket.name, source, task, place)
         by_url = self._api.transfer != "upload" and not KeyParts.of(task.source.key).has_dot_segments
         if by_url and not self._context.api_state.uploads:
             return ApiRequest(path, key, self._context.bucket.presign(task.source.key))
@@ -4803,7 +4803,7 @@ class TotalCounter(threading.Thread):
 
     def _count(self) -> None:
         context, journal = self._feeder.context, self._feeder.journal
-        with Journal(journal.path, context.endpoint, context.settings, read_only=True) as own:
+        with Journal(journal.path, context.bucket.endpoint, context.settings, read_only=True) as own:
             own.horizon = journal.run_id << 32
             planner = Planner(context.settings, context.bucket, own, context.stop)
             total, began = 0, time.thread_time()
@@ -4829,12 +4829,13 @@ class TotalCounter(threading.Thread):
 class Ledger:
     """What is written down, and counted against the cap, right before a request that may be paid for.
 
-    In a worker process the same door leads through the pipe (see LedgerClient).
+    In a worker process the same door leads through the pipe (see ParentConnection).
     """
 
     def __init__(self, journal: Journal, settings: Settings) -> None:
-        self._journal, self._settings = journal, settings
-        self._lock, self._left = threading.Lock(), settings.api.max_conversions
+        # Makes a request durable before it is sent. Raises RunError.
+        self.mark_sent = journal.mark_sent
+        self._settings, self._lock, self._left = settings, threading.Lock(), settings.api.max_conversions
         self.is_exhausted = False  # one more than the cap was wanted: then work is left for sure
 
     def reserve(self) -> None:
@@ -4857,47 +4858,36 @@ class Ledger:
         )
         return RunError(message, hint, code="cap")
 
-    def mark_sent(self, task: Task, request: PendingRequest) -> None:
-        """Make a request durable before it is sent. Raises RunError."""
-        self._journal.mark_sent(task, request)
 
-
-@dataclass(frozen=True)
 class WorkerContext:
     """What all workers of a process share."""
 
-    settings: Settings
-    stop: StopFlag
-    bucket: Bucket
-    limiter: RateLimiter
-    ledger: "Ledger | LedgerClient"
-    matchers: Mapping[str, JobMatcher]
-    endpoint: str
-    api_state: ApiState = field(default_factory=ApiState)
-    outage: OutageMonitor = field(default_factory=lambda: OutageMonitor("the API"))
+    def __init__(self, settings: Settings, stop: StopFlag, bucket: Bucket, ledger: "Ledger | ParentConnection") -> None:
+        self.settings, self.stop, self.bucket, self.ledger = settings, stop, bucket, ledger
+        self.limiter = RateLimiter(settings.api.requests_per_minute, settings.shard.count * settings.run.processes)
+        self.matchers = {job.name: JobMatcher(job, time.time()) for job in settings.jobs}
+        self.api_state, self.outage = ApiState(), OutageMonitor("the API")
 
 
 def convert_object(task: Task, context: WorkerContext, client: ApiClient) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
     conversation = Conversation.of(task)
     hide, started = context.settings.hide, time.monotonic()
+    outcome = Outcome(task, OutcomeKind.LEFT)
     try:
         outcome = look_convert_store(task, context, client, conversation)
+    except StopRequested:
+        pass
     except ObjectSkipped as skipped:
         outcome = Outcome(task, OutcomeKind.SKIPPED, str(skipped))
     except ObjectFailed as failure:
         outcome = Outcome(task, OutcomeKind.FAILED, failure.code, failure.message, failure.status, failure.permanent)
     except RunError as error:
         context.stop.request(RunError(hide(error.message), hide(error.hint), error.exit_code, error.code))
-        outcome = Outcome(task, OutcomeKind.LEFT)
-    except StopRequested:
-        outcome = Outcome(task, OutcomeKind.LEFT)
     except Exception as error:
         # The environment's trouble is not the object's: no memory, no file handles, no temporary folder.
-        trouble = Trouble.around(error, context.settings.api.url)
-        if trouble:
+        if trouble := Trouble.around(error, context.settings.api.url):
             context.stop.request(trouble)
-            outcome = Outcome(task, OutcomeKind.LEFT)
         else:
             log.exception("a worker failed")
             outcome = Outcome(task, OutcomeKind.FAILED, "bug", f"{type(error).__name__}: {error}")
@@ -4997,138 +4987,115 @@ def run_worker(function: Callable[[], None], stop: StopFlag, address: str) -> No
 # that is killed holds up nobody.
 #   - What a process holds is known here. When it dies or hangs, another takes its place and gets the same tasks, with
 #     the requests that it has made: the same under the same keys, which the API answers from its memory.
-#   - Only the parent writes: a request is on the disk when the parent has said so (LedgerClient).
+#   - Only the parent writes: a request is on the disk when the parent has said so (LedgerAnswer).
 #   - Signals reach the parent alone. It tells the others to stop; when it dies, the pipes close, and the others end.
 ########################################################################################################################
 
 
-@dataclass(frozen=True)
-class PauseUntil:
-    """Nobody may send before this time, in monotonic seconds, which all processes of a machine share."""
+class Pace(NamedTuple):
+    """What a process says of the rate, twice a second as a sign of life: what it has sent, and until when nobody may.
 
-    until: float
+    In monotonic seconds, which all processes of a machine share.
+    """
+
+    requests: int  # since the last message
+    paused_until: float
 
 
-@dataclass(frozen=True)
-class LedgerQuestion:
-    """What a worker process wants of the ledger: a conversion off the cap, or a request written down."""
+class LedgerQuestion(NamedTuple):
+    """What a worker wants of the ledger: a conversion off the cap, or a request written down."""
 
-    number: int
+    thread: int
     task: Task | None = None
     request: PendingRequest | None = None
 
 
-@dataclass(frozen=True)
-class LedgerAnswer:
+class LedgerAnswer(NamedTuple):
     """Whether it was done. If not, the run is to end."""
 
-    number: int
+    thread: int
     is_done: bool
 
 
-class LedgerClient:
-    """The ledger as a worker process sees it: each question waits for the parent's answer."""
+class ParentConnection:
+    """A worker process: tasks come through the pipe, what its workers say goes back.
+
+    The workers take it for the ledger: a question waits for the parent's answer.
+    """
 
     is_exhausted = False  # the parent knows
 
-    def __init__(self, send: Callable[[object], None]) -> None:
-        self._send, self._numbers, self._lock = send, itertools.count(), threading.Lock()
-        self._waiting: dict[int, queue.Queue[bool]] = {}
+    def __init__(self, connection: "Connection", settings: Settings, workers: int) -> None:
+        self._connection, self._workers, self._sending = connection, workers, threading.Lock()
+        stop = StopFlag(self._send)
+        self._context = WorkerContext(settings, stop, Bucket(settings, stop), self)
+        self._tasks: queue.Queue[Task | None] = queue.Queue()
+        self._answers = defaultdict[int, queue.SimpleQueue[bool]](queue.SimpleQueue)  # by the thread that waits
+
+    @classmethod
+    def serve(cls, connection: "Connection", settings: Settings, workers: int, *, is_verbose: bool) -> NoReturn:
+        """Do what the parent says, in a new process, until the parent closes the pipe or dies."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        set_up_logging(quiet=settings.quiet, verbose=is_verbose, as_json=settings.log_format == "json")
+        parent = cls(connection, settings, workers)
+        parent._start()
+        # With the parent dead, nobody is left to write down what comes of it; the next run sends the same requests.
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                parent._apply(connection.recv())
+        os._exit(ExitCode.STOPPED)
 
     def reserve(self) -> None:
         """Take one conversion off the cap. Raises StopRequested where none is left."""
-        self._ask()
+        self._ask(None, None)
 
     def mark_sent(self, task: Task, request: PendingRequest) -> None:
         """Make a request durable before it is sent. Raises StopRequested if that is not possible."""
         self._ask(task, request)
 
-    def answer(self, answer: LedgerAnswer) -> None:
-        """Hand an answer to the worker that waits for it."""
-        with self._lock:
-            self._waiting.pop(answer.number).put(answer.is_done)
-
-    def _ask(self, task: Task | None = None, request: PendingRequest | None = None) -> None:
-        answers: queue.Queue[bool] = queue.Queue(1)
-        with self._lock:
-            number = next(self._numbers)
-            self._waiting[number] = answers
-        self._send(LedgerQuestion(number, task, request))
+    def _ask(self, task: Task | None, request: PendingRequest | None) -> None:
+        thread = threading.get_ident()
+        answers = self._answers[thread]
+        self._send(LedgerQuestion(thread, task, request))
         if not answers.get():
             raise StopRequested
 
+    def _send(self, message: object) -> None:
+        with self._sending:
+            self._connection.send(message)
 
-def worker_process(connection: "Connection", settings: Settings, workers: int, *, is_verbose: bool) -> None:
-    """The main function of a worker process: tasks come through the pipe, and what its workers say goes back."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    set_up_logging(quiet=settings.quiet, verbose=is_verbose, as_json=settings.log_format == "json")
-    sending = threading.Lock()
-
-    def send(message: object) -> None:
-        with sending:
-            connection.send(message)
-
-    stop = StopFlag(send)
-    bucket, ledger = Bucket(settings, stop), LedgerClient(send)
-    limiter = RateLimiter(settings.api.requests_per_minute, settings.shard.count * settings.run.processes)
-    matchers = {job.name: JobMatcher(job, time.time()) for job in settings.jobs}
-    context = WorkerContext(settings, stop, bucket, limiter, ledger, matchers, bucket.endpoint)
-    tasks: queue.Queue[Task | None] = queue.Queue()
-
-    pool = ThreadPoolExecutor(workers)
-    try:
-        function = partial(work, tasks, context, send)
-        running = {pool.submit(run_worker, function, stop, settings.api.url) for _ in range(workers)}
-        # The last one: before it, no worker has anything to do.
-        listen = partial(listen_to_parent, connection, context, ledger, tasks, workers)
-        threading.Thread(target=listen, daemon=True).start()
-    except RuntimeError as error:
-        stop.request(Trouble.unexpected("a worker process", error, settings.api.url))
-        leave_to_parent(connection)
-    told = 0
-    while running:
-        running = wait(running, timeout=0.5).not_done
-        # A sign of life, how many requests were sent since the last, and what has been heard of the rate.
-        requests_so_far = limiter.requests
-        send(requests_so_far - told)
-        told = requests_so_far
-        send(PauseUntil(limiter.paused_until))
-    pool.shutdown()
-    send(None)
-
-
-def leave_to_parent(connection: "Connection") -> NoReturn:
-    """End a process that cannot work, once its parent has heard why: what it was handed, the parent still has."""
-    with contextlib.suppress(EOFError, OSError):
-        while not isinstance(connection.recv(), RunError):
-            pass
-    os._exit(ExitCode.STOPPED)
-
-
-def listen_to_parent(
-    connection: "Connection",
-    context: WorkerContext,
-    ledger: LedgerClient,
-    tasks: "queue.Queue[Task | None]",
-    workers: int,
-) -> NoReturn:
-    """Do what the parent says, as long as there is one."""
-    while True:
+    def _start(self) -> None:
+        stop, address = self._context.stop, self._context.settings.api.url
+        function, pool = partial(work, self._tasks, self._context, self._send), ThreadPoolExecutor(self._workers + 1)
         try:
-            message = connection.recv()
-        except (EOFError, OSError):
-            # Nobody is left to write down what comes of it; the next run sends the same requests again.
-            os._exit(ExitCode.STOPPED)
-        if isinstance(message, PauseUntil):
-            context.limiter.pause_until(message.until)
+            workers = {pool.submit(run_worker, function, stop, address) for _ in range(self._workers)}
+            pool.submit(self._show_life, workers)
+        except RuntimeError as error:
+            stop.request(Trouble.unexpected("a worker process", error, address))
+            self._send(None)
+
+    def _show_life(self, workers: "set[Future[None]]") -> None:
+        limiter, told = self._context.limiter, 0
+        while workers:
+            workers = wait(workers, timeout=0.5).not_done
+            requests_so_far = limiter.requests
+            self._send(Pace(requests_so_far - told, limiter.paused_until))
+            told = requests_so_far
+        self._send(None)
+
+    def _apply(self, message: object) -> None:
+        if isinstance(message, Pace):
+            self._context.limiter.pause_until(message.paused_until)
         elif isinstance(message, LedgerAnswer):
-            ledger.answer(message)
+            self._answers[message.thread].put(message.is_done)
         elif isinstance(message, RunError):
-            context.stop.request(message, is_from_parent=True)
+            self._context.stop.request(message, is_from_parent=True)
+        elif isinstance(message, Task):
+            self._tasks.put(message)
         else:
-            for _ in range(1 if message else workers):
-                tasks.put(message)
+            for _ in range(self._workers):
+                self._tasks.put(None)
 
 
 class ProcessSupervisor:
@@ -5148,15 +5115,24 @@ class ProcessSupervisor:
 
     def run(self) -> None:
         """Keep a process at work until everything it was handed is settled, or none stays alive."""
+        if sys.platform != "win32":
+            # A process begins with the mask of the thread that starts it: signals are the parent's to handle. It would
+            # be lost where this thread starts the helper of multiprocessing, which runs already.
+            multiprocessing.resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         while True:
             try:
                 with running_process(self._context.settings, self._workers) as (process, connection):
-                    return self._serve(process, connection)
+                    self._serve(process, connection)
+                    break
             except (EOFError, OSError):
                 log.warning("a worker process died with %d objects in its hands", len(self._held))
             self._requeue_after_crash()
             if self._context.stop.is_set:
-                return self._return_unsent()
+                break
+        # What no process is there for is left to the next run.
+        for task in (*self._held.values(), *self._returned):
+            self._tell(Outcome(task, OutcomeKind.LEFT, pending=task.pending))
 
     def _serve(self, process: Any, connection: "Connection") -> None:
         """Hand out tasks and take messages until the process leaves. Raises EOFError, OSError when it dies or hangs."""
@@ -5181,12 +5157,11 @@ class ProcessSupervisor:
                 process.kill()
                 raise EOFError
 
-    def _news(self) -> Iterator[RunError | PauseUntil | None]:
+    def _news(self) -> Iterator[RunError | Pace | None]:
         """What a process is to be told once: to stop, to wait, and that no task will come any more."""
         if self._context.stop.reason:
             yield self._context.stop.reason
-        if self._context.limiter.paused_until > time.monotonic():
-            yield PauseUntil(self._context.limiter.paused_until)
+        yield Pace(0, self._context.limiter.paused_until)
         if (self._is_fed or self._context.stop.is_set) and not self._returned:
             yield None
 
@@ -5205,13 +5180,12 @@ class ProcessSupervisor:
     def _apply(self, message: object, connection: "Connection") -> None:
         """Do what a message asks for, or pass it on."""
         if isinstance(message, LedgerQuestion):
-            connection.send(LedgerAnswer(message.number, self._write_down(message)))
-        elif isinstance(message, PauseUntil):
-            self._context.limiter.pause_until(message.until)
+            connection.send(LedgerAnswer(message.thread, self._write_down(message)))
+        elif isinstance(message, Pace):
+            self._context.limiter.pause_until(message.paused_until)
+            self._context.limiter.requests += message.requests
         elif isinstance(message, RunError):
             self._context.stop.request(message)
-        elif isinstance(message, int):
-            self._context.limiter.requests += message
         elif isinstance(message, Outcome):
             self._idle_deaths = 0
             del self._held[message.task.job, message.task.source.key]
@@ -5248,11 +5222,6 @@ class ProcessSupervisor:
                 self._tell(Outcome(task, OutcomeKind.FAILED, "worker_died", said, pending=task.pending))
         self._held.clear()
 
-    def _return_unsent(self) -> None:
-        """Leave to the next run what no process is there for."""
-        for task in self._returned:
-            self._tell(Outcome(task, OutcomeKind.LEFT, pending=task.pending))
-
 
 @contextlib.contextmanager
 def running_process(settings: Settings, workers: int) -> Iterator[tuple[Any, "Connection"]]:
@@ -5260,29 +5229,14 @@ def running_process(settings: Settings, workers: int) -> Iterator[tuple[Any, "Co
     # Spawned, not forked: a client must not cross a fork, and neither may a lock that another thread holds.
     spawning = multiprocessing.get_context("spawn")
     ours, theirs = spawning.Pipe()
-    named = {"is_verbose": log.isEnabledFor(logging.DEBUG)}
-    process = spawning.Process(target=worker_process, args=(theirs, settings, workers), kwargs=named, daemon=True)
+    target = partial(ParentConnection.serve, is_verbose=log.isEnabledFor(logging.DEBUG))
+    process = spawning.Process(target=target, args=(theirs, settings, workers), daemon=True)
     with ours:
-        with theirs, blocked_signals():
+        with theirs:
             process.start()
         # Its death shows as the end of the pipe, because nobody else holds the other end any more.
         yield process, ours
     process.join()
-
-
-@contextlib.contextmanager
-def blocked_signals() -> Iterator[None]:
-    """Start a process in here, and it never sees the signals that are the parent's to handle."""
-    if os.name != "posix":
-        yield
-        return
-    # It would unblock them while it starts its own helper.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def workforce(
@@ -5992,10 +5946,8 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         gc.freeze()
         tasks: queue.Queue[Task | None] = queue.Queue(2 * settings.run.workers)
         messages: queue.Queue[Message] = queue.Queue(8 * settings.run.workers)
-        limiter = RateLimiter(settings.api.requests_per_minute, settings.shard.count)
         ledger = Ledger(journal, settings)
-        matchers = {job.name: JobMatcher(job, time.time()) for job in settings.jobs}
-        context = WorkerContext(settings, stop, bucket, limiter, ledger, matchers, bucket.endpoint)
+        context = WorkerContext(settings, stop, bucket, ledger)
         report = Report(settings)
         progress = Progress(settings, report)
         stop.in_flight = lambda: report.in_flight
@@ -6019,7 +5971,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         is_drained = Recorder(settings, stop, journal, progress).record(messages)
         pool.shutdown(wait=is_drained)
         # Those of workers that had to be abandoned count too.
-        report.counts["requests"] = max(report.counts["requests"], limiter.requests)
+        report.counts["requests"] = max(report.counts["requests"], context.limiter.requests)
         report.close_accounts(stop.reason or ledger.reason, is_drained=is_drained)
         progress.finish()
         # All outcomes are settled: that there is no room for this is not the run's failure.

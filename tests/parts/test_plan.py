@@ -140,9 +140,7 @@ def feeder(
     bucket: FakeBucket, journal: Journal, wanted: program.Settings, tasks: queue.Queue[Task | None], fed: Fed
 ) -> program.Feeder:
     """A feeder and what its workers would share."""
-    stop, limiter = program.StopFlag(), program.RateLimiter(wanted.api.requests_per_minute, 1)
-    ledger = program.Ledger(journal, wanted)
-    context = program.WorkerContext(wanted, stop, bucket, limiter, ledger, {}, "aws")
+    context = program.WorkerContext(wanted, program.StopFlag(), bucket, program.Ledger(journal, wanted))
     return program.Feeder(context, journal, tasks, fed.tell)
 
 

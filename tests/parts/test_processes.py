@@ -18,4 +18,4 @@ def test_a_stop_that_comes_from_the_parent_is_not_told_back(s3: S3Server, monkey
         connection.send(None)
         # Until it has left, it says how many requests it has sent and how long nobody may send.
         told = list(iter(connection.recv, None))
-    assert {type(message) for message in told} <= {int, program.PauseUntil}
+    assert {type(message) for message in told} <= {program.Pace}
