@@ -175,7 +175,6 @@ OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3
 CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 JOB_LOST = "job_lost"
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
-TEMPLATE_FIELDS = ("key", "dir", "name", "stem", "ext", "target", "job")
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 # How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
 GLOB_MISTAKES = {
@@ -612,142 +611,60 @@ Message = Outcome | PageCounts | TotalCounted | FeederFinished | None  # None: a
 ########################################################################################################################
 
 T = TypeVar("T")
+AMOUNT = r"(\d+(?:\.\d+)?)\s*"
 QUOTED = r"""(["']).*\1"""  # as other programs want values
 SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+DURATION, TIME_UNITS = rf"{AMOUNT}([smhd])", {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-@dataclass(frozen=True)
-class OptionSpec:
-    """How an option is read from text, and what it is for. `reader` raises ValueError with what it accepts."""
+class OptionSpec(NamedTuple):
+    """How an option is read from text, and what it is for."""
 
-    reader: Callable[[str], Any]
+    reader: Callable[[str], Any]  # raises ValueError with what it accepts
     purpose: str
-    secret: bool = False  # never shown
 
 
-def option(reader: Callable[[str], Any], purpose: str, *, default: T, secret: bool = False) -> T:
+def option(reader: Callable[[str], Any], purpose: str, default: T) -> T:
     """Declare a field of a section as an option."""
-    declared: Any = field(default=default, metadata={"spec": OptionSpec(reader, purpose, secret)})
-    return cast(T, declared)
+    return field(default=default, metadata={"spec": OptionSpec(reader, purpose)})
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """How the sentence goes on that refuses a name."""
+    near = difflib.get_close_matches(name.lower(), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 
 class Read:
     """Readers of options, from text. Each raises ValueError with what it accepts."""
 
     @staticmethod
-    def bucket(name: str, given: str) -> str:
-        """A bucket's name, or the ARN of an access point; `name`: which option is read."""
-        address = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", given)
-        if address:
-            below = f" and prefix = {address[2]}/" if address[2] and name == "bucket" else ""
-            raise ValueError(f"expected a bucket's name; did you mean {name} = {address[1]}{below}?")
-        # As boto3 lets it through.
-        if given and not re.fullmatch(r"[A-Za-z0-9._-]{1,255}|arn:aws.*:s3.*:accesspoint[/:][A-Za-z0-9.-]+", given):
-            raise ValueError("expected a bucket's name")
-        return given
-
-    @staticmethod
-    def prefix(given: str) -> str:
-        """What keys begin with. Any text may be one, but not what is surely meant for another program."""
-        if given.startswith("s3://"):
-            raise ValueError("give only what follows the bucket")
-        if re.fullmatch(QUOTED, given, re.DOTALL):
-            raise ValueError("expected the beginning of a key")
-        return Read.key(given)
-
-    @staticmethod
-    def key(given: str) -> str:
-        """What may stand in a key."""
-        try:
-            given.encode()
-        except UnicodeEncodeError:
-            raise ValueError("expected UTF-8, for S3 has no other keys; check the terminal's locale") from None
-        return given
-
-    @staticmethod
-    def globs(given: str) -> tuple[str, ...]:
-        """Globs separated by white space. What can hardly match a key is refused: nothing would be converted."""
-        patterns = tuple(given.split())
-        for pattern, (mistake, said) in itertools.product(patterns, GLOB_MISTAKES.items()):
-            if re.fullmatch(mistake, pattern):
-                raise ValueError(said.format(pattern))
-        return patterns
-
-    @staticmethod
-    def boolean(given: str) -> bool:
-        """What configparser takes for a boolean."""
-        states = configparser.ConfigParser.BOOLEAN_STATES
-        if given.lower() not in states:
-            raise ValueError("expected yes or no")
-        return states[given.lower()]
-
-    @staticmethod
-    def integer(least: int, most: int | None = None) -> Callable[[str], int]:
-        """Whole numbers from `least` to `most`."""
-        expected = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
-
-        def read(given: str) -> int:
-            if not re.fullmatch(r"\d{1,12}", given) or int(given) < least or (most is not None and int(given) > most):
-                raise ValueError(f"expected {expected}")
-            return int(given)
-
-        return read
-
-    @staticmethod
-    def number(
-        units: Mapping[str, float], expected: str, made: Callable[[float], T], most: float = math.inf
-    ) -> Callable[[str], T]:
-        """Numbers with one of some units, each times what stands for its unit."""
+    def matching(pattern: str, expected: str, made: Callable[..., T | None]) -> Callable[[str], T]:
+        """What `made` makes of a pattern's groups, in lower case, if the whole value matches; None is refused too."""
 
         def read(given: str) -> T:
-            match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z%]*)", given.lower())
-            if match is None or match[2] not in units or float(match[1]) > most:
-                raise ValueError(f"expected a {expected}")
-            return made(float(match[1]) * units[match[2]])
-
-        return read
-
-    @staticmethod
-    def positive(reader: Callable[[str], float], expected: str) -> Callable[[str], float]:
-        """What `reader` reads, and more than none."""
-
-        def read(given: str) -> float:
-            if not (number := reader(given)):
+            match = re.fullmatch(pattern, given.lower())
+            value = made(*match.groups()) if match else None
+            if value is None:
                 raise ValueError(f"expected {expected}")
-            return number
+            return value
 
         return read
 
     @staticmethod
-    def file_format(given: str) -> str:
-        """A format by its extension, in lower case and without a dot."""
-        name = given.lower().lstrip(".")
-        if not re.fullmatch(r"[a-z0-9]{1,10}", name):
-            raise ValueError("expected a file extension such as jpg or pdf")
-        return name
-
-    @staticmethod
-    def url(given: str) -> str:
-        """The address of a server, without a slash at its end."""
-        try:
-            parts = urllib.parse.urlsplit(given)
-            is_complete = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-        except ValueError:
-            is_complete = False
-        if not is_complete or parts.query or parts.fragment or re.search(r"\s", given):
-            raise ValueError("expected an address such as https://changethisfile.com")
-        return given.rstrip("/")
+    def integer(least: int, most: float = math.inf) -> Callable[[str], int]:
+        """Whole numbers from `least` to `most`."""
+        bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
+        return Read.matching(
+            r"(\d{1,12})",
+            f"a whole number {bounds}",
+            lambda digits: int(digits) if least <= int(digits) <= most else None,
+        )
 
     @staticmethod
     def choice(*choices: str) -> Callable[[str], str]:
         """One of some words."""
-
-        def read(given: str) -> str:
-            if given.lower() not in choices:
-                raise ValueError(f"expected one of {', '.join(choices)}")
-            return given.lower()
-
-        return read
+        return Read.matching(f"({'|'.join(choices)})", f"one of {', '.join(choices)}", str)
 
     @staticmethod
     def optional(word: str, reader: Callable[[str], T]) -> Callable[[str], T | None]:
@@ -763,11 +680,86 @@ class Read:
 
         return read
 
-    size = number(SIZE_UNITS, "size such as 500, 100MB or 5GiB", int)
+    @staticmethod
+    def bucket(name: str, given: str) -> str:
+        """A bucket's name, or the ARN of an access point; `name`: which option is read."""
+        address = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", given)
+        if address:
+            below = f" and prefix = {address[2]}/" if address[2] and name == "bucket" else ""
+            raise ValueError(f"expected a bucket's name; did you mean {name} = {address[1]}{below}?")
+        # As boto3 lets it through.
+        if given and not re.fullmatch(r"[A-Za-z0-9._-]{1,255}|arn:aws.*:s3.*:accesspoint[/:][A-Za-z0-9.-]+", given):
+            raise ValueError("expected a bucket's name")
+        return given
+
+    @staticmethod
+    def key(given: str) -> str:
+        """Any text that may stand in a key, but not what is surely meant for another program."""
+        if given.startswith("s3://"):
+            raise ValueError("give only what follows the bucket")
+        if re.fullmatch(QUOTED, given, re.DOTALL):
+            raise ValueError("expected the beginning of a key")
+        try:
+            given.encode()
+        except UnicodeEncodeError:
+            raise ValueError("expected UTF-8, for S3 has no other keys; check the terminal's locale") from None
+        return given
+
+    @staticmethod
+    def template(given: str) -> str:
+        """The key of an output, with fields that make another one of each source's."""
+        known, named = ("key", "dir", "name", "stem", "ext", "target", "job"), re.findall(r"\{(\w+)\}", given)
+        if unknown := next((name for name in named if name not in known), None):
+            raise ValueError(f"{{{unknown}}} is not a field{did_you_mean(unknown, known)}")
+        if not {"key", "name", "stem"}.intersection(named):
+            raise ValueError("every output would get the same key; expected {stem}, {name} or {key}")
+        if given.startswith("/") or re.search(r"[{}]", re.sub(r"\{\w+\}", "", given)):
+            raise ValueError("expected a key such as converted/{dir}{stem}.{target}")
+        return Read.key(given)
+
+    @staticmethod
+    def globs(given: str) -> tuple[str, ...]:
+        """Globs separated by white space. What can hardly match a key is refused: nothing would be converted."""
+        patterns = tuple(given.split())
+        for pattern, (mistake, said) in itertools.product(patterns, GLOB_MISTAKES.items()):
+            if re.fullmatch(mistake, pattern):
+                raise ValueError(said.format(pattern))
+        return patterns
+
+    @staticmethod
+    def url(given: str) -> str:
+        """The address of a server, without a slash at its end."""
+        try:
+            parts = urllib.parse.urlsplit(given)
+            is_complete = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+        except ValueError:
+            is_complete = False
+        if not is_complete or parts.query or parts.fragment or re.search(r"\s", given):
+            raise ValueError("expected an address such as https://changethisfile.com")
+        return given.rstrip("/")
+
+    @staticmethod
+    def seconds(amount: str, unit: str) -> float:
+        """A duration that has been taken apart."""
+        return float(amount) * TIME_UNITS[unit]
+
+    _booleans = configparser.ConfigParser.BOOLEAN_STATES
+    boolean = matching(f"({'|'.join(_booleans)})", "yes or no", _booleans.get)
+    file_format = matching(r"\.*([a-z0-9]{1,10})", "a file extension such as jpg or pdf", str)
+    size = matching(
+        f"{AMOUNT}({'|'.join(SIZE_UNITS)})",
+        "a size such as 500, 100MB or 5GiB",
+        lambda amount, unit: int(float(amount) * SIZE_UNITS[unit]),
+    )
     # A number alone is no duration: is 150 seconds or minutes?
-    duration = number({"s": 1, "m": 60, "h": 3600, "d": 86400}, "duration such as 150s, 10m, 2h or 7d", float)
-    positive_duration = positive(duration, "a duration of more than 0, such as 150s")
-    percent = number({"%": 0.01}, "rate such as 2%", float, most=100)
+    duration = matching(DURATION, "a duration such as 150s, 10m, 2h or 7d", seconds)
+    # Nor is any number of zeros here.
+    positive_duration = matching(
+        f"(?=.*[1-9]){DURATION}", "a duration of more than 0, such as 150s, 10m, 2h or 7d", seconds
+    )
+    percent = matching(
+        f"{AMOUNT}%", "a rate such as 2%", lambda amount: float(amount) / 100 if float(amount) <= 100 else None
+    )
     text_or_none, size_or_none = optional("none", str), optional("none", size)
     duration_or_none = optional("none", duration)
 
@@ -825,10 +817,9 @@ class Shard:
     def _from_variables(cls, variables: Sequence[str], given: Mapping[str, str]) -> "Shard":
         if missing := [name for name in variables[:4] if name not in given]:
             raise ValueError(f"set {' and '.join(missing)} too")
-        least = dict(zip(variables, (0, 1, 0, 0, 1), strict=False))
-        numbers = [Read.integer(least[name])(value) for name, value in given.items()]
-        index, count = numbers[:2]
-        first, last, step = [*numbers[2:], *(0, count - 1, 1)[len(numbers) - 2 :]]
+        smallest = zip(variables, (0, 1, 0, 0, 1), strict=False)
+        index, count, *steps = [Read.integer(least)(given[name]) for name, least in smallest if name in given]
+        first, last, step = [*steps, *(0, count - 1, 1)[len(steps) :]]
         if first + (count - 1) * step != last:
             raise ValueError("expected indexes without a hole, such as --array=0-15")
         rank, remainder = divmod(index - first, step)
@@ -847,10 +838,7 @@ class Shard:
         return f" for shard {self}" if self.count > 1 else ""
 
     def owns(self, text: str) -> bool:
-        """Whether this shard is the one that a text belongs to.
-
-        Asked of the slot of a planned output; an object that no job wants belongs to the shard that owns its key.
-        """
+        """Whether a text belongs to this shard: the slot of a planned output, or the key of what no job wants."""
         # Not `hash`, which differs from process to process. A key may hold anything: half a surrogate pair as well.
         digested = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digested, "big") % self.count == self.index
@@ -869,57 +857,48 @@ class Shard:
 class S3Options:
     """The options of [s3]."""
 
-    bucket: str = option(partial(Read.bucket, "bucket"), "bucket to read from", default="")
-    prefix: str = option(Read.prefix, "only keys that begin so", default="")
-    output_bucket: str = option(
-        partial(Read.bucket, "output_bucket"), "bucket to write to, if it is another", default=""
-    )
+    bucket: str = option(partial(Read.bucket, "bucket"), "bucket to read from", "")
+    prefix: str = option(Read.key, "only keys that begin so", "")
+    output_bucket: str = option(partial(Read.bucket, "output_bucket"), "bucket to write to, if it is another", "")
     output_key: str = option(
-        Read.key,
+        Read.template,
         "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
-        default="converted/{dir}{stem}.{target}",
+        "converted/{dir}{stem}.{target}",
     )
-    endpoint_url: str | None = option(Read.optional("none", Read.url), "any S3-compatible store", default=None)
-    region: str | None = option(Read.text_or_none, "region, if boto3 does not know it", default=None)
-    profile: str | None = option(Read.text_or_none, "profile of the AWS configuration", default=None)
-    storage_class: str | None = option(Read.text_or_none, "storage class of outputs", default=None)
-    sse: str | None = option(Read.text_or_none, "server-side encryption: AES256 or aws:kms", default=None)
-    sse_kms_key_id: str | None = option(Read.text_or_none, "key for aws:kms", default=None)
-    acl: str | None = option(Read.text_or_none, "canned ACL of outputs", default=None)
-    cache_control: str | None = option(Read.text_or_none, "Cache-Control of outputs", default=None)
+    endpoint_url: str | None = option(Read.optional("none", Read.url), "any S3-compatible store", None)
+    region: str | None = option(Read.text_or_none, "region, if boto3 does not know it", None)
+    profile: str | None = option(Read.text_or_none, "profile of the AWS configuration", None)
+    storage_class: str | None = option(Read.text_or_none, "storage class of outputs", None)
+    sse: str | None = option(Read.text_or_none, "server-side encryption: AES256 or aws:kms", None)
+    sse_kms_key_id: str | None = option(Read.text_or_none, "key for aws:kms", None)
+    acl: str | None = option(Read.text_or_none, "canned ACL of outputs", None)
+    cache_control: str | None = option(Read.text_or_none, "Cache-Control of outputs", None)
     requester_pays: bool = option(Read.boolean, "the requester pays for S3 requests", default=False)
-
-    @property
-    def written_bucket(self) -> str:
-        """The bucket that outputs go to."""
-        return self.output_bucket or self.bucket
 
     @property
     def is_one_bucket(self) -> bool:
         """Whether outputs go to where the sources are."""
-        return self.written_bucket == self.bucket
+        return self.output_bucket == self.bucket
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """The options of [convert], which a [job NAME] may override."""
 
-    target: str = option(Read.file_format, "format to convert to", default="")
-    include: tuple[str, ...] = option(Read.globs, "globs of what to convert", default=("*",))
+    target: str = option(Read.file_format, "format to convert to", "")
+    include: tuple[str, ...] = option(Read.globs, "globs of what to convert", ("*",))
     exclude: tuple[str, ...] = option(
         Read.globs,
         "globs of what to leave out",
-        default=(".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae"),  # of macOS, Windows, iOS: nobody's content
+        (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae"),  # of macOS, Windows, iOS: nobody's content
     )
-    min_size: int | None = option(Read.size_or_none, "only objects of at least this size", default=None)
-    max_size: int | None = option(Read.size_or_none, "only objects of at most this size", default=None)
-    newer_than: float | None = option(Read.duration_or_none, "only objects changed within this time", default=None)
-    older_than: float | None = option(Read.duration_or_none, "only objects not changed for this time", default=None)
-    quality: int | None = option(
-        Read.optional("none", Read.integer(1, 100)), "quality, for lossy formats", default=None
-    )
+    min_size: int | None = option(Read.size_or_none, "only objects of at least this size", None)
+    max_size: int | None = option(Read.size_or_none, "only objects of at most this size", None)
+    newer_than: float | None = option(Read.duration_or_none, "only objects changed within this time", None)
+    older_than: float | None = option(Read.duration_or_none, "only objects not changed for this time", None)
+    quality: int | None = option(Read.optional("none", Read.integer(1, 100)), "quality, for lossy formats", None)
     same_format: str = option(
-        Read.choice("skip", "copy", "convert"), "a source that is in the target format already", default="skip"
+        Read.choice("skip", "copy", "convert"), "a source that is in the target format already", "skip"
     )
 
 
@@ -927,27 +906,27 @@ class ConvertOptions:
 class ApiOptions:
     """The options of [api]."""
 
-    url: str = option(Read.url, "address of the API", default="https://changethisfile.com")
-    key: str = option(str, "API key; better in the environment as CTF_API_KEY", default="", secret=True)
-    key_file: str = option(str, "file that holds the API key", default="")
+    url: str = option(Read.url, "address of the API", "https://changethisfile.com")
+    key: str = option(str, "API key; better in the environment as CTF_API_KEY", "")
+    key_file: str = option(str, "file that holds the API key", "")
     transfer: str = option(
         Read.choice("auto", "url", "upload"),
         "send a presigned URL, or the bytes; auto: URL if the API takes it",
-        default="auto",
+        "auto",
     )
     requests_per_minute: int | None = option(
-        Read.optional("auto", Read.integer(1)), "cap on the rate; auto: what the API allows", default=None
+        Read.optional("auto", Read.integer(1)), "cap on the rate; auto: what the API allows", None
     )
     max_conversions: int | None = option(
-        Read.optional("none", Read.integer(1)), "conversions to ask for in one run, failed ones included", default=None
+        Read.optional("none", Read.integer(1)), "conversions to ask for in one run, failed ones included", None
     )
-    keep_remaining: int = option(Read.integer(0), "stop when the month has so many conversions left", default=0)
-    timeout: float = option(Read.positive_duration, "how long to wait for an answer", default=150.0)
-    retries: int = option(Read.integer(0, 20), "transient failures that one object may have", default=5)
+    keep_remaining: int = option(Read.integer(0), "stop when the month has so many conversions left", 0)
+    timeout: float = option(Read.positive_duration, "how long to wait for an answer", 150.0)
+    retries: int = option(Read.integer(0, 20), "transient failures that one object may have", 5)
     jobs_above: int | None = option(
-        Read.optional("never", Read.size), "larger objects go through /v1/jobs", default=100 * 10**6
+        Read.optional("never", Read.size), "larger objects go through /v1/jobs", 100 * 10**6
     )
-    max_size: int = option(Read.size, "larger objects are not sent", default=5 * 10**9)
+    max_size: int = option(Read.size, "larger objects are not sent", 5 * 10**9)
 
     def read_key(self) -> tuple[str, str]:
         """The API key, from its file if that is where it is; and what is wrong with it."""
@@ -955,10 +934,10 @@ class ApiOptions:
         if not key and self.key_file:
             place = f"[api] key_file = {self.key_file}"
             try:
-                words = Path(self.key_file).expanduser().read_text(encoding="ascii").split()
+                words = Path(os.path.expanduser(self.key_file)).read_text(encoding="ascii").split()
             except OSError as problem:
                 return "", f"{place}: {problem.strerror}"
-            except (UnicodeDecodeError, RuntimeError):
+            except ValueError:
                 return "", f"{place}: not a text file"
             if len(words) != 1:
                 return "", f"{place}: {'expected the key and nothing else' if words else 'the file is empty'}"
@@ -973,23 +952,23 @@ class ApiOptions:
 class RunOptions:
     """The options of [run]."""
 
-    workers: int = option(Read.integer(1, 1000), "conversions at a time, over all processes", default=10)
-    processes: int = option(Read.integer(1, 64), "processes that share the workers out among them", default=1)
-    checkpoint: str = option(str, "SQLite file that remembers what is done", default="s3_bulk_convert.sqlite3")
-    failures: str = option(
-        str, "file that failures are appended to, a JSON line each", default="conversion_failures.jsonl"
-    )
+    workers: int = option(Read.integer(1, 1000), "conversions at a time, over all processes", 10)
+    processes: int = option(Read.integer(1, 64), "processes that share the workers out among them", 1)
+    checkpoint: str = option(str, "SQLite file that remembers what is done", "s3_bulk_convert.sqlite3")
+    failures: str = option(str, "file that failures are appended to, a JSON line each", "conversion_failures.jsonl")
     max_failure_rate: float | None = option(
-        Read.optional("never", Read.percent), "stop when more fail, after 50 finished objects", default=0.02
+        Read.optional("never", Read.percent), "stop when more fail, after 50 finished objects", 0.02
     )
-    skip_existing: bool = option(Read.boolean, "an output newer than its source counts as done", default=True)
-    shutdown_grace: float = option(Read.duration, "time for what is in flight after SIGINT or SIGTERM", default=30.0)
-    max_runtime: float | None = option(Read.duration_or_none, "take no new objects after this", default=None)
-    summary: str | None = option(Read.text_or_none, "file for a JSON summary of the run", default=None)
-    metrics: str | None = option(Read.text_or_none, "file for metrics, in Prometheus' text format", default=None)
-    log_every: int = option(
-        Read.integer(1), "a line of progress every so many objects, without a terminal", default=100
+    skip_existing: bool = option(
+        Read.boolean,
+        "an output that lies there counts as done; no: it is made again, but never over another's",
+        default=True,
     )
+    shutdown_grace: float = option(Read.duration, "time for what is in flight after SIGINT or SIGTERM", 30.0)
+    max_runtime: float | None = option(Read.duration_or_none, "take no new objects after this", None)
+    summary: str | None = option(Read.text_or_none, "file for a JSON summary of the run", None)
+    metrics: str | None = option(Read.text_or_none, "file for metrics, in Prometheus' text format", None)
+    log_every: int = option(Read.integer(1), "a line of progress every so many objects, without a terminal", 100)
 
     @property
     def consumers(self) -> int:
@@ -1002,8 +981,7 @@ SPECS: dict[str, dict[str, OptionSpec]] = {
     section: {part.name: part.metadata["spec"] for part in fields(declared)} for section, declared in SECTIONS.items()
 }
 SPECS["job NAME"] = {**SPECS["convert"], **{name: SPECS["s3"][name] for name in ("prefix", "output_key")}}
-# Options of [run] that name what one run alone may write.
-OUTPUT_FILES = ("checkpoint", "failures", "summary", "metrics")
+OUTPUT_FILES = ("checkpoint", "failures", "summary", "metrics")  # what one run alone may write
 ENVIRONMENT = {
     "CTF_API_KEY": ("api", "key"),
     "S3_BUCKET": ("s3", "bucket"),
@@ -1068,10 +1046,6 @@ class Settings:
         share = None if most is None else shard.share(most)
         return replace(self, api=replace(self.api, max_conversions=share), run=replace(run, **named), shard=shard)
 
-    def puts_among_sources(self, job: Job) -> bool:
-        """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
-        return self.s3.is_one_bucket and not job.constant_prefix
-
     @property
     def own_prefixes(self) -> tuple[str, ...]:
         """Where outputs lie in the bucket of the sources."""
@@ -1083,137 +1057,115 @@ class Settings:
         return redact(message.replace(self.api.key or "\0", "..."))
 
 
-@dataclass(frozen=True)
-class RawOption:
-    """A value as a person wrote it. `named`: how the place it came from is called in messages."""
+class RawOption(NamedTuple):
+    """A value as a person wrote it."""
 
     section: str
-    name: str
+    name: str  # empty: the section is there, which may be misspelt, or be a job that overrides nothing
     value: str
-    named: str
+    named: str  # how the place it came from is called in messages
 
-    @classmethod
-    def from_ini(cls, path: Path, *, required: bool) -> list["RawOption"]:
-        """The values in an INI file, without interpolation. Raises RunError if it cannot be read."""
-        # No interpolation: a % in a key is a %. No default section: its options would turn up in every other one.
-        parser = configparser.ConfigParser(interpolation=None, default_section="\0")
-        compare, give = "compare it with config.example.ini", "give the INI file with -c, or copy config.example.ini"
-        try:
-            with path.open(encoding="utf-8-sig") as lines:
-                parser.read_file(lines)
-                mode = stat.S_IMODE(os.fstat(lines.fileno()).st_mode)
-        except FileNotFoundError:
-            if required:
-                raise usage_error(f"{path} does not exist", give) from None
-            return []
-        except IsADirectoryError:
-            raise usage_error(f"{path} is a directory", give) from None
-        except OSError as problem:
-            allow = "let this user read it (chmod, chown), or give another with -c"
-            raise usage_error(f"{path} cannot be read: {problem.strerror}", allow) from None
-        except UnicodeDecodeError as problem:
-            raise usage_error(f"{path} cannot be read: {problem}", compare) from None
-        except configparser.Error as problem:
-            # Never the line itself, which may be the one with the key.
-            said: dict[type[configparser.Error], str] = {
-                configparser.DuplicateOptionError: "[{0.section}] {0.option} is given twice",
-                configparser.DuplicateSectionError: "[{0.section}] is there twice",
-                configparser.MissingSectionHeaderError: "no [section] above it; begin with [s3]",
-            }
-            line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), 0)
-            told = said.get(type(problem), "expected NAME = VALUE").format(problem)
-            raise usage_error(f"{path}, line {line}: {told}", compare) from None
-        if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
-            told = f"{path} holds the API key and others can read it (mode {mode:04o})"
-            raise usage_error(told, f"run: chmod 600 {path}")
-        # A section counts without options too: it may be misspelt, or a job that overrides nothing.
-        return [
-            cls(section, name, value.strip(), f"[{section}] {name}")
-            for section in parser.sections()
-            for name, value in [("", ""), *parser.items(section)]
-        ]
+
+def read_ini(path: Path, *, required: bool) -> list[RawOption]:
+    """The values in an INI file, without interpolation. Raises RunError if it cannot be read."""
+    # No interpolation: a % in a key is a %. No default section: its options would turn up in every other one.
+    parser = configparser.ConfigParser(interpolation=None, default_section="\0")
+    compare, give = "compare it with config.example.ini", "give the INI file with -c, or copy config.example.ini"
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            parser.read_file(lines)
+            mode = stat.S_IMODE(os.fstat(lines.fileno()).st_mode)
+    except FileNotFoundError:
+        if required:
+            raise usage_error(f"{path} does not exist", give) from None
+        return []
+    except IsADirectoryError:
+        raise usage_error(f"{path} is a directory", give) from None
+    except OSError as problem:
+        allow = "let this user read it (chmod, chown), or give another with -c"
+        raise usage_error(f"{path} cannot be read: {problem.strerror}", allow) from None
+    except UnicodeDecodeError as problem:
+        raise usage_error(f"{path} cannot be read: {problem}", compare) from None
+    except configparser.Error as problem:
+        # Never the line itself, which may be the one with the key.
+        said: dict[type[configparser.Error], str] = {
+            configparser.DuplicateOptionError: "[{0.section}] {0.option} is given twice",
+            configparser.DuplicateSectionError: "[{0.section}] is there twice",
+            configparser.MissingSectionHeaderError: "no [section] above it; begin with [s3]",
+        }
+        line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), 0)
+        told = said.get(type(problem), "expected NAME = VALUE").format(problem)
+        raise usage_error(f"{path}, line {line}: {told}", compare) from None
+    if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+        told = f"{path} holds the API key and others can read it (mode {mode:04o})"
+        raise usage_error(told, f"run: chmod 600 {path}")
+    return [
+        RawOption(section, name, value.strip(), f"[{section}] {name}")
+        for section in parser.sections()
+        for name, value in [("", ""), *parser.items(section)]
+    ]
 
 
 class SettingsReader:
-    """Reads sections from values as they were given, and notes every problem under the name of its option."""
+    """Reads the options that are given, and collects every problem, each under the name of its option."""
 
     def __init__(self, given: Sequence[RawOption]) -> None:
-        self._given, self.problems = given, list[str]()
-        self._check_names()
+        # Of two values the later one counts, and what is overridden is not judged.
+        self._given = {(entry.section, entry.name): entry for entry in given}
+        self.problems: list[str] = []
+        self.values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        for entry in self._given.values():
+            self._read(entry)
 
-    def _check_names(self) -> None:
-        for entry in self._given:
-            section = "job NAME" if entry.section.startswith("job ") else entry.section
-            names = SPECS.get(section)
-            if names is None:
-                self.problems.append(f"[{section}] is not a section{self._did_you_mean(section, SPECS)}")
-            elif entry.name and entry.name not in names:
-                elsewhere = next((other for other in SPECS if entry.name in SPECS[other]), None)
-                meant = f"; did you mean [{elsewhere}] {entry.name}?" if elsewhere else ""
-                self.problems.append(f"{entry.named} is not an option{meant or self._did_you_mean(entry.name, names)}")
-
-    @staticmethod
-    def _did_you_mean(name: str, known: Iterable[str]) -> str:
-        near = difflib.get_close_matches(name.lower(), list(known), n=1)
-        return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-
-    def has(self, name: str, *sections: str) -> bool:
-        """Whether an option is given, and not empty, in one of some sections."""
-        return any(entry.name == name and entry.value and entry.section in sections for entry in self._given)
-
-    def values(self, section: str, options: str = "") -> dict[str, Any]:
-        """What a section says of the options of `options`, a section itself; of two values, the later one counts."""
-        specs = SPECS[options or section]
-        values: dict[str, Any] = {}
-        given = {entry.name: entry for entry in self._given if entry.section == section and entry.name in specs}
-        for name, entry in given.items():
+    def _read(self, entry: RawOption) -> None:
+        section = "job NAME" if entry.section.startswith("job ") else entry.section
+        specs = SPECS.get(section)
+        if specs is None:
+            self.problems.append(f"[{section}] is not a section{did_you_mean(section, SPECS)}")
+            return
+        values = self.values.setdefault(entry.section, {})
+        if entry.name and entry.name not in specs:
+            elsewhere = next((other for other in SPECS if entry.name in SPECS[other]), None)
+            meant = f"; did you mean [{elsewhere}] {entry.name}?" if elsewhere else did_you_mean(entry.name, specs)
+            self.problems.append(f"{entry.named} is not an option{meant}")
+        elif entry.name:
             try:
-                values[name] = specs[name].reader(entry.value)
+                values[entry.name] = specs[entry.name].reader(entry.value)
             except ValueError as expected:
-                shown = "(not shown)" if specs[name].secret else entry.value
-                is_followed = re.search(r"\s[;#]", entry.value)
-                advice = "; comments stand on lines of their own" if is_followed else ""
+                advice = "; comments stand on lines of their own" if re.search(r"\s[;#]", entry.value) else ""
                 if re.fullmatch(QUOTED, entry.value, re.DOTALL):
                     advice = "; take the quotes away"
-                self.problems.append(f"{entry.named} = {shown}: {expected}{advice}")
-        return values
+                self.problems.append(f"{entry.named} = {entry.value}: {expected}{advice}")
+
+    def require(self, name: str, *sections: str) -> None:
+        """Note it where an option is given in none of some sections, or is empty."""
+        given = (self._given.get((section, name)) for section in sections)
+        if not any(entry and entry.value for entry in given):
+            self.problems.append(f"[{sections[0]}] {name} is missing")
 
     def jobs(self, s3: S3Options) -> tuple[Job, ...]:
         """The routes of the run: one for each [job NAME], or the one named default."""
-        shared = self.values("convert")
+        jobs: dict[str, Job] = {}
         # Sorted, so that the first job, which keeps an output key, is the same in every run.
-        named = sorted({entry.section for entry in self._given if entry.section.startswith("job ")})
-        jobs = []
-        for section in named or ["convert"]:
-            own = self.values(section, "job NAME") if named else {}
-            prefix, output_key = own.pop("prefix", s3.prefix), own.pop("output_key", s3.output_key)
-            options = ConvertOptions(**{**shared, **own})
-            if not self.has("target", section, "convert"):
-                self.problems.append(f"[{section}] target is missing")
-            name = section.removeprefix("job ").strip() if named else "default"
-            jobs.append(Job(name, prefix, output_key, options))
-            self._check_template(jobs[-1], s3)
+        for section in sorted(self.values.keys() - SECTIONS.keys()) or ["convert"]:
+            own = {"prefix": s3.prefix, "output_key": s3.output_key, **self.values["convert"], **self.values[section]}
+            prefix, output_key = own.pop("prefix"), own.pop("output_key")
+            options = ConvertOptions(**own)
+            name = "default" if section == "convert" else section.removeprefix("job ").strip()
+            jobs[section] = Job(name, prefix, output_key, options)
+            self.require("target", section, "convert")
             if options.min_size is not None and options.max_size is not None and options.min_size > options.max_size:
                 self.problems.append(f"[{section}] min_size is larger than max_size: no object can be converted")
-        for job, other in itertools.product(jobs, jobs if s3.is_one_bucket else ()):
-            constant = other.constant_prefix
-            if constant not in {"", job.constant_prefix} and job.prefix.startswith(constant):
-                lies = f"lies under the outputs of [job {other.name}] ({constant}), and outputs are never converted"
-                self.problems.append(f"[job {job.name}] prefix = {job.prefix}: {lies}")
-        return tuple(jobs)
-
-    def _check_template(self, job: Job, s3: S3Options) -> None:
-        named, given = set(re.findall(r"\{(\w+)\}", job.output_key)), f"[s3] output_key = {job.output_key}"
-        for unknown in sorted(named - set(TEMPLATE_FIELDS)):
-            meant = self._did_you_mean(unknown, TEMPLATE_FIELDS)
-            self.problems.append(f"{given}: {{{unknown}}} is not a field{meant}")
-        if not named & {"key", "name", "stem"}:
-            expected = "every output would get the same key; expected {stem}, {name} or {key}"
-            self.problems.append(f"{given}: {expected}")
-        constant = job.constant_prefix
-        if constant and job.prefix.startswith(constant) and s3.is_one_bucket:
-            lies = f"lies under the outputs ({constant}), and outputs are never converted"
-            self.problems.append(f"[s3] prefix = {job.prefix}: {lies}")
+        for section, job in jobs.items() if s3.is_one_bucket else ():
+            for other in (job, *jobs.values()):
+                constant = other.constant_prefix
+                if constant and job.prefix.startswith(constant):
+                    place = section if "prefix" in self.values[section] else "s3"
+                    whose = "" if other is job else f" of [job {other.name}]"
+                    lies = f"lies under the outputs{whose} ({constant}), and outputs are never converted"
+                    self.problems.append(f"[{place}] prefix = {job.prefix}: {lies}")
+                    break
+        return tuple(jobs.values())
 
     def check_run(self, run: RunOptions) -> None:
         """Note a checkpoint without a name, files that would be written over each other, and idle processes."""
@@ -1229,7 +1181,7 @@ class SettingsReader:
 
     def named_problems(self) -> list[str]:
         """The problems, each once and under the place where its option was given: a variable, a flag, the INI file."""
-        named = {f"[{entry.section}] {entry.name}": entry.named for entry in self._given}
+        named = {f"[{section}] {name}": entry.named for (section, name), entry in self._given.items()}
         split = (problem.partition(" = ") for problem in self.problems)
         return list(dict.fromkeys(named.get(option, option) + equals + rest for option, equals, rest in split))
 
@@ -1248,33 +1200,28 @@ def load_settings(
     cannot be read.
     """
     file = path or Path("config.ini")
-    ini = RawOption.from_ini(file, required=path is not None)
+    ini = read_ini(file, required=path is not None)
     variables = [
         RawOption(section, name, environ[variable].strip(), f"{variable} ([{section}] {name})")
         for variable, (section, name) in ENVIRONMENT.items()
         if environ.get(variable)
     ]
-    # A later value replaces an earlier one: this order is the precedence.
     reader = SettingsReader([*ini, *variables, *command_line])
-    problems = reader.problems
-    s3, api = S3Options(**reader.values("s3")), ApiOptions(**reader.values("api"))
-    run = RunOptions(**reader.values("run"))
-    if not reader.has("bucket", "s3"):
-        problems.insert(0, "[s3] bucket is missing")
+    problems, values = reader.problems, reader.values
+    s3, api, run = S3Options(**values["s3"]), ApiOptions(**values["api"]), RunOptions(**values["run"])
+    s3 = replace(s3, output_bucket=s3.output_bucket or s3.bucket)
+    reader.require("bucket", "s3")
     reader.check_run(run)
     jobs = reader.jobs(s3)
     key, key_problem = api.read_key()
     if needs_key and key_problem:
         problems.append(key_problem)
     shard = Shard()
-    if shard_flag is None:
-        shard = Shard.from_environment(environ, problems)
-    else:
+    try:
         # A shard from the command line overrides whatever the environment says.
-        try:
-            shard = Shard.parse(shard_flag.strip())
-        except ValueError as expected:
-            problems.append(f"--shard = {shard_flag}: {expected}")
+        shard = Shard.from_environment(environ, problems) if shard_flag is None else Shard.parse(shard_flag.strip())
+    except ValueError as expected:
+        problems.append(f"--shard = {shard_flag}: {expected}")
     if problems:
         told = reader.named_problems()
         in_file = ini and any(problem.startswith("[") for problem in told)
@@ -1795,7 +1742,7 @@ class Journal:
     def __init__(self, path: Path, endpoint: str, settings: Settings, *, read_only: bool = False) -> None:
         self.path, self._endpoint, self._read_only = real_file(path), endpoint, read_only
         self._files = [self.path.with_name(self.path.name + ending) for ending in ("", "-wal", "-shm")]
-        self._bucket, self._output_bucket = settings.s3.bucket, settings.s3.written_bucket
+        self._bucket, self._output_bucket = settings.s3.bucket, settings.s3.output_bucket
         # Feeder, workers and recorder share one connection: SQLite has one writer anyway, and this one need not wait.
         self._lock = threading.RLock()
         self.run_id = self._next_id = 0
@@ -2731,7 +2678,7 @@ class Bucket:
     """The source bucket and the output bucket."""
 
     def __init__(self, settings: Settings, stop: StopFlag | None = None) -> None:
-        self._options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.written_bucket
+        self._options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.output_bucket
         self._connection = S3Connection(settings, stop)
         # What another of the configured jobs has made is not to be replaced.
         self._presigns = settings.api.transfer != "upload"

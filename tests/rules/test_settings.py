@@ -150,7 +150,9 @@ def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: obje
         ("api.requests_per_minute", "0", "expected a whole number of 1 or more, or auto"),
         ("api.max_conversions", "-3", "expected a whole number of 1 or more, or none"),
         ("api.keep_remaining", "1.5", "expected a whole number of 0 or more"),
-        ("api.timeout", "", "expected a duration such as 150s, 10m, 2h or 7d"),
+        ("api.timeout", "", "expected a duration of more than 0, such as 150s, 10m, 2h or 7d"),
+        ("api.timeout", "0.0h", "expected a duration of more than 0, such as 150s, 10m, 2h or 7d"),
+        ("run.shutdown_grace", "30", "expected a duration such as 150s, 10m, 2h or 7d"),
         ("api.retries", "21", "expected a whole number from 0 to 20"),
         ("api.jobs_above", "always", "expected a size such as 500, 100MB or 5GiB, or never"),
         ("run.workers", "ten", "expected a whole number from 1 to 1000"),
@@ -270,7 +272,7 @@ def test_the_nearest_value_counts(
 def test_the_environment_alone_is_enough() -> None:
     environ = {"CTF_API_KEY": SECRET, "S3_BUCKET": "my-bucket", "SOURCE_PREFIX": "uploads/", "TARGET_FORMAT": "jpg"}
     settings = program.load_settings(None, {**environ, "CONCURRENCY": "10"}, [])
-    assert (settings.s3.bucket, settings.s3.prefix, settings.s3.written_bucket) == (
+    assert (settings.s3.bucket, settings.s3.prefix, settings.s3.output_bucket) == (
         "my-bucket",
         "uploads/",
         "my-bucket",
@@ -313,13 +315,13 @@ def test_all_problems_are_named_together(ini: Path) -> None:
     )
     assert complaint(ini, content) == (
         "the file has 8 problems\n"
-        "  - [s3] bucket is missing\n"
         "  - [s3] buket is not an option; did you mean bucket?\n"
         "  - [rnu] is not a section; did you mean run?\n"
+        "  - [convert] target = .j p g: expected a file extension such as jpg or pdf\n"
+        "  - [run] workers = ten: expected a whole number from 1 to 1000\n"
         "  - [run] wokers is not an option; did you mean workers?\n"
         "  - [job a] workers is not an option; did you mean [run] workers?\n"
-        "  - [run] workers = ten: expected a whole number from 1 to 1000\n"
-        "  - [convert] target = .j p g: expected a file extension such as jpg or pdf\n"
+        "  - [s3] bucket is missing\n"
         "  - [api] key is missing: set CTF_API_KEY, or api.key or api.key_file"
     )
 
@@ -399,6 +401,21 @@ def test_a_template_that_cannot_work_is_refused(ini: Path, template: str, expect
     assert problems(ini, COMPLETE, "--set", f"s3.output_key={template}") == expected
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("/out/{key}", "expected a key such as converted/{dir}{stem}.{target}"),
+        ("out/{stem}.{target", "expected a key such as converted/{dir}{stem}.{target}"),
+        ("out/{{stem}}", "expected a key such as converted/{dir}{stem}.{target}"),
+        ("s3://b/{key}", "give only what follows the bucket"),
+        ("'{key}'", "expected the beginning of a key; take the quotes away"),
+    ],
+)
+def test_a_template_that_is_meant_for_another_program_is_refused(ini: Path, template: str, expected: str) -> None:
+    jobs = f"[job a]\noutput_key = {template}\n"
+    assert problems(ini, COMPLETE + jobs) == [f"[job a] output_key = {template}: {expected}"]
+
+
 def test_a_prefix_under_the_outputs_is_refused_in_the_same_bucket_only(ini: Path) -> None:
     expected = (
         "--prefix ([s3] prefix) = converted/a: lies under the outputs (converted/), and outputs are never converted"
@@ -412,6 +429,19 @@ def test_a_prefix_under_another_job_s_outputs_is_refused_with_both_their_names(i
     expected = "[job b] prefix = small/in/: lies under the outputs of [job a] (small/), and outputs are never converted"
     assert problems(ini, COMPLETE + jobs) == [expected]
     assert load(ini, COMPLETE + jobs, None, "--set", "s3.output_bucket=other").jobs
+
+
+def test_a_prefix_is_named_where_it_was_given(ini: Path) -> None:
+    lies = "lies under the outputs (converted/), and outputs are never converted"
+    shared = COMPLETE.replace("[convert]", "prefix = converted/\n[convert]")
+    assert problems(ini, shared + "[job a]\n[job b]\n") == [f"[s3] prefix = converted/: {lies}"]
+    own = "[job a]\n[job b]\nprefix = converted/\n"
+    assert problems(ini, COMPLETE + own) == [f"[job b] prefix = converted/: {lies}"]
+
+
+@pytest.mark.parametrize("flags", [("--bucket", ""), ("--set", "s3.bucket=")])
+def test_a_bucket_that_is_taken_away_is_missing(ini: Path, flags: tuple[str, str]) -> None:
+    assert problems(ini, COMPLETE, *flags) == ["[s3] bucket is missing"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "/"])
