@@ -1046,6 +1046,10 @@ class Settings:
         share = None if most is None else shard.share(most)
         return replace(self, api=replace(self.api, max_conversions=share), run=replace(run, **named), shard=shard)
 
+    def puts_among_sources(self, job: Job) -> bool:
+        """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
+        return self.s3.is_one_bucket and not job.constant_prefix
+
     @property
     def own_prefixes(self) -> tuple[str, ...]:
         """Where outputs lie in the bucket of the sources."""
