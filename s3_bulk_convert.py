@@ -5885,8 +5885,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     """Convert what there is to convert. Raises RunError if nothing could be started."""
     checkpoint = Path(settings.run.checkpoint)
     for name in ("failures", "summary", "metrics"):
-        if path := getattr(settings.run, name):
-            require_writable(Path(path), f"run.{name}")
+        require_writable(getattr(settings.run, name), f"run.{name}")
     Trouble.require_certificates(settings.api.url, *CA_BUNDLES)
     with contextlib.ExitStack() as held:
         held.enter_context(RunLock(checkpoint))
@@ -5944,8 +5943,9 @@ def describe(settings: Settings) -> str:
     return ", ".join(dict.fromkeys(routes)) + settings.shard.named
 
 
-def require_writable(path: Path, name: str) -> None:
-    """Raise RunError if a file cannot be appended to; make none."""
+def require_writable(name: str | None, option: str) -> None:
+    """Raise RunError if a file, where one is named, cannot be appended to; make none."""
+    path = Path(name or os.devnull)
     try:
         # Not even for a moment: another run may be making the same file, and an empty one would say "no failures".
         if not path.exists():
@@ -5954,15 +5954,14 @@ def require_writable(path: Path, name: str) -> None:
         elif not path.is_fifo() and OutputFile.number_of_open_file(path) is None:
             path.open("ab").close()
     except OSError as problem:
-        message = f"{name} = {path} cannot be written: {problem.strerror}"
-        raise usage_error(message, f"set {name} to another path") from None
+        message = f"{option} = {path} cannot be written: {problem.strerror}"
+        raise usage_error(message, f"set {option} to another path") from None
 
 
 def empty_listing_warnings(settings: Settings) -> Iterator[str]:
     """What may be wrong where a whole listing has nothing in it; a part of the work, or of the keys, may be empty."""
-    if settings.keys_from or settings.shard.count > 1:
-        return
-    for prefix in dict.fromkeys(job.prefix for job in settings.jobs):
+    is_whole = not settings.keys_from and settings.shard.count == 1
+    for prefix in dict.fromkeys(job.prefix for job in settings.jobs if is_whole):
         meant = f'; keys rarely begin with "/": did you mean "{prefix.lstrip("/")}"?' if prefix.startswith("/") else ""
         said = f"no key begins with {json.dumps(prefix, ensure_ascii=False)}" if prefix else "there is no object"
         yield f"{said} in s3://{settings.s3.bucket}{meant}"
@@ -5998,13 +5997,17 @@ class Estimate:
     """What the next run would do and take: counts of decisions, each as a worker's looks would leave it."""
 
     def __init__(self, settings: Settings, latencies: Sequence[float]) -> None:
-        self.settings, self.usage, self.usage_problem = settings, Usage(), ""
-        self.pages_asked, self.plan_warnings = 0, list[str]()  # pages: of listings
+        self.settings, self.usage, self.usage_problem = settings, Usage(), "the API does not say"
+        self.listed = self.pages_asked = 0  # objects; pages of listings
+        self.plan_warnings: Iterable[str] = ()
         self._latencies = latencies  # seconds, of some conversions
-        # By job, "" for what no job wants: objects by kind (and bytes), skipped by reason, failed by code.
-        names = ["", *(job.name for job in settings.jobs)]
-        self._by_job = {name: (Counter[str](), Counter[str](), Counter[str]()) for name in names}
-        self._examples: dict[str, Decision] = {}  # code -> the first failure that has it
+        # As the document has them; under "" what no job wants.
+        zeros = dict.fromkeys(("convert", "bytes", "resume", "copy", RETRIED, ALREADY_DONE), 0)
+        self._jobs: dict[str, dict[str, Any]] = {
+            name: {**zeros, "skipped": Counter(), "failed": Counter()}
+            for name in ("", *(job.name for job in settings.jobs))
+        }
+        self._examples: dict[str, dict[str, str]] = {}  # of failures, by code
 
     @classmethod
     def make(cls, settings: Settings) -> "Estimate":
@@ -6012,9 +6015,8 @@ class Estimate:
         bucket, checkpoint = Bucket(settings), Path(settings.run.checkpoint)
 
         def is_open(decision: Decision) -> bool:
-            return decision.task is not None and (
-                decision.task.look or bool(decision.task.holder or settings.keys_from)
-            )
+            task = decision.task
+            return task is not None and bool(task.look or task.holder or settings.keys_from)
 
         with (
             Journal(checkpoint, bucket.endpoint, settings, read_only=True) as journal,
@@ -6029,8 +6031,8 @@ class Estimate:
                     estimate.add(decision)
                 if time.monotonic() - said_at > LINE_SECONDS:
                     said_at = time.monotonic()
-                    log.info("%d objects listed so far", estimate.total(LISTED))
-        estimate.pages_asked, estimate.plan_warnings = bucket.pages_asked, list(planner.warnings.values())
+                    log.info("%d objects listed so far", estimate.listed)
+        estimate.pages_asked, estimate.plan_warnings = bucket.pages_asked, planner.warnings.values()
         # What the month has left, where the API says it; an estimate is one without it, too.
         try:
             if not settings.api.key:
@@ -6042,52 +6044,39 @@ class Estimate:
 
     def add(self, decision: Decision) -> None:
         """Count one decision."""
-        counts, skipped, failed = self._by_job[decision.job]
-        kind, known = decision.kind, decision.task and decision.task.known
-        counts[LISTED] += not decision.is_retry
-        if kind is DecisionKind.SKIP:
-            skipped[decision.reason] += 1
-        elif kind is DecisionKind.FAIL:
-            failed[decision.reason] += 1
-            self._examples.setdefault(decision.reason, decision)
+        job, kind, source, code = self._jobs[decision.job], decision.kind, decision.source, decision.reason
+        known = decision.task and decision.task.known
+        self.listed += not decision.is_retry
+        if kind in {DecisionKind.SKIP, DecisionKind.FAIL}:
+            job[kind.value][code] += 1
         elif kind is not DecisionKind.POSTPONE:
-            counts[kind.value] += 1
-            counts["bytes"] += decision.source.size if kind is DecisionKind.CONVERT else 0
-            has_failed = known and (known.version, known.event) == (decision.source.version, OutcomeKind.FAILED.value)
-            counts[RETRIED] += bool(has_failed and kind is not DecisionKind.DONE)
-
-    def total(self, what: str) -> int:
-        """A count of all jobs together, and of no job."""
-        return sum(counts[what] for counts, _, _ in self._by_job.values())
+            job[kind.value] += 1
+            job["bytes"] += source.size if kind is DecisionKind.CONVERT else 0
+            has_failed = known and (known.version, known.event) == (source.version, OutcomeKind.FAILED.value)
+            job[RETRIED] += bool(has_failed and kind is not DecisionKind.DONE)
+        if kind is DecisionKind.FAIL:
+            example = {"key": source.key, "said": decision.message, "remedy": hint_for(code)}
+            self._examples.setdefault(code, example)
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it; times in seconds, sizes in bytes."""
         settings, usage, cap = self.settings, self.usage, self.settings.api.max_conversions
-        convert, resume, copy = (kind.value for kind in (DecisionKind.CONVERT, DecisionKind.RESUME, DecisionKind.COPY))
+        convert, resume, copy = (
+            sum(job[kind] for job in self._jobs.values()) for kind in ("convert", "resume", "copy")
+        )
         # At the most: of those in flight, the API may have done none yet.
-        conversions = self.total(convert) + self.total(resume)
+        conversions = convert + resume
         in_one_run = conversions if cap is None else min(cap, conversions)
         # This shard's share of the smaller limit, as far as limits are known before anything is sent.
         limits = [limit for limit in (settings.api.requests_per_minute, usage.requests_per_minute) if limit]
         rate = min(limits) / settings.shard.count if limits else None
         # Where no latency is known, it is the API's own median for files under 5 MB.
         latency = statistics.median(self._latencies or [0.8])
-        jobs = {
-            name: {
-                **{what: counts[what] for what in (convert, "bytes", resume, copy, RETRIED, ALREADY_DONE)},
-                "skipped": dict(skipped),
-                "failed": dict(failed),
-            }
-            for name, (counts, skipped, failed) in self._by_job.items()
-        }
         return {
-            LISTED: self.total(LISTED),
-            "skipped": jobs.pop("")["skipped"],
-            "jobs": jobs,
-            "examples": {
-                code: {"key": failure.source.key, "said": failure.message, "remedy": hint_for(code)}
-                for code, failure in self._examples.items()
-            },
+            LISTED: self.listed,
+            "skipped": self._jobs[""]["skipped"],
+            "jobs": {name: job for name, job in self._jobs.items() if name},
+            "examples": self._examples,
             "conversions": conversions,
             "conversions_in_one_run": in_one_run,
             "max_conversions": cap,
@@ -6099,27 +6088,26 @@ class Estimate:
             "latency_is_measured": bool(self._latencies),
             # Bound by the rate or by the workers.
             "seconds": round(in_one_run * max(60 / rate if rate else 0.0, latency / settings.run.workers)),
-            "s3_requests": {"LIST": self.pages_asked, "HEAD": 2 * conversions, "COPY": self.total(copy)}
-            | dict.fromkeys(["GET", "PUT"], conversions),
+            "s3_requests": {"LIST": self.pages_asked, "HEAD": 2 * conversions, "COPY": copy}
+            | dict.fromkeys(("GET", "PUT"), conversions),
             "warnings": [*self._warnings(conversions, in_one_run), *self.plan_warnings],
         }
 
     def _warnings(self, conversions: int, in_one_run: int) -> Iterator[str]:
-        """What a person should know before the run."""
         left, keep = self.usage.remaining, self.settings.api.keep_remaining
-        if not self.total(LISTED):
+        if not self.listed:
             yield from empty_listing_warnings(self.settings)
         if left is None:
-            said = self.usage_problem or "the API does not say"
-            yield f"what the month has left is not known ({said}), and plans may bill what is beyond it: see --limit"
+            unknown = f"what the month has left is not known ({self.usage_problem})"
+            yield f"{unknown}, and plans may bill what is beyond it: see --limit"
         elif in_one_run > left:
             refuses = self.usage.bills_overage is False
             what = "are refused, and the run stops there" if refuses else "are billed as overage"
             yield f"{in_one_run - left} conversions more than the month has left {what}; --limit {left} keeps within it"
         elif keep and in_one_run > left - keep:
             yield f"the run would stop when {keep} conversions are left (api.keep_remaining)"
-        by_code = [pair for _, _, failed in self._by_job.values() for pair in failed.items()]
-        failures = sum(count for code, count in by_code if code not in FREE_FAILURES)
+        by_code = sum((job["failed"] for job in self._jobs.values()), Counter[str]())
+        failures = sum(count for code, count in by_code.items() if code not in FREE_FAILURES)
         tried, most = conversions + failures, self.settings.run.max_failure_rate
         if most is not None and failures > most * tried and tried >= FAILURES_BEFORE_RATE_COUNTS:
             yield f"{failures} of {tried} would fail, more than run.max_failure_rate: the run would stop early"
@@ -6128,15 +6116,15 @@ class Estimate:
         """All of it in words."""
         found, workers = self.document(), self.settings.run.workers
         yield f"{describe(self.settings)}: {found[LISTED]} listed"
+        if_any = {
+            "resume": "  in flight   {}, asked for again: free of charge where the API has done the work",
+            "copy": "  to copy     {} within S3, free of charge",
+            RETRIED: "  of these    {} failed before and would be tried again",
+        }
         for name, job in found["jobs"].items():
             yield f"job {name}"
             yield f"  to convert  {job['convert']}, {human_bytes(job['bytes'])}"
-            if job["resume"]:
-                yield f"  in flight   {job['resume']}, asked for again: free of charge where the API has done the work"
-            if job["copy"]:
-                yield f"  to copy     {job['copy']} within S3, free of charge"
-            if job[RETRIED]:
-                yield f"  of these    {job[RETRIED]} failed before and would be tried again"
+            yield from (text.format(job[what]) for what, text in if_any.items() if job[what])
             yield f"  done        {job[ALREADY_DONE]} already"
             yield from (f"  skipped     {count} {reason}" for reason, count in job["skipped"].items())
             for code, count in job["failed"].items():
@@ -6167,17 +6155,17 @@ class Status:
     """What `--status` says: all that the checkpoint knows, of this configuration's jobs and of others."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self._path = settings, Path(settings.run.checkpoint)
+        self._settings, self._path = settings, Path(settings.run.checkpoint)
 
     def lines(self) -> Iterator[str]:
         """The answer. Raises RunError if there is no checkpoint."""
-        with Journal(self._path, "", self.settings, read_only=True) as journal:
+        holder = RunLock(self._path).holder()
+        with Journal(self._path, "", self._settings, read_only=True) as journal:
             if not journal.is_there:
                 raise usage_error(f"there is no checkpoint {self._path}", self._where_else())
-            last, holder = journal.last_run(), RunLock(self._path).holder()
             yield f"checkpoint     {self._path}, {human_bytes(journal.bytes_on_disk())}"
             yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
-            if last and not holder:
+            if (last := journal.last_run()) and not holder:
                 began, ended, code = last
                 how = f"ended {local_date(ended)} with exit code {code}" if ended else "did not come to its end"
                 yield f"last run       began {local_date(began)}, {how}"
@@ -6186,9 +6174,8 @@ class Status:
                 yield from self._job_lines(counts, is_at_work=bool(holder))
 
     def _where_else(self) -> str:
-        """What to do where there is no checkpoint, but perhaps a shard's."""
         stem, ending = os.path.splitext(self._path.name)
-        for path in sorted(self._path.parent.iterdir()) if self._path.parent.is_dir() else ():
+        for path in sorted(self._path.parent.glob("*")):
             if found := re.fullmatch(rf"{re.escape(stem)}\.(\d+)-of-(\d+){re.escape(ending)}", path.name):
                 return f"{path.name} is here: give --shard {found[1]}/{found[2]}"
         return "start it where the runs are started, or set run.checkpoint"
@@ -6196,20 +6183,20 @@ class Status:
     def _job_lines(self, counts: StateCounts, *, is_at_work: bool) -> Iterator[str]:
         made = (counts.bucket, counts.fingerprint, counts.output_key)
         # A job may have been renamed since, or have left the configuration.
-        ours = (job.name for job in self.settings.jobs if (self.settings.s3.bucket, job.fingerprint, job.place) == made)
-        name = next(ours, None)
-        job = f"job {name}" if name else f"{counts.job}, no job of this configuration"
+        bucket, jobs = self._settings.s3.bucket, self._settings.jobs
+        ours = (f"job {job.name}" for job in jobs if (bucket, job.fingerprint, job.place) == made)
+        job = next(ours, f"{counts.job}, no job of this configuration")
         yield ""
         yield f"s3://{counts.bucket} to {counts.target} in s3://{counts.output_bucket}/{counts.output_key}: {job}"
         for kind in (OutcomeKind.CONVERTED, OutcomeKind.FOUND, OutcomeKind.ADOPTED):
-            number = sum(count for (event, _, _), count in counts.states.items() if event == kind.value)
+            number = counts.states.get((kind.value, False, ""), 0)
             if number or kind is not OutcomeKind.ADOPTED:
                 yield f"  {kind.value:<11}  {number}"
         for is_permanent, words in ((True, "for good"), (False, "for now")):
-            kind_of = ("failed", is_permanent)
-            of_kind = {code: number for (*kind, code), number in counts.states.items() if (*kind,) == kind_of}
-            listed = ", ".join(f"{code} {count}" for code, count in sorted(of_kind.items(), key=lambda pair: -pair[1]))
-            yield f"  failed       {sum(of_kind.values())} {words}{': ' if listed else ''}{listed}"
+            failed = (OutcomeKind.FAILED.value, is_permanent)
+            by_code = Counter({code: number for (*kind, code), number in counts.states.items() if (*kind,) == failed})
+            listed = ", ".join(f"{code} {count}" for code, count in by_code.most_common())
+            yield f"  failed       {by_code.total()} {words}{listed and f': {listed}'}"
         oldest = f", the oldest since {local_date(counts.oldest_sent_at)}" if counts.oldest_sent_at else ""
         if is_at_work or not counts.in_flight:
             yield f"  in flight    {counts.in_flight}{oldest}"
@@ -6219,25 +6206,21 @@ class Status:
             yield f"  warning      {pluralize(counts.charged_twice, 'conversion')} may have been charged twice"
 
 
-# How "the next run would" ends, by decision; and what is said of a reason that is not clear by itself.
+# How "the next run would" ends: by the reason of a decision, or else by its kind.
 NEXT_STEPS = {
-    DecisionKind.SKIP: "leave it: {reason}",
-    DecisionKind.DONE: "{reason}",
-    DecisionKind.FAIL: "fail: {reason}, {message}",
-    DecisionKind.COPY: "copy it, at no charge",
-    DecisionKind.RESUME: "send the request in flight again, "
-    "which the API answers free of charge if it has done the work",
-    DecisionKind.CONVERT: "convert it to {target}, which is paid for",
-}
-REASONS = {
-    "": f"leave it: {ALREADY_DONE}",
     ALREADY_DONE: f"leave it: {ALREADY_DONE}",
     OutcomeKind.FOUND.value: "find its output, which is there, and pay nothing",
     OutcomeKind.ADOPTED.value: "take the output that is there",
-    FAILED_BEFORE: "it failed for good before; --retry-failed tries it again",
-    SAME_FORMAT: "same_format: it is in the target format already; see convert.same_format",
-    NOT_MATCHED: "not_matched: globs, sizes or ages leave it out; see convert.include",
-    OWN_OUTPUT: "own_output: this program has made it, or it lies where outputs go; see s3.output_key",
+    FAILED_BEFORE: "leave it: it failed for good before; --retry-failed tries it again",
+    SAME_FORMAT: "leave it: same_format: it is in the target format already; see convert.same_format",
+    NOT_MATCHED: "leave it: not_matched: globs, sizes or ages leave it out; see convert.include",
+    OWN_OUTPUT: "leave it: own_output: this program has made it, or it lies where outputs go; see s3.output_key",
+    DecisionKind.SKIP.value: "leave it: {reason}",
+    DecisionKind.FAIL.value: "fail: {reason}, {message}",
+    DecisionKind.COPY.value: "copy it, at no charge",
+    DecisionKind.RESUME.value: "send the request in flight again, "
+    "which the API answers free of charge if it has done the work",
+    DecisionKind.CONVERT.value: "convert it to {target}, which is paid for",
 }
 
 
@@ -6250,56 +6233,51 @@ class Why:
         except UnicodeEncodeError:
             message = "--why: the key is not UTF-8, and S3 has no such keys"
             raise usage_error(message, "check the terminal's locale") from None
-        self.settings, self.key = settings, given.removeprefix(f"s3://{settings.s3.bucket}/")
-        if not self.key:
+        self._settings, self._key = settings, given.removeprefix(f"s3://{settings.s3.bucket}/")
+        if not self._key:
             raise usage_error("--why: there is no key", "give the key of an object, such as photos/a.png")
 
     def lines(self) -> Iterator[str]:
         """The answer; the last line is about the next run. Raises RunError if the checkpoint cannot be read."""
-        settings, bucket, source = self.settings, None, None
+        settings, bucket, source = self._settings, None, None
         try:
             bucket = Bucket(settings)
         except RunError as error:
             next_step = f"not start: {error.message}; {error.hint}"
         endpoint = bucket.endpoint if bucket else settings.s3.endpoint_url or "aws"
         with Journal(Path(settings.run.checkpoint), endpoint, settings, read_only=True) as journal:
+            yield f"object         s3://{settings.s3.bucket}/{printable(self._key)}"
             # An object that fails in every run has a row of each.
-            rows = journal.history(self.key, 10)
-            yield f"object         s3://{settings.s3.bucket}/{printable(self.key)}"
+            rows = journal.history(self._key, 10)
+            for row in rows:
+                planned = KeyParts.of(self._key).fill(row["place"], row["target"], row["name"])
+                row["output_key"] = row["output_key"] or f"{row['output_bucket']}/{planned}"
             yield from self._checkpoint_lines(journal, rows)
             try:
                 if bucket:
                     bucket.check()
-                    source = bucket.find(self.key)
+                    source = bucket.find(self._key)
                     next_step = self._next_step(Planner(settings, bucket, journal, StopFlag()), source)
             except RunError as error:
                 bucket, next_step = None, f"stop before it: {error.message}; {error.hint}"
-            except ObjectFailed as failure:
-                bucket, next_step = None, f"stop before it: {failure.message}; {S3_HINTS['AccessDenied']}"
             facts = "no" if bucket else "not known (S3 did not answer)"
             if source:
                 facts = f"{human_bytes(source.size)}, ETag {source.version}, written {local_date(source.modified)}"
                 facts += ", archived" if source.archived else ""
             yield f"in the bucket  {facts}"
+            stored = {KeyParts.slot_of(row["output_key"]) for row in rows if row["event"] in DONE_EVENTS}
             for job in settings.jobs:
-                planned = output_key(job, self.key)
+                planned = output_key(job, self._key)
                 slot = journal.slot(planned)
-                stored = [
-                    row["output_key"] or journal.slot(self._planned(row)) for row in rows if row["event"] in DONE_EVENTS
-                ]
-                _, holder = journal.holders([slot]).get(slot, ("", self.key if slot in stored else ""))
-                found = list(self._found(bucket, planned, source)) if bucket else []
+                _, holder = journal.holders([slot]).get(slot, ("", self._key if slot in stored else ""))
+                found = self._found(bucket, planned, source) if bucket else []
                 if bucket and slot in stored and not found:
-                    found.append((self.key, f"it is missing: {printable(planned)} was stored, and is not there"))
+                    found = [("", f"it is missing: {printable(planned)} was stored, and is not there")]
                 holder = next((owner for owner, _ in found if owner), holder)
-                whose = "free" if not holder else "its own" if holder == self.key else f"taken by {printable(holder)}"
+                whose = "free" if not holder else "its own" if holder == self._key else f"taken by {printable(holder)}"
                 yield f"output key     {printable(planned)} (job {job.name}), {whose}"
                 yield from (f"output         {told}" for _, told in found)
             yield f"the next run would {next_step}"
-
-    def _planned(self, row: Mapping[str, Any]) -> str:
-        """The output key that the job of a row of the log had planned."""
-        return KeyParts.of(self.key).fill(row["place"], row["target"], row["name"])
 
     def _checkpoint_lines(self, journal: Journal, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if not journal.is_there:
@@ -6307,65 +6285,66 @@ class Why:
             return
         yield f"checkpoint     {'newest first:' if rows else 'it has not been converted, found or failed'}"
         for row in rows:
-            told = f" as {printable((row['output_key'] or '').partition('/')[2] or self._planned(row))}"
+            told = f"as {printable(row['output_key'].partition('/')[2])}"
             if row["event"] == OutcomeKind.FAILED.value:
                 lasting = "for good" if row["permanent"] else "for now"
-                told = f" {lasting}: {printable(row['code'] + ' ' + row['message'])}"
-            yield f"  {local_date(row['time'])} {row['event']}{told}, to {row['target']}, ETag {row['etag']}"
+                told = f"{lasting}: {printable(row['code'] + ' ' + row['message'])}"
+            yield f"  {local_date(row['time'])} {row['event']} {told}, to {row['target']}, ETag {row['etag']}"
         # No URL is shown: it is signed.
-        for sent in journal.requests_of(self.key):
+        for sent in journal.requests_of(self._key):
             slot = printable(sent["slot"].partition("/")[2])
             yield f"in flight      since {local_date(sent['sent_at'])}, for {slot}, ETag {sent['etag']}"
 
-    def _found(self, bucket: Bucket, planned: str, source: SourceObject | None) -> Iterator[tuple[str, str]]:
+    def _found(self, bucket: Bucket, planned: str, source: SourceObject | None) -> list[tuple[str, str]]:
         """What lies under an output key: the key of its source, if that is known, and words."""
+        found = list[tuple[str, str]]()
         for made in (planned, f"{planned}.zip"):
             try:
                 head = bucket.head_output(made)
             except ObjectFailed as failure:
-                yield "", f"it cannot be told: {printable(failure.message)}"
+                found.append(("", f"it cannot be told: {printable(failure.message)}"))
                 continue
             if head is None:
                 continue
             metadata = head["Metadata"]
             owner, told = urllib.parse.unquote(metadata.get("source-key", "another object")), "no output of this object"
-            if source_key_metadata(self.key).items() <= metadata.items():
-                owner, version = self.key, metadata.get("source-etag")
+            if source_key_metadata(self._key).items() <= metadata.items():
+                owner, version = self._key, metadata.get("source-etag")
                 is_same = source is not None and source.version == version
                 told = f"made of {'this version' if is_same else f'another version, {version}'}"
-            yield owner, f"{printable(made)} is there, {told}"
+            found.append((owner, f"{printable(made)} is there, {told}"))
+        return found
 
     def _next_step(self, planner: Planner, source: SourceObject | None) -> str:
         """What the next run would do with the object, job by job: the decisions of the plan, after a worker's looks."""
         if source is None:
-            meant = self.key.lstrip("/")
-            is_near = meant not in {"", self.key} and planner.bucket.find(meant)
+            meant = self._key.lstrip("/")
+            is_near = meant not in {"", self._key} and planner.bucket.find(meant)
             return f"do nothing: it is not in the bucket{f'; did you mean {printable(meant)}?' if is_near else ''}"
         jobs = {name: matcher.job for name, matcher in planner.matchers.items()}
-        outputs = {name: (job.fingerprint, output_key(job, self.key)) for name, job in jobs.items()}
         # Jobs that would make the very same output have one decision; what no job is asked about has that of "".
+        outputs = {name: (job.fingerprint, output_key(job, self._key)) for name, job in jobs.items()}
         decided = planner.plan([source], is_last=True)
         decisions = {outputs.get(each.job): predict(each, planner) for each in decided}
         steps = {
             name: self._step(matcher, source, decisions.get(outputs[name]) or decisions.get(None))
             for name, matcher in planner.matchers.items()
         }
-        if len(steps) == 1:
-            return "".join(steps.values())
-        return "; ".join(f"{step} (job {name})" for name, step in steps.items())
+        return "; ".join(step if len(steps) == 1 else f"{step} (job {name})" for name, step in steps.items())
 
     def _step(self, matcher: JobMatcher, source: SourceObject, decision: Decision | None) -> str:
         """What one job would do. `decision`: None if the object is another shard's."""
-        if not self.key.startswith(matcher.job.prefix):
+        if not self._key.startswith(matcher.job.prefix):
             return f"not list it, for its key does not begin with {matcher.job.prefix}"
         if not matcher.wants(source):
-            return f"leave it: {REASONS[NOT_MATCHED]}"
+            return NEXT_STEPS[NOT_MATCHED]
         if decision is None:
-            slot, count = KeyParts.slot_of(output_key(matcher.job, self.key)), self.settings.shard.count
+            slot, count = KeyParts.slot_of(output_key(matcher.job, self._key)), self._settings.shard.count
             owner = next(shard for shard in (Shard(index, count) for index in range(count)) if shard.owns(slot))
             return f"leave it: it belongs to shard {owner}"
-        reason, message = REASONS.get(decision.reason, decision.reason), printable(decision.message)
-        return NEXT_STEPS[decision.kind].format(reason=reason, message=message, target=matcher.job.options.target)
+        reason, message = decision.reason, printable(decision.message)
+        step = NEXT_STEPS.get(reason) or NEXT_STEPS[decision.kind.value]
+        return step.format(reason=reason, message=message, target=matcher.job.options.target)
 
 
 ########################################################################################################################
@@ -6403,15 +6382,15 @@ class Diagnostics:
         self._check_files()
         self._check_threads()
         self.check_space()
-        try:
+        with self._prove("the rest of S3"):
             self._check_s3()
-        except CheckWarning as rest:
-            self._report("WARN", rest.message, rest.hint)
-        self._check_api()
-        named = ("FAIL", "WARN") if self._verdicts["FAIL"] else ("OK", "WARN")
+        with contextlib.suppress(CheckWarning):
+            self._check_api()
+        has_failed = bool(self._verdicts["FAIL"])
+        named = ("FAIL" if has_failed else "OK", "WARN")
         counts = ", ".join(f"{self._verdicts[verdict]} {verdict}" for verdict in named if self._verdicts[verdict])
-        print_line(f"not ready: {counts}" if self._verdicts["FAIL"] else f"ready: {counts}")
-        return ExitCode.USAGE if self._verdicts["FAIL"] else ExitCode.DONE
+        print_line(f"{'not ready' if has_failed else 'ready'}: {counts}")
+        return ExitCode.USAGE if has_failed else ExitCode.DONE
 
     def _report(self, verdict: str, what: str, said: str) -> None:
         self._verdicts[verdict] += 1
@@ -6419,44 +6398,39 @@ class Diagnostics:
             print_line(self.settings.hide(f"{verdict:<4} {what}: {said}"))
 
     @contextlib.contextmanager
-    def _prove(self, what: str, ok: str = "", *, needs: str = "") -> Iterator[list[str]]:
+    def _prove(self, what: str, ok: str = "", *, needs: str = "", is_needed: bool = False) -> Iterator[list[str]]:
         """One proof: the block raises what is not so. What is so, says `ok`, or what the block adds to the list.
 
-        `needs`: what would permit it. Raises CheckWarning where S3 refuses what all the rest needs as well.
+        `needs`: what would permit it. `is_needed`: where it fails, the rest makes no sense; raises CheckWarning then.
         """
         proved: list[str] = []
         try:
             yield proved
-            verdict, said = "OK", "".join(proved) or ok
-        except CheckWarning as warning:
-            verdict, said = "WARN", f"{warning.message}; {warning.hint}"
-        except RunError as error:
-            verdict, said = "FAIL", f"{error.message}; {error.hint}"
         except (ObjectFailed, ObjectSkipped) as failure:
-            # Wrong credentials and a wrong bucket, which end a run, have nothing to do with permissions.
-            verdict, said = "FAIL", f"{getattr(failure, 'message', failure)}; {needs}".rstrip("; ")
-        except OSError as error:
-            trouble = Trouble.unexpected(what, error)
-            verdict, said = "FAIL", f"{trouble.message}; {trouble.hint}"
-        self._report(verdict, what, said)
-        if verdict == "FAIL" and re.search(
-            "SignatureDoesNotMatch|InvalidAccessKeyId|the bucket .* does not exist", said
-        ):
-            raise CheckWarning("the rest of S3", "not tried")
+            self._report("FAIL", what, f"{getattr(failure, 'message', failure)}; {needs}".rstrip("; "))
+        except (RunError, OSError) as error:
+            trouble = error if isinstance(error, RunError) else Trouble.unexpected(what, error)
+            verdict = "WARN" if isinstance(error, CheckWarning) else "FAIL"
+            self._report(verdict, what, f"{trouble.message}; {trouble.hint}")
+            if is_needed and verdict == "FAIL":
+                raise CheckWarning("not tried", "correct what failed first") from None
+        else:
+            if said := "".join(proved) or ok:
+                self._report("OK", what, said)
 
     # -- this machine --------------------------------------------------------------------------------------------------
 
     def check_versions(self) -> None:
         """Python, and the packages, which must not be too old."""
+
+        def numbers(version: str) -> list[int]:
+            # "2.0a1" has its numbers too.
+            return [int(part) for part in re.findall(r"\d+", version)[:3]]
+
         with self._prove("versions") as proved:
             found = {name: str(getattr(sys.modules[name], "__version__", "")) for name in OLDEST_PACKAGES}
-            # "2.0a1" has its numbers too.
-            old = [
-                f"{name}>={oldest}"
-                for name, oldest in OLDEST_PACKAGES.items()
-                if [int(part) for part in re.findall(r"\d+", found[name])[:3]]
-                < [int(part) for part in oldest.split(".")]
-            ]
+            oldest = OLDEST_PACKAGES.items()
+            old = [f"{name}>={version}" for name, version in oldest if numbers(found[name]) < numbers(version)]
             if old:
                 wanted = " ".join(f"'{name}'" for name in old)
                 raise usage_error(f"too old for {', '.join(old)}", f"run: {sys.executable} -m pip install {wanted}")
@@ -6469,7 +6443,7 @@ class Diagnostics:
         with self._prove("run.checkpoint") as proved:
             # Before SQLite opens it: to close a file is to give up this process's SQLite locks on it.
             for written in (checkpoint, lock.path, checkpoint.with_name(checkpoint.name + "-wal")):
-                require_writable(written, "run.checkpoint")
+                require_writable(str(written), "run.checkpoint")
             if os.name == "posix" and checkpoint.exists():
                 try:
                     # A run sets the mode, which only the owner may do.
@@ -6493,7 +6467,7 @@ class Diagnostics:
         for name in ("failures", "summary", "metrics"):
             if path := getattr(settings.run, name):
                 with self._prove(f"run.{name}", f"{path} can be written"):
-                    require_writable(Path(path), f"run.{name}")
+                    require_writable(path, f"run.{name}")
         # CTF_API_KEY comes before the file, which need not be there then.
         key_file = Path(settings.api.key_file).expanduser()
         if settings.api.key_file and not settings.key_problem:
@@ -6523,11 +6497,7 @@ class Diagnostics:
             self._report("FAIL", "temporary folder", f"{problem.strerror}; make one writable, or set TMPDIR")
         for folder in dict.fromkeys(folders):
             with self._prove(f"space in {folder}") as proved:
-                try:
-                    free = shutil.disk_usage(folder).free
-                except OSError as problem:
-                    hint = "correct run.checkpoint or TMPDIR"
-                    raise usage_error(f"it cannot be read: {problem.strerror}", hint) from None
+                free = shutil.disk_usage(folder).free
                 if free < SCARCE_DISK_BYTES:
                     hint = "free some space, or set run.checkpoint or TMPDIR"
                     raise usage_error(f"only {human_bytes(free)} are free", hint)
@@ -6537,68 +6507,58 @@ class Diagnostics:
 
     # -- servers -------------------------------------------------------------------------------------------------------
 
-    def _check_clock(self, server: str, address: str, **request: Any) -> bool:
-        """Whether a server is there: what else is asked of it would fail for the same reason."""
-        try:
-            # Without credentials: whatever it answers, it says when, even to a signature from another time.
-            with http_get(address, **request) as answer:
-                date = answer.headers.get("Date", "")
-        except RunError as error:
-            self._report("FAIL", server.removeprefix("the "), f"{error.message}; {error.hint}")
-            return False
+    def _check_clock(self, server: str, date: str) -> None:
         with self._prove(f"clock of {server}", "this machine's clock agrees") as proved:
             try:
-                said = email.utils.parsedate_to_datetime(date)
-            except (ValueError, TypeError):
+                ahead = unix_seconds(date) - time.time()
+            except ValueError:
                 proved.append("it does not tell the time")
-                return True
-            ahead = said.replace(tzinfo=said.tzinfo or timezone.utc).timestamp() - time.time()
+                return
             differs = f"it is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's clock"
             # Amazon allows 15 minutes; a clock that is off by 5 is not kept by anybody.
             if abs(ahead) > 300:
                 raise usage_error(differs, "set the clock (chronyd, ntpd): S3 refuses requests from another time")
             if abs(ahead) > 60:
                 raise CheckWarning(differs, "set the clock (chronyd, ntpd)")
-        return True
 
     def _check_s3(self) -> None:
-        try:
-            bucket = Bucket(self.settings)
-        except RunError as error:
-            self._report("FAIL", "S3", f"{error.message}; {error.hint}")
-            return
         # `requests` is to judge S3 as boto3 does.
         trusted: Any = os.environ.get("AWS_CA_BUNDLE") or True
-        if not self._check_clock("S3", str(bucket.client.meta.endpoint_url), verify=trusted):
-            return
-        with self._prove("bucket") as proved:
+        with self._prove("S3", is_needed=True):
+            bucket = Bucket(self.settings)
+            # Without credentials: whatever it answers, it says when, even to a signature from another time.
+            with http_get(str(bucket.client.meta.endpoint_url), verify=trusted) as answer:
+                date = answer.headers.get("Date", "")
+        self._check_clock("S3", date)
+        with self._prove("bucket", is_needed=True) as proved:
             bucket.check()
             names = " and ".join(dict.fromkeys((bucket.name, bucket.output_name)))
             proved.append(f"{names} there, region {bucket.client.meta.region_name}")
         listed: list[SourceObject] = []
         # A policy may allow one prefix and not another.
+        needs = f"allow s3:ListBucket on {bucket.name}"
         for prefix in dict.fromkeys(job.prefix for job in self.settings.jobs):
-            needs = f"allow s3:ListBucket on {bucket.name}"
-            with self._prove(f"list s3://{bucket.name}/{prefix}", needs=needs) as proved:
+            with self._prove(f"list s3://{bucket.name}/{prefix}", needs=needs, is_needed=True) as proved:
                 # The first page alone: how many there are is for the run to find out.
                 page = bucket.read_page(bucket.name, prefix)
                 listed += page.objects
                 if not page.objects:
                     raise CheckWarning("no key begins with this prefix", "check s3.bucket and s3.prefix")
                 proved.append(f"{len(page.objects)} objects{'' if page.is_last else ' and more'}")
+        sources = [source for source in listed if not source.key.startswith(self.settings.own_prefixes)]
         if len(self.settings.jobs) > 1 and listed:
             with self._prove("output keys") as proved:
-                proved.append(self._compare_jobs(listed))
-        self._check_reading(bucket, listed, trusted)
+                self._compare_jobs(sources)
+                proved.append(f"no two jobs want the same one, of {pluralize(len(listed), 'object')} looked at")
+        self._check_reading(bucket, sources, trusted)
         for prefix in dict.fromkeys(job.constant_prefix for job in self.settings.jobs):
             self._check_writing(bucket, prefix)
 
-    def _compare_jobs(self, listed: Sequence[SourceObject]) -> str:
-        """That no two jobs want one output key for the same object, as far as it can be told. Raises CheckWarning."""
+    def _compare_jobs(self, sources: Sequence[SourceObject]) -> None:
+        """Raise CheckWarning if two jobs want one output key for the same object, as far as it can be told."""
         takers: dict[tuple[str, str], str] = {}
-        for matcher, source in itertools.product([JobMatcher(job, time.time()) for job in self.settings.jobs], listed):
-            is_own = source.key.startswith(self.settings.own_prefixes)
-            if is_own or not matcher.wants(source):
+        for matcher, source in itertools.product([JobMatcher(job, time.time()) for job in self.settings.jobs], sources):
+            if not matcher.wants(source):
                 continue
             planned = output_key(matcher.job, source.key)
             first = takers.setdefault((source.key, KeyParts.slot_of(planned)), matcher.job.name)
@@ -6608,16 +6568,13 @@ class Diagnostics:
                     "one of them fails for such objects (output_collision): exclude them in one, or put {job} into its "
                     "output_key",
                 )
-        return f"no two jobs want the same one, of {pluralize(len(listed), 'object')} looked at"
 
-    def _check_reading(self, bucket: Bucket, listed: Sequence[SourceObject], trusted: Any) -> None:
+    def _check_reading(self, bucket: Bucket, sources: Sequence[SourceObject], trusted: Any) -> None:
         """Read the first object that can be a source as a worker does, and as the API does, by a presigned URL."""
-        for source in listed:
-            # What a run would skip may be unreadable for good reasons: an archived object, a folder of another tool.
-            is_own = source.key.startswith(self.settings.own_prefixes)
-            if not (skip_reason(source) or is_own or KeyParts.of(source.key).has_dot_segments):
-                break
-        else:
+        # What a run would skip may be unreadable for good reasons: an archived object, a folder of another tool.
+        readable = (each for each in sources if not (skip_reason(each) or KeyParts.of(each.key).has_dot_segments))
+        source = next(readable, None)
+        if source is None:
             self._report("WARN", "read", "nothing was listed that could be read; try again when there is something")
             return
         needs = f"allow s3:GetObject on {bucket.name} (and kms:Decrypt on its key)"
@@ -6637,8 +6594,9 @@ class Diagnostics:
     def _check_writing(self, bucket: Bucket, prefix: str) -> None:
         """List outputs and write one: an empty object, which is looked at and deleted again."""
         name, where = bucket.output_name, f"s3://{bucket.output_name}/{prefix}"
-        needs = f"allow s3:ListBucket on {name}"
-        with self._prove(f"list {where}", "outputs that are there will be found", needs=needs):
+        with self._prove(
+            f"list {where}", "outputs that are there will be found", needs=f"allow s3:ListBucket on {name}"
+        ):
             # As a run does it, for a key that is not there.
             bucket.read_page(name, prefix, StartAfter=prefix)
         # The key is drawn: neither an object of yours nor the probe of another check is ever overwritten.
@@ -6675,17 +6633,16 @@ class Diagnostics:
     def _check_api(self) -> None:
         api = self.settings.api
         # A key cannot be tried on an API that is not there.
-        if not self._check_clock("the API", api.url):
-            return
+        with self._prove("API", is_needed=True), http_get(api.url) as answer:
+            date = answer.headers.get("Date", "")
+        self._check_clock("the API", date)
         if self.settings.key_problem:
             self._report("FAIL", "API key", self.settings.key_problem)
             return
-        with self._prove("API key") as proved:
+        with self._prove("API key", is_needed=True) as proved:
             usage = ask_usage(api)
             plan = f"accepted, plan {usage.plan}" if usage.plan else "not refused; the API does not name the plan"
             proved.append(plan)
-        if not proved:
-            return
         with self._prove("quota") as proved:
             # Its fields are not documented: what cannot be read there is no reason to fail.
             if usage.remaining is None:
