@@ -113,14 +113,11 @@ try:
 except ImportError as missing:
     # Debian's and Homebrew's Python refuse pip outside a virtual environment (PEP 668).
     is_managed = os.path.exists(os.path.join(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED"))
-    in_venv = is_managed and sys.prefix == sys.base_prefix
-    installer = "venv/bin/pip" if in_venv else f"{sys.executable} -m pip"
+    pip, then = f"{sys.executable} -m pip", ""
+    if is_managed and sys.prefix == sys.base_prefix:
+        pip, then = "python3 -m venv venv && venv/bin/pip", "then start this program with venv/bin/python\n"
     sys.stderr.write(f"error: the package {missing.name} is missing\n")
-    sys.stderr.write(
-        f"hint: run: {'python3 -m venv venv && ' * in_venv}{installer} install boto3 requests tqdm urllib3\n"
-    )
-    if in_venv:
-        sys.stderr.write("then start this program with venv/bin/python\n")
+    sys.stderr.write(f"hint: run: {pip} install boto3 requests tqdm urllib3\n{then}")
     raise SystemExit(2) from None
 
 if sys.platform != "win32":
@@ -611,10 +608,9 @@ Message = Outcome | PageCounts | TotalCounted | FeederFinished | None  # None: a
 ########################################################################################################################
 
 T = TypeVar("T")
-AMOUNT = r"(\d+(?:\.\d+)?)\s*"
 QUOTED = r"""(["']).*\1"""  # as other programs want values
-SIZE_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-DURATION, TIME_UNITS = rf"{AMOUNT}([smhd])", {"s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNITS |= {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 class OptionSpec(NamedTuple):
@@ -699,10 +695,9 @@ class Read:
             raise ValueError("give only what follows the bucket")
         if re.fullmatch(QUOTED, given, re.DOTALL):
             raise ValueError("expected the beginning of a key")
-        try:
-            given.encode()
-        except UnicodeEncodeError:
-            raise ValueError("expected UTF-8, for S3 has no other keys; check the terminal's locale") from None
+        # Bytes that are no UTF-8 come from a command line as halves of surrogate pairs.
+        if re.search(r"[\ud800-\udfff]", given):
+            raise ValueError("expected UTF-8, for S3 has no other keys; check the terminal's locale")
         return given
 
     @staticmethod
@@ -729,50 +724,32 @@ class Read:
     @staticmethod
     def url(given: str) -> str:
         """The address of a server, without a slash at its end."""
-        try:
+        with contextlib.suppress(ValueError):
             parts = urllib.parse.urlsplit(given)
-            is_complete = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-        except ValueError:
-            is_complete = False
-        if not is_complete or parts.query or parts.fragment or re.search(r"\s", given):
-            raise ValueError("expected an address such as https://changethisfile.com")
-        return given.rstrip("/")
+            is_server = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+            if is_server and not (parts.query or parts.fragment or re.search(r"\s", given)):
+                return given.rstrip("/")
+        raise ValueError("expected an address such as https://changethisfile.com")
 
     @staticmethod
-    def seconds(amount: str, unit: str) -> float:
-        """A duration that has been taken apart."""
-        return float(amount) * TIME_UNITS[unit]
+    def amount(number: str, unit: str) -> float:
+        """A number of some unit."""
+        return float(number) * UNITS[unit]
 
-    _booleans = configparser.ConfigParser.BOOLEAN_STATES
-    boolean = matching(f"({'|'.join(_booleans)})", "yes or no", _booleans.get)
+    booleans = configparser.ConfigParser.BOOLEAN_STATES
+    boolean = matching(f"({'|'.join(booleans)})", "yes or no", booleans.get)
     file_format = matching(r"\.*([a-z0-9]{1,10})", "a file extension such as jpg or pdf", str)
-    size = matching(
-        f"{AMOUNT}({'|'.join(SIZE_UNITS)})",
-        "a size such as 500, 100MB or 5GiB",
-        lambda amount, unit: int(float(amount) * SIZE_UNITS[unit]),
-    )
     # A number alone is no duration: is 150 seconds or minutes?
-    duration = matching(DURATION, "a duration such as 150s, 10m, 2h or 7d", seconds)
-    # Nor is any number of zeros here.
-    positive_duration = matching(
-        f"(?=.*[1-9]){DURATION}", "a duration of more than 0, such as 150s, 10m, 2h or 7d", seconds
-    )
+    number, times, sizes = r"(\d+(?:\.\d+)?)\s*", "([smhd])", "([kmg]i?b|)"
+    size = matching(number + sizes, "a size such as 500, 100MB or 5GiB", lambda *parts: int(Read.amount(*parts)))
+    duration = matching(number + times, "a duration such as 150s, 10m, 2h or 7d", amount)
+    longer_than_0 = "a duration of more than 0, such as 150s, 10m, 2h or 7d"
+    positive_duration = matching("(?=.*[1-9])" + number + times, longer_than_0, amount)
     percent = matching(
-        f"{AMOUNT}%", "a rate such as 2%", lambda amount: float(amount) / 100 if float(amount) <= 100 else None
+        f"{number}%", "a rate such as 2%", lambda percent: float(percent) / 100 if float(percent) <= 100 else None
     )
     text_or_none, size_or_none = optional("none", str), optional("none", size)
     duration_or_none = optional("none", duration)
-
-
-# The variables in which an array-job engine tells a task which of how many it is: index and count; and where indexes
-# begin anywhere and go up in steps, the first, the last and the step. Only the step may be missing.
-ARRAY_SCHEDULERS = {
-    "AWS Batch": ("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE"),
-    "Slurm": tuple(f"SLURM_ARRAY_TASK_{part}" for part in ("ID", "COUNT", "MIN", "MAX", "STEP")),
-    "Cloud Run": ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT"),
-    # Kubernetes has no variable for the count: the Job's author sets this one. The index alone may be another's.
-    "Kubernetes": ("JOB_COMPLETION_INDEX", "SHARD_COUNT"),
-}
 
 
 @dataclass(frozen=True)
@@ -780,6 +757,15 @@ class Shard:
     """One of the parts into which several machines divide the work; as it stands, the only one: everything."""
 
     MAX_SHARDS = 10_000  # the largest array job of AWS Batch and of Cloud Run
+    # The variables in which an array-job engine tells a task which of how many it is: index and count; where indexes
+    # begin anywhere and go up in steps, then the first, the last and the step. Only the step may be missing.
+    SCHEDULERS = (
+        ("AWS Batch", ("AWS_BATCH_JOB_ARRAY_INDEX", "AWS_BATCH_JOB_ARRAY_SIZE")),
+        ("Slurm", tuple(f"SLURM_ARRAY_TASK_{part}" for part in ("ID", "COUNT", "MIN", "MAX", "STEP"))),
+        ("Cloud Run", ("CLOUD_RUN_TASK_INDEX", "CLOUD_RUN_TASK_COUNT")),
+        # Kubernetes has no variable for the count: the Job's author sets this one. The index alone may be another's.
+        ("Kubernetes", ("JOB_COMPLETION_INDEX", "SHARD_COUNT")),
+    )
 
     index: int = 0  # from 0
     count: int = 1
@@ -799,7 +785,7 @@ class Shard:
         What is incomplete or ambiguous is a problem, never a guess: a wrong one would leave objects out, unnoticed.
         """
         found: dict[Shard, str] = {}
-        for engine, variables in ARRAY_SCHEDULERS.items():
+        for engine, variables in cls.SCHEDULERS:
             given = {name: environ[name].strip() for name in variables if environ.get(name)}
             if given.keys().isdisjoint(variables[:2]):
                 continue
@@ -1069,45 +1055,45 @@ class RawOption(NamedTuple):
     value: str
     named: str  # how the place it came from is called in messages
 
-
-def read_ini(path: Path, *, required: bool) -> list[RawOption]:
-    """The values in an INI file, without interpolation. Raises RunError if it cannot be read."""
-    # No interpolation: a % in a key is a %. No default section: its options would turn up in every other one.
-    parser = configparser.ConfigParser(interpolation=None, default_section="\0")
-    compare, give = "compare it with config.example.ini", "give the INI file with -c, or copy config.example.ini"
-    try:
-        with path.open(encoding="utf-8-sig") as lines:
-            parser.read_file(lines)
-            mode = stat.S_IMODE(os.fstat(lines.fileno()).st_mode)
-    except FileNotFoundError:
-        if required:
-            raise usage_error(f"{path} does not exist", give) from None
-        return []
-    except IsADirectoryError:
-        raise usage_error(f"{path} is a directory", give) from None
-    except OSError as problem:
-        allow = "let this user read it (chmod, chown), or give another with -c"
-        raise usage_error(f"{path} cannot be read: {problem.strerror}", allow) from None
-    except UnicodeDecodeError as problem:
-        raise usage_error(f"{path} cannot be read: {problem}", compare) from None
-    except configparser.Error as problem:
-        # Never the line itself, which may be the one with the key.
-        said: dict[type[configparser.Error], str] = {
-            configparser.DuplicateOptionError: "[{0.section}] {0.option} is given twice",
-            configparser.DuplicateSectionError: "[{0.section}] is there twice",
-            configparser.MissingSectionHeaderError: "no [section] above it; begin with [s3]",
-        }
-        line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), 0)
-        told = said.get(type(problem), "expected NAME = VALUE").format(problem)
-        raise usage_error(f"{path}, line {line}: {told}", compare) from None
-    if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
-        told = f"{path} holds the API key and others can read it (mode {mode:04o})"
-        raise usage_error(told, f"run: chmod 600 {path}")
-    return [
-        RawOption(section, name, value.strip(), f"[{section}] {name}")
-        for section in parser.sections()
-        for name, value in [("", ""), *parser.items(section)]
-    ]
+    @classmethod
+    def from_ini(cls, path: Path, *, required: bool) -> "list[RawOption]":
+        """The values in an INI file, without interpolation. Raises RunError if it cannot be read."""
+        # No interpolation: a % in a key is a %. No default section: its options would turn up in every other one.
+        parser = configparser.ConfigParser(interpolation=None, default_section="\0")
+        compare, give = "compare it with config.example.ini", "give the INI file with -c, or copy config.example.ini"
+        try:
+            with path.open(encoding="utf-8-sig") as lines:
+                parser.read_file(lines)
+                mode = stat.S_IMODE(os.fstat(lines.fileno()).st_mode)
+        except FileNotFoundError:
+            if required:
+                raise usage_error(f"{path} does not exist", give) from None
+            return []
+        except IsADirectoryError:
+            raise usage_error(f"{path} is a directory", give) from None
+        except OSError as problem:
+            allow = "let this user read it (chmod, chown), or give another with -c"
+            raise usage_error(f"{path} cannot be read: {problem.strerror}", allow) from None
+        except UnicodeDecodeError as problem:
+            raise usage_error(f"{path} cannot be read: {problem}", compare) from None
+        except configparser.Error as problem:
+            # Never the line itself, which may be the one with the key.
+            said: dict[type[configparser.Error], str] = {
+                configparser.DuplicateOptionError: "[{0.section}] {0.option} is given twice",
+                configparser.DuplicateSectionError: "[{0.section}] is there twice",
+                configparser.MissingSectionHeaderError: "no [section] above it; begin with [s3]",
+            }
+            line = getattr(problem, "lineno", None) or next((number for number, _ in getattr(problem, "errors", ())), 0)
+            told = said.get(type(problem), "expected NAME = VALUE").format(problem)
+            raise usage_error(f"{path}, line {line}: {told}", compare) from None
+        if parser.get("api", "key", fallback="") and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):
+            told = f"{path} holds the API key and others can read it (mode {mode:04o})"
+            raise usage_error(told, f"run: chmod 600 {path}")
+        return [
+            cls(section, name, value.strip(), f"[{section}] {name}")
+            for section in parser.sections()
+            for name, value in [("", ""), *parser.items(section)]
+        ]
 
 
 class SettingsReader:
@@ -1198,13 +1184,12 @@ def load_settings(
     *,
     needs_key: bool = True,
 ) -> Settings:
-    """The configuration: command line over environment over INI file over defaults.
+    """The configuration: command line over environment over INI file over defaults. Raises RunError with all problems.
 
-    `needs_key`: whether a missing API key is a problem. Raises RunError with every problem at once, or if the file
-    cannot be read.
+    `needs_key`: whether a missing API key is one.
     """
     file = path or Path("config.ini")
-    ini = read_ini(file, required=path is not None)
+    ini = RawOption.from_ini(file, required=path is not None)
     variables = [
         RawOption(section, name, environ[variable].strip(), f"{variable} ([{section}] {name})")
         for variable, (section, name) in ENVIRONMENT.items()
@@ -6676,14 +6661,6 @@ FLAGS = {
     "processes": ("run", "processes", "N", "processes that share the workers out"),
     "limit": ("api", "max_conversions", "N", "conversions to ask for, failed ones included"),
 }
-# Flags that exclude each other, with what the value is called, if there is one.
-COMMANDS = {
-    "--dry-run": ("", "what a run would convert, skip, pay for and take; convert nothing"),
-    "--check": ("", "prove configuration, S3, API key, quota and files; convert nothing"),
-    "--status": ("", "what the checkpoint knows; no network"),
-    "--why": ("KEY", "all that is known about one object, and what the next run would do"),
-    "--retry-failed": ("", "also try objects whose failure was permanent"),
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -6720,10 +6697,12 @@ def build_parser() -> Parser:
     shard_help = "only the I-th of N parts, from 0 (default: what an array job's environment says)"
     add("--shard", metavar="I/N", help=shard_help)
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
-    group = parser.add_mutually_exclusive_group()
-    for command, (value, purpose) in COMMANDS.items():
-        kind: dict[str, Any] = {"metavar": value} if value else {"action": "store_true"}
-        group.add_argument(command, help=purpose, **kind)
+    one_of = parser.add_mutually_exclusive_group().add_argument
+    one_of("--dry-run", action="store_true", help="what a run would convert, skip, pay for and take; convert nothing")
+    one_of("--check", action="store_true", help="prove configuration, S3, API key, quota and files; convert nothing")
+    one_of("--status", action="store_true", help="what the checkpoint knows; no network")
+    one_of("--why", metavar="KEY", help="all that is known about one object, and what the next run would do")
+    one_of("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
     add("--keys-from", metavar="FILE", help="take keys from FILE (- is stdin) instead of listing; see README")
     log_help = "lines for people, or one JSON object a line (default: text)"
     add("--log-format", choices=("text", "json"), default="text", help=log_help)
@@ -6736,9 +6715,9 @@ def build_parser() -> Parser:
 def read_flags(arguments: argparse.Namespace) -> list[RawOption]:
     """The options given on the command line. Raises RunError if one has no name."""
     given = [
-        (section, name, getattr(arguments, flag), f"--{flag} ([{section}] {name})")
+        RawOption(section, name, value, f"--{flag} ([{section}] {name})")
         for flag, (section, name, *_) in FLAGS.items()
-        if getattr(arguments, flag) is not None
+        if (value := getattr(arguments, flag)) is not None
     ]
     for assignment in arguments.set:
         # The name of a job may hold dots and spaces: the option is what stands behind the last dot before the "=".
@@ -6746,10 +6725,10 @@ def read_flags(arguments: argparse.Namespace) -> list[RawOption]:
         if match is None:
             hint = "for example --set run.log_every=10"
             raise usage_error(f"--set {assignment}: expected SECTION.OPTION=VALUE", hint)
-        given.append((match[1], match[2].lower(), match[3], f"--set {match[1]}.{match[2]}"))
+        given.append(RawOption(match[1], match[2].lower(), match[3], f"--set {match[1]}.{match[2]}"))
     # A space that a shell had to be told to keep is a part of the keys.
     blank = {"prefix": "\r\n", "output_key": "\r\n"}
-    return [RawOption(section, name, value.strip(blank.get(name)), place) for section, name, value, place in given]
+    return [entry._replace(value=entry.value.strip(blank.get(entry.name))) for entry in given]
 
 
 def iso_time(seconds: float) -> str:
