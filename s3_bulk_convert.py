@@ -277,10 +277,7 @@ class ExitCode(IntEnum):
 
 
 class RunError(Exception):
-    """Why a run ends or cannot start: one sentence what happened, one what to do, and what the shell is told.
-
-    `code`: one word for machines, of a fixed list (docs: `stopped_code`).
-    """
+    """Why a run ends or cannot start, what to do, what the shell is told, and a word for machines (`stopped_code`)."""
 
     def __init__(
         self, message: str, hint: str, exit_code: ExitCode = ExitCode.STOPPED, code: str = "environment"
@@ -295,7 +292,7 @@ class RunError(Exception):
 
 
 def usage_error(message: str, hint: str) -> RunError:
-    """An error after which nothing was started: the configuration, or a file that it names, cannot be used."""
+    """An error before anything was started: the configuration, or a file that it names, cannot be used."""
     return RunError(message, hint, ExitCode.USAGE, "usage")
 
 
@@ -332,14 +329,12 @@ STOP_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class StopFlag:
-    """The one way in which a run is asked to end. The first reason counts; only a signal replaces another reason.
-
-    `on_request`: what else to do then; a worker process tells its parent.
-    """
+    """The one way in which a run is asked to end. The first reason counts; only a signal replaces another reason."""
 
     def __init__(self, on_request: Callable[[RunError], None] = lambda _: None) -> None:
         # Reentrant, because a signal handler may interrupt the thread that holds it.
-        self._lock, self._event, self._on_request = threading.RLock(), threading.Event(), on_request
+        self._lock, self._event = threading.RLock(), threading.Event()
+        self._on_request = on_request  # a worker process tells its parent
         self.reason: RunError | None = None
         self.since = 0.0  # monotonic seconds
         self.in_flight: Callable[[], int] = lambda: 0  # how many requests a second signal would cut off
@@ -381,10 +376,8 @@ class StopFlag:
         code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
         if self.is_by_signal:
             exit_process(f"ended at once: {self.in_flight()} in flight are asked for again by the next run", code)
-        name = signal.Signals(number).name
-        self.request(
-            RunError(f"interrupted by {name}", "run it again: it goes on where this run ended", code, "signal")
-        )
+        message, hint = f"interrupted by {signal.Signals(number).name}", "run it again: it goes on where this run ended"
+        self.request(RunError(message, hint, code, "signal"))
 
 
 def exit_process(message: str, code: ExitCode) -> NoReturn:
@@ -393,12 +386,6 @@ def exit_process(message: str, code: ExitCode) -> NoReturn:
     with contextlib.suppress(OSError):
         os.write(2, f"\n{message}\n".encode())
     os._exit(code)
-
-
-def exit_on_interrupt() -> None:
-    """Let Ctrl-C end a command that has nothing to finish, in one word."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, lambda *_: exit_process("interrupted", ExitCode.SIGINT))
 
 
 class OutageMonitor:
@@ -421,15 +408,15 @@ class OutageMonitor:
             with self._lock:
                 was_missed, self._missed_since = self._missed_since is not None, None
             if was_missed:
-                fields = log_fields("outage", name=self._name, is_over=True)
-                log.warning("%s can be reached again", self._name, extra=fields)
+                log.warning(
+                    "%s can be reached again", self._name, extra=log_fields("outage", name=self._name, is_over=True)
+                )
 
     def should_wait(self) -> bool:
         """Note that it cannot be reached, or has asked to be left alone; whether to wait for it."""
-        now = time.monotonic()
         with self._lock:
-            is_new = self._missed_since is None
-            self._missed_since = since = now if self._missed_since is None else self._missed_since
+            is_new, now = self._missed_since is None, time.monotonic()
+            since = self._missed_since = self._missed_since or now
         if is_new and self.has_answered:
             fields = log_fields("outage", name=self._name, is_over=False)
             log.warning("%s cannot be reached; waiting up to %d s for it", self._name, OUTAGE_SECONDS, extra=fields)
@@ -444,7 +431,7 @@ class OutageMonitor:
 
 
 class SourceObject(NamedTuple):
-    """One line of a listing. A tuple, because millions of finished objects are made, looked up and dropped."""
+    """One line of a listing. A tuple, because millions are made, looked up and dropped."""
 
     key: str  # as S3 has it: any characters, up to 1,024 bytes of UTF-8
     version: str = ""  # the ETag without quotes, or "size@time" where a server gives none; "": only the key is known
@@ -574,22 +561,19 @@ class Outcome:
     runs_failed: int = 0  # in a row, this one included
 
 
-@dataclass(frozen=True)
-class PageCounts:
+class PageCounts(NamedTuple):
     """Counts for one page by (job, counter). Job `""`: objects that no job wants."""
 
     counts: Mapping[tuple[str, str], int]
 
 
-@dataclass(frozen=True)
-class TotalCounted:
+class TotalCounted(NamedTuple):
     """A second pass over the listing has ended: how many objects this run is to try."""
 
     total: int
 
 
-@dataclass(frozen=True)
-class FeederFinished:
+class FeederFinished(NamedTuple):
     """The feeder has handed out all it will. `reason` says why, if that is not all there is."""
 
     reason: RunError | None
@@ -1553,7 +1537,6 @@ PROXY_HINT = (
     "SOCKS does not work for S3, and for the API only with the package PySocks"
 )
 SCARCE_HINT = "set fewer run.workers or run.processes, or raise the limit (ulimit -u, a container's pids and memory)"
-CA_BUNDLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # as requests looks for them
 
 
 class Trouble:
@@ -1603,27 +1586,27 @@ class Trouble:
     @staticmethod
     def api_unreachable(address: str, error: Exception) -> RunError:
         """The end of the run where no connection to the API can be made."""
-        why, proxy = redact(Trouble.connection_problem(error)), Trouble.proxy_for(address)
-        if proxy:
-            return RunError(f"the API cannot be reached through the proxy {proxy}: {why}", PROXY_HINT, code="api")
-        host, hint = urllib.parse.urlsplit(address).netloc, "check api.url and the network, and run it again"
-        return RunError(f"the API cannot be reached at {host}: {why}", hint, code="api")
+        host, hint = f"at {urllib.parse.urlsplit(address).netloc}", "check api.url and the network, and run it again"
+        if proxy := Trouble.proxy_for(address):
+            host, hint = f"through the proxy {proxy}", PROXY_HINT
+        why = redact(Trouble.connection_problem(error))
+        return RunError(f"the API cannot be reached {host}: {why}", hint, code="api")
 
     @staticmethod
     def refusal_by_api(status: int, code: str, message: str, address: str = "") -> RunError:
         """The end of the run for a reply that every object would get."""
-        said = f"{status} {code} {message}".strip()
+        what, hint = "the API refused the key", "check CTF_API_KEY, api.key or api.key_file"
+        stopped_code = "api_key"
         if status == 407:
-            proxy = Trouble.proxy_for(address)
-            return RunError(f"the proxy {proxy} wants a password: {said}", PROXY_HINT, code="api")
-        if code == "quota_exceeded" or status == 402:
-            hint = "run it again next month, or after an upgrade of the plan"
-            return RunError(f"the quota is used up: {said}", hint, code="quota")
-        if status == 403:
+            what, hint = f"the proxy {Trouble.proxy_for(address)} wants a password", PROXY_HINT
+            stopped_code = "api"
+        elif code == "quota_exceeded" or status == 402:
+            what, hint = "the quota is used up", "run it again next month, or after an upgrade of the plan"
+            stopped_code = "quota"
+        elif status == 403:
+            what = "the API refused the account"
             hint = "check the API key and the plan; where the API gives no code, a proxy on the way may have refused it"
-            return RunError(f"the API refused the account: {said}", hint, code="api_key")
-        hint = "check CTF_API_KEY, api.key or api.key_file"
-        return RunError(f"the API refused the key: {said}", hint, code="api_key")
+        return RunError(f"{what}: {f'{status} {code} {message}'.strip()}", hint, code=stopped_code)
 
     @staticmethod
     def around(error: Exception, address: str) -> RunError | None:
@@ -1644,19 +1627,18 @@ class Trouble:
         return None
 
     @staticmethod
-    def unexpected(where: str, error: Exception, address: str = "") -> RunError:
-        """The end of the run for an exception that nobody has foreseen: trouble of the environment, or a bug."""
-        trouble = Trouble.around(error, address)
-        if trouble is not None:
-            return trouble
-        log.error("%s failed", where, exc_info=error)
-        return Trouble.bug(where)
-
-    @staticmethod
     def bug(where: str) -> RunError:
         """The end of the run for an exception that nobody has foreseen, and that has been logged."""
         hint = "run it again with -v and report what it prints"
         return RunError(f"the program has a bug ({where} failed)", hint, code="bug")
+
+    @staticmethod
+    def unexpected(where: str, error: Exception, address: str = "") -> RunError:
+        """The end of the run for any exception: trouble of the environment, or a bug."""
+        if trouble := Trouble.around(error, address):
+            return trouble
+        log.error("%s failed", where, exc_info=error)
+        return Trouble.bug(where)
 
     @staticmethod
     def require_certificates(address: str, *variables: str) -> None:
@@ -5871,7 +5853,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     checkpoint = Path(settings.run.checkpoint)
     for name in ("failures", "summary", "metrics"):
         require_writable(getattr(settings.run, name), f"run.{name}")
-    Trouble.require_certificates(settings.api.url, *CA_BUNDLES)
+    Trouble.require_certificates(settings.api.url, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     with contextlib.ExitStack() as held:
         held.enter_context(RunLock(checkpoint))
         bucket = Bucket(settings, stop)
@@ -6821,7 +6803,9 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
     settings = load_settings(arguments.config, os.environ, given, arguments.shard, needs_key=needs_key)
     named = ("retry_failed", "quiet", "keys_from", "log_format")
     settings = replace(settings, **{name: getattr(arguments, name) for name in named})
-    exit_on_interrupt()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        # A command that has nothing to finish ends with one word.
+        signal.signal(signal.SIGINT, lambda *_: exit_process("interrupted", ExitCode.SIGINT))
     if not command:
         # Only a run has something to finish: from here on Ctrl-C is a reason to stop.
         stop = StopFlag()
