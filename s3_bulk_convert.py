@@ -186,14 +186,11 @@ GLOB_MISTAKES = {
 
 FORMAT_ALIASES = dict.fromkeys(("jpeg", "jpe"), "jpg")
 FORMAT_ALIASES |= {"tif": "tiff", "htm": "html", "mpg": "mpeg", "yml": "yaml", "markdown": "md"}
-HTML_FORMATS, MARKUP_FORMATS = frozenset({"html", "xhtml", "mhtml"}), frozenset({"svg", "xml"})
 TEXT_FORMATS = frozenset({"html", "xhtml", "xml", "svg", "md", "txt", "csv", "json", "yaml", "rst", "tex"})
-ANY_JSON = frozenset({"json", "ndjson", "jsonl"})  # those of the next that may begin as the API's error does
-JSON_FORMATS = ANY_JSON | {"geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest", "gltf", "lottie"}
-JSON_TYPES = frozenset({"application/json", "application/problem+json", "text/json"})
+JSON_FORMATS = frozenset({"json", "ndjson", "jsonl", "geojson", "topojson", "jsonld", "ipynb", "har", "webmanifest"})
+JSON_FORMATS |= {"gltf", "lottie"}
 GENERIC_TYPES = frozenset({"", "application/octet-stream", "binary/octet-stream"})
 EXTRA_MEDIA_TYPES = {"webp": "image/webp", "heic": "image/heic", "avif": "image/avif", "md": "text/markdown"}
-RIFF_BASED = frozenset({"webp", "wav", "avi"})
 ZIP_BASED = frozenset(
     {
         *("zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz", "xps", "oxps", "3mf"),
@@ -237,23 +234,6 @@ BRANDS = {
     "heic": frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}),
     "": frozenset({b"mif1", b"msf1", b"miaf", b"MA1A", b"MA1B"}),
 }
-# How bodies begin that are no result: an error page, the API's error envelope; and XML, in UTF-8 or UTF-16.
-HTML_BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head)\b", re.IGNORECASE)
-ERROR_BEGINNING = re.compile(rb"\s*\{\s*\"error\"\s*:")
-ERROR_ELEMENT = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<Error[\s>].*<Code>", re.DOTALL)  # as S3 answers
-MARKUP_BEGINNING = re.compile(rb"(\xef\xbb\xbf)?\s*<|\xff\xfe<\0|\xfe\xff\0<")
-# A whole text that is nothing but what servers call an error, such as `502 Bad Gateway`; nginx's and Envoy's too.
-ERROR_WORDS = re.compile(
-    rb"\s*(error:?\s+)?(\d{3}:?\s+)?(%b)[.!]?\s*|\s*error code: \d+\s*"
-    % b"|".join(
-        (
-            *(re.escape(status.phrase).encode() for status in http.HTTPStatus if status >= 400),
-            *(b"Gateway Time-out", b"no healthy upstream", b"upstream request timeout", b"upstream connect error.*"),
-        )
-    ),
-    re.IGNORECASE,
-)
-
 
 ########################################################################################################################
 # Errors and stopping. Two kinds of failure: RunError ends the run (or keeps it from starting) and blames no object;
@@ -1212,8 +1192,7 @@ def load_settings(
 ########################################################################################################################
 
 
-@dataclass(frozen=True)
-class KeyParts:
+class KeyParts(NamedTuple):
     """A key taken apart as text. Keys are not paths: nothing is normalised."""
 
     key: str
@@ -1231,13 +1210,6 @@ class KeyParts:
         if not stem or not re.fullmatch(r"(?=[0-9]*[A-Za-z])[A-Za-z0-9]{1,10}", ext):
             stem, ext = name, ""
         return cls(key, folder + slash, name, stem, ext)
-
-    def fill(self, template: str, target: str, job: str) -> str:
-        """The key that a template makes of this one."""
-        values = {"key": self.key, "dir": self.folder, "name": self.name, "stem": self.stem, "ext": self.ext}
-        values |= {"target": target, "job": job}
-        # One pass over the template: braces inside a key are a part of the key.
-        return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], template)
 
     @staticmethod
     def slot_of(output_key: str) -> str:
@@ -1259,7 +1231,11 @@ class KeyParts:
 
 def output_key(job: Job, key: str) -> str:
     """The key that the output of an object is planned to have."""
-    return KeyParts.of(key).fill(job.output_key, job.options.target, job.name)
+    parts = KeyParts.of(key)
+    values = {"key": key, "dir": parts.folder, "name": parts.name, "stem": parts.stem, "ext": parts.ext}
+    values |= {"target": job.options.target, "job": job.name}
+    # One pass over the template: braces inside a key are a part of the key.
+    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], job.output_key)
 
 
 def idempotency_key(endpoint: str, bucket: str, source: "SourceFacts", task: Task, place: str) -> str:
@@ -1273,12 +1249,12 @@ def idempotency_key(endpoint: str, bucket: str, source: "SourceFacts", task: Tas
 
 def globs_match(patterns: Sequence[str]) -> Callable[[str], bool]:
     """A predicate on keys, without regard to case: any glob with a slash matches the key, or any other the name."""
-    on_key, on_name = (
-        re.compile(
-            "|".join(fnmatch.translate(glob) for glob in patterns if ("/" in glob) is with_slash) or "(?!)", re.I
-        )
-        for with_slash in (True, False)
-    )
+
+    def pattern(globs: list[str]) -> re.Pattern[str]:
+        return re.compile("|".join(map(fnmatch.translate, globs)) or "(?!)", re.IGNORECASE)
+
+    on_key = pattern([glob for glob in patterns if "/" in glob])
+    on_name = pattern([glob for glob in patterns if "/" not in glob])
     return lambda key: bool(on_name.match(key.rpartition("/")[2]) or on_key.match(key))
 
 
@@ -1300,6 +1276,18 @@ def unix_seconds(date: str) -> float:
 class FileType:
     """What a body is: the media type to store it under, and what its key gets at the end."""
 
+    # How bodies begin that are no result: an error page, the API's error envelope, S3's; and XML, in UTF-8 or UTF-16.
+    HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head)\b", re.IGNORECASE)
+    ERROR_ENVELOPE = re.compile(rb"\s*\{\s*\"error\"\s*:")
+    ERROR_ELEMENT = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<Error[\s>].*<Code>", re.DOTALL)
+    MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<|\xff\xfe<\0|\xfe\xff\0<")
+    # A whole text that is nothing but what servers call an error, such as `502 Bad Gateway`; nginx's and Envoy's too.
+    PHRASES = "|".join(re.escape(status.phrase) for status in http.HTTPStatus if status >= 400).encode()
+    PHRASES += b"|Gateway Time-out|no healthy upstream|upstream request timeout|upstream connect error.*"
+    ERROR_WORDS = re.compile(
+        rb"\s*(error:?\s+)?(\d{3}:?\s+)?(%b)[.!]?\s*|\s*error code: \d+\s*" % PHRASES, re.IGNORECASE
+    )
+
     media_type: str
     suffix: str = ""
 
@@ -1317,10 +1305,12 @@ class FileType:
     def media_kind(media_type: str) -> str:
         """The format that a media type names; empty if it says nothing."""
         plain = FileType.plain_type(media_type).lower()
-        if plain in JSON_TYPES or plain in GENERIC_TYPES:
-            return "json" if plain in JSON_TYPES else ""
-        extra = next((ext for ext, named in EXTRA_MEDIA_TYPES.items() if named == plain), None)
-        return extra or FileType.canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
+        if plain in GENERIC_TYPES:
+            return ""
+        if plain in {"application/json", "application/problem+json", "text/json"}:
+            return "json"
+        known = (kind for kind, named in EXTRA_MEDIA_TYPES.items() if named == plain)
+        return next(known, None) or FileType.canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
 
     @staticmethod
     def media_type_of(target: str) -> str:
@@ -1349,7 +1339,7 @@ class FileType:
         """Whether a file says by itself that nothing is missing at its end. False: no, or it cannot say so."""
         if kind in ENDINGS:
             return tail.rstrip().endswith(ENDINGS[kind])
-        if kind in RIFF_BASED:
+        if kind in {"webp", "wav", "avi"}:
             return 8 + int.from_bytes(head[4:8], "little") == size
         if kind == "bmp":
             return int.from_bytes(head[2:6], "little") == size
@@ -1366,9 +1356,10 @@ class FileType:
         """
         kind, declared, plain = cls.canonical(target), cls.media_kind(media_type), cls.plain_type(media_type)
         # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
-        if kind not in HTML_FORMATS and (declared == "html" or HTML_BEGINNING.match(head)):
+        if kind not in {"html", "xhtml", "mhtml"} and (declared == "html" or cls.HTML.match(head)):
             raise InvalidResponse("html_answer", "the API answered with an HTML page instead of the file")
-        is_error = ERROR_BEGINNING.match(head) and (kind not in ANY_JSON or ApiReply.is_error_alone(head))
+        is_json = kind in {"json", "ndjson", "jsonl"}  # any JSON, and so perhaps one that begins as the envelope does
+        is_error = cls.ERROR_ENVELOPE.match(head) and (not is_json or ApiReply.is_error_alone(head))
         if is_error or (declared == "json" and kind not in JSON_FORMATS):
             raise InvalidResponse("json_answer", "the API answered with JSON instead of the file")
         has_signature, says_nothing = kind in SIGNATURES, plain.lower() in GENERIC_TYPES
@@ -1379,10 +1370,10 @@ class FileType:
         if is_archive and kind not in ZIP_BASED and cls.begins_like("zip", head):
             return cls("application/zip", ".zip")
         begins_wrongly = has_signature and not cls.begins_like(kind, head)
-        begins_wrongly |= kind in MARKUP_FORMATS and MARKUP_BEGINNING.match(head) is None
+        begins_wrongly |= kind in {"svg", "xml"} and cls.MARKUP.match(head) is None
         # In a `txt` the words may be the file's own: nobody can tell.
-        is_words = plain.lower() == "text/plain" and ERROR_WORDS.fullmatch(head)
-        says_error = kind != "txt" and (is_words or ERROR_ELEMENT.match(head))
+        is_words = plain.lower() == "text/plain" and cls.ERROR_WORDS.fullmatch(head)
+        says_error = kind != "txt" and (is_words or cls.ERROR_ELEMENT.match(head))
         if says_error or (begins_wrongly and plain.lower() in {"text/plain", "text/xml", "application/xml"}):
             raise InvalidResponse("text_answer", "the API answered with plain text instead of the file")
         # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
@@ -1415,49 +1406,41 @@ class ErrorAction(Enum):
 
 # Replies to a conversion (docs/errors). The API's own word on its key or on the month, and a proxy's on its password,
 # are said of every request. A redirect, a 403, and what comes without the API's code may be a gateway's.
-classify_reply = partial(
-    ErrorAction.choose,
-    {
-        r"\d+ quota_exceeded|401 .+|407 .*": ErrorAction.STOP_RUN,
-        r"(409|429) .*": ErrorAction.WAIT,
-        r"422 bad_request": ErrorAction.NEW_KEY,
-        r"(408|425|[125-9]..) .*": ErrorAction.RETRY,
-        r"4(?!0[1-5]).. .+": ErrorAction.REJECT,
-        r".*": ErrorAction.FAIL,
-    },
-)
+CONVERSION_RULES = {
+    r"\d+ quota_exceeded|401 .+|407 .*": ErrorAction.STOP_RUN,
+    r"(409|429) .*": ErrorAction.WAIT,
+    r"422 bad_request": ErrorAction.NEW_KEY,
+    r"(408|425|[125-9]..) .*": ErrorAction.RETRY,
+    r"4(?!0[1-5]).. .+": ErrorAction.REJECT,
+    r".*": ErrorAction.FAIL,
+}
 # Replies to the question for a job. That a job is unknown is believed only from the API.
-classify_poll = partial(
-    ErrorAction.choose,
-    {
-        r"(404|410) not_found": ErrorAction.REJECT,
-        r"\d+ quota_exceeded|(401|403) .+": ErrorAction.STOP_RUN,
-        r"429 .*": ErrorAction.WAIT,
-        r".*": ErrorAction.RETRY,
-    },
-)
+POLL_RULES = {
+    r"(404|410) not_found": ErrorAction.REJECT,
+    r"\d+ quota_exceeded|(401|403) .+": ErrorAction.STOP_RUN,
+    r"429 .*": ErrorAction.WAIT,
+    r".*": ErrorAction.RETRY,
+}
 # Replies to the request for a result. A stale link is stale, whoever says so and why.
-classify_download = partial(
-    ErrorAction.choose,
-    {r"429 .*": ErrorAction.WAIT, r"(?!408|425)[34].. .*": ErrorAction.FAIL, r".*": ErrorAction.RETRY},
-)
+DOWNLOAD_RULES = {r"429 .*": ErrorAction.WAIT, r"(?!408|425)[34].. .*": ErrorAction.FAIL, r".*": ErrorAction.RETRY}
 
 
 class ApiReply:
     """Readers of what the API's replies say. They take whatever may come in the place of a reply."""
 
     @staticmethod
-    def read_json(body: bytes) -> Any:
-        """What JSON says; `?` for half of a surrogate pair, which no file takes. Raises ValueError, RecursionError."""
-        return json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+    def parse(body: bytes) -> dict[str, Any]:
+        """A JSON object, with `?` for half of a surrogate pair, which no file takes; empty for anything else."""
+        try:
+            told = json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return {}
+        return told if isinstance(told, dict) else {}
 
     @staticmethod
-    def parse_error(body: bytes) -> tuple[str, str]:
-        """Code and message of an error body; empty where it is HTML, cut, or in another form."""
-        try:
-            error = ApiReply.read_json(body).get("error")
-        except (ValueError, AttributeError, RecursionError):
-            return "", ""
+    def error(told: Mapping[str, Any]) -> tuple[str, str]:
+        """Code and message of an error; empty where a reply is HTML, cut, or in another form."""
+        error = told.get("error")
         if isinstance(error, dict):
             return str(error.get("code") or ""), str(error.get("message") or "")
         return "", error if isinstance(error, str) else ""
@@ -1465,11 +1448,8 @@ class ApiReply:
     @staticmethod
     def is_error_alone(body: bytes) -> bool:
         """Whether JSON is the API's error envelope and nothing else, so that it cannot be a file about some error."""
-        try:
-            told = ApiReply.read_json(body)
-        except (ValueError, RecursionError):
-            return False
-        error = told.get("error") if isinstance(told, dict) and len(told) == 1 else None
+        told = ApiReply.parse(body)
+        error = told.get("error") if len(told) == 1 else None
         if not isinstance(error, dict) or not error.keys() <= {"code", "message", "details"}:
             return False
         return isinstance(error.get("code"), str)
@@ -3655,21 +3635,12 @@ def http_get(address: str, verify: Any = None, **request: Any) -> Iterator[reque
         raise usage_error(f"{host} cannot be reached: {why}", hint) from None
 
 
-def read_beginning(answer: requests.Response) -> bytes:
-    """The beginning of a body that says something; empty if it cannot be read."""
-    try:
-        return cast(bytes, answer.raw.read(ERROR_BODY_BYTES, decode_content=True))
-    except NETWORK_ERRORS:
-        return b""
-
-
 def json_body(answer: requests.Response) -> dict[str, Any]:
-    """The JSON object in an answer; empty if there is none."""
+    """The JSON object of an answer; empty if its beginning, which is all that is read, is something else."""
     try:
-        found = ApiReply.read_json(read_beginning(answer))
-    except (ValueError, RecursionError):
+        return ApiReply.parse(answer.raw.read(ERROR_BODY_BYTES, decode_content=True))
+    except NETWORK_ERRORS:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 ########################################################################################################################
@@ -3862,8 +3833,8 @@ def ask_usage(api: ApiOptions) -> Usage:
     """What the API says of the plan and the month. Raises RunError for a refusal, and for silence."""
     with http_get(f"{api.url}/v1/usage", auth=ApiKey(api)) as answer:
         status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
-    code, message = ApiReply.parse_error(json.dumps(body).encode())
-    if classify_reply(status, code) is ErrorAction.STOP_RUN or status == 403:
+    code, message = ApiReply.error(body)
+    if ErrorAction.choose(CONVERSION_RULES, status, code) is ErrorAction.STOP_RUN or status == 403:
         raise Trouble.refusal_by_api(status, code, message, api.url)
     # No retry: the question is how it is now. An API that has no such page says nothing of the key.
     if status >= 500 or status == 429 or 300 <= status < 400:
@@ -4173,7 +4144,7 @@ class HttpCall:
 
     method: str
     address: str
-    classify: Callable[[int, str], ErrorAction]
+    rules: Mapping[str, ErrorAction]
     request: ApiRequest | None = None  # None: a question after one that was sent before
     open_body: Callable[[], MultipartBody] | None = None
 
@@ -4328,7 +4299,7 @@ class ApiClient:
                 return MultipartBody(request.key, fields)
             return MultipartBody(request.key, fields, name.upload_filename, self._context.bucket.open_upload(source))
 
-        call = HttpCall("POST", self._api.url + request.path, classify_reply, request, open_body)
+        call = HttpCall("POST", self._api.url + request.path, CONVERSION_RULES, request, open_body)
         deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
         file = self._exchange(call, conversation, deadline, lambda answer: self._receive(answer, task, conversation))
         request.state = RequestState.ANSWERED
@@ -4427,8 +4398,8 @@ class ApiClient:
     def _refusal(self, call: HttpCall, answer: requests.Response, conversation: Conversation) -> Exception:
         """The end of the exchange, or of an attempt, that an error reply is."""
         status, request, is_own = answer.status_code, call.request, self._key.is_for(call.address)
-        code, message = ApiReply.parse_error(read_beginning(answer))
-        action = call.classify(status, code)
+        code, message = ApiReply.error(json_body(answer))
+        action = ErrorAction.choose(call.rules, status, code)
         if status == 407 and not Trouble.proxy_for(self._api.url):
             action = ErrorAction.FAIL  # where no proxy is named, it is no proxy's word on all requests
         if action is ErrorAction.STOP_RUN:
@@ -4538,7 +4509,7 @@ class ApiClient:
         job_id = conversation.current.job_id
         address = f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}"
         try:
-            call = HttpCall("GET", address, classify_poll)
+            call = HttpCall("GET", address, POLL_RULES)
             job, now = self._exchange(call, conversation, deadline, lambda a: (json_body(a), a.headers.get("Date", "")))
         except ObjectFailed as failure:
             # "Unknown" is believed only from the API, and after a while: a job may be known later than its 202.
@@ -4558,7 +4529,7 @@ class ApiClient:
 
     def _job_failure(self, job: Mapping[str, Any], now: str, conversation: Conversation) -> JobFailed:
         """What a failed job means. Its `error` may be an object, a text, or absent. Raises RunError for the quota."""
-        code, message = ApiReply.parse_error(json.dumps(dict(job)).encode())
+        code, message = ApiReply.error(job)
         if code == "quota_exceeded":
             raise Trouble.refusal_by_api(429, code, message, self._api.url)
         conversation.current.state = RequestState.REJECTED
@@ -4583,7 +4554,7 @@ class ApiClient:
             return None
         try:
             # The link may be relative, and may point to another host, which then gets no key.
-            call = HttpCall("GET", urllib.parse.urljoin(self._api.url + "/", link), classify_download)
+            call = HttpCall("GET", urllib.parse.urljoin(self._api.url + "/", link), DOWNLOAD_RULES)
             receive = partial(ConvertedFile.receive, target=target, deadline=deadline)
             file = self._exchange(call, conversation, deadline, receive)
         except ObjectFailed as failure:
@@ -6217,7 +6188,8 @@ class Why:
             # An object that fails in every run has a row of each.
             rows = journal.history(self._key, 10)
             for row in rows:
-                planned = KeyParts.of(self._key).fill(row["place"], row["target"], row["name"])
+                ran = Job(row["name"], "", row["place"], ConvertOptions(target=row["target"]))
+                planned = output_key(ran, self._key)
                 row["output_key"] = row["output_key"] or f"{row['output_bucket']}/{planned}"
             yield from self._checkpoint_lines(journal, rows)
             try:

@@ -567,7 +567,7 @@ def test_an_answer_that_cannot_be_the_target_is_refused(target: str, media_type:
     ],
 )
 def test_an_error_reply_is_judged_as_the_contract_says(status: int, code: str, expected: ErrorAction) -> None:
-    assert program.classify_reply(status, code) is expected
+    assert ErrorAction.choose(program.CONVERSION_RULES, status, code) is expected
 
 
 @pytest.mark.parametrize(
@@ -598,8 +598,8 @@ def test_an_error_reply_is_judged_as_the_contract_says(status: int, code: str, e
 def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(
     status: int, code: str, of_a_job: ErrorAction, of_a_result: ErrorAction
 ) -> None:
-    assert program.classify_poll(status, code) is of_a_job
-    assert program.classify_download(status, code) is of_a_result
+    assert ErrorAction.choose(program.POLL_RULES, status, code) is of_a_job
+    assert ErrorAction.choose(program.DOWNLOAD_RULES, status, code) is of_a_result
 
 
 @pytest.mark.parametrize(
@@ -629,12 +629,12 @@ def test_a_lost_job_or_a_stale_link_is_that_job_s_alone(
     ],
 )
 def test_an_error_body_gives_code_and_message_or_nothing(body: bytes, expected: tuple[str, str]) -> None:
-    assert program.ApiReply.parse_error(body) == expected
+    assert program.ApiReply.error(program.ApiReply.parse(body)) == expected
 
 
 @given(st.binary(max_size=60))
 def test_no_error_body_breaks_the_reader(body: bytes) -> None:
-    assert all(isinstance(part, str) for part in program.ApiReply.parse_error(body))
+    assert all(isinstance(part, str) for part in program.ApiReply.error(program.ApiReply.parse(body)))
 
 
 @pytest.mark.parametrize(
