@@ -506,7 +506,7 @@ class Decision(NamedTuple):
     kind: DecisionKind
     source: SourceObject
     job: str = ""
-    reason: str = ""  # of SKIP, or the code of FAIL
+    reason: str = ""  # of SKIP and DONE, under which it is counted; the code of FAIL
     message: str = ""
     task: Task | None = None
     is_retry: bool = False  # it was postponed, and has been counted as listed
@@ -3283,7 +3283,7 @@ class Planner:
             if state is None or state[1] != source.version:
                 todo.append((job, source, JournalState(*state) if state else None))
             elif state[2] in DONE_EVENTS:
-                decisions.append(Decision(DecisionKind.DONE, source, job))
+                decisions.append(Decision(DecisionKind.DONE, source, job, ALREADY_DONE))
             elif state[2] == OutcomeKind.SKIPPED.value:
                 decisions.append(Decision(DecisionKind.SKIP, source, job, state[5]))
             elif state[3] and not self.settings.retry_failed:
@@ -4631,30 +4631,17 @@ class Feeder:
 
     def _feed(self, decisions: Sequence[Decision]) -> None:
         counts = Counter[tuple[str, str]]()
-        failed = list[Outcome]()
         for decision in decisions:
             counts[decision.job, RETRIED if decision.is_retry else LISTED] += 1
-            if decision.kind is DecisionKind.SKIP:
+            if decision.reason and not decision.task:
                 counts[decision.job, decision.reason] += 1
-            elif decision.kind is DecisionKind.DONE:
-                counts[decision.job, ALREADY_DONE] += 1
-            elif decision.kind is DecisionKind.FAIL and decision.task:
-                permanent = decision.reason == "too_large"
-                code, message = decision.reason, decision.message
-                failed.append(
-                    Outcome(
-                        decision.task,
-                        OutcomeKind.FAILED,
-                        code,
-                        message,
-                        permanent=permanent,
-                        pending=decision.task.pending,
-                    )
-                )
         # Together with the failures, so that a page that is half handed out has all its objects in the accounts.
         self._tell(PageCounts(dict(counts)))
-        for outcome in failed:
-            self._tell(outcome)
+        for decision in decisions:
+            if decision.task and decision.kind is DecisionKind.FAIL:
+                task, code = decision.task, decision.reason
+                failed = Outcome(task, OutcomeKind.FAILED, code, decision.message, pending=task.pending)
+                self._tell(replace(failed, permanent=code == "too_large"))
         for decision in decisions:
             if decision.task and decision.kind is not DecisionKind.FAIL:
                 self._put(decision.task)
@@ -4695,11 +4682,10 @@ class TotalCounter(threading.Thread):
         with Journal(journal.path, context.bucket.endpoint, context.settings, read_only=True) as own:
             own.horizon = journal.run_id << 32
             planner = Planner(context.settings, context.bucket, own, context.stop)
+            finished = {DecisionKind.SKIP, DecisionKind.DONE}
             total, began = 0, time.thread_time()
             for decisions in planner.decisions(lambda: 1):
-                total += sum(
-                    not (each.is_retry or each.kind in {DecisionKind.SKIP, DecisionKind.DONE}) for each in decisions
-                )
+                total += sum(not each.is_retry and each.kind not in finished for each in decisions)
                 # It takes a tenth of a processor at the most.
                 if self._feeder.has_finished.wait(9 * (time.thread_time() - began)):
                     return
