@@ -1644,20 +1644,20 @@ class Trouble:
 #   - Claims of output keys last for one run and live in a temporary database: neither in the checkpoint nor in memory.
 ########################################################################################################################
 
-JOURNAL_VERSION = 4
+JOURNAL_VERSION = 5
 APPLICATION_ID = 0x53334243  # "S3BC"
 # Clustered by key: a page of a listing is one range of the log, and no index has the keys a second time.
 SCHEMA = """
 CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY, endpoint TEXT NOT NULL, bucket TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    output_bucket TEXT NOT NULL, output_key TEXT NOT NULL, name TEXT NOT NULL, target TEXT NOT NULL,
-    UNIQUE (endpoint, bucket, fingerprint, output_bucket, output_key)
+    id INTEGER PRIMARY KEY, endpoint TEXT NOT NULL, bucket TEXT NOT NULL, output_bucket TEXT NOT NULL,
+    fingerprint TEXT NOT NULL, output_key TEXT NOT NULL, name TEXT NOT NULL, target TEXT NOT NULL,
+    UNIQUE (endpoint, bucket, output_bucket, fingerprint, output_key)
 );
 CREATE TABLE log (
     job INTEGER NOT NULL, key TEXT NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, etag TEXT NOT NULL,
     event TEXT NOT NULL CHECK (event IN ('converted', 'found', 'adopted', 'skipped', 'failed')),
-    output_key TEXT, output_etag TEXT, bytes_out INTEGER, seconds REAL, requests INTEGER,
-    code TEXT, message TEXT, permanent INTEGER NOT NULL, runs_failed INTEGER NOT NULL, charged_twice INTEGER,
+    permanent INTEGER NOT NULL, runs_failed INTEGER NOT NULL, code TEXT, message TEXT,
+    output_key TEXT, output_etag TEXT, bytes_out INTEGER, seconds REAL, requests INTEGER, charged_twice INTEGER,
     PRIMARY KEY (job, key, id)
 ) WITHOUT ROWID;
 CREATE INDEX log_adopted ON log (output_key) WHERE event = 'adopted';
@@ -1685,7 +1685,7 @@ class Journal:
     """The checkpoint as one configuration sees it. Safe to use from several threads.
 
     `read_only`: no file is made or changed, while a run may be at work on it; a missing one is empty. `endpoint`:
-    where the buckets are. Raises RunError if it cannot be used.
+    where the buckets are. Each method raises RunError if the checkpoint cannot be used.
     """
 
     SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
@@ -1707,8 +1707,7 @@ class Journal:
             self._open_schema()
             self._find_jobs(settings.jobs)
             self._temporary = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-            self._temporary.execute("PRAGMA journal_mode = OFF")
-            self._temporary.executescript(TEMPORARY_SCHEMA)
+            self._temporary.executescript(f"PRAGMA journal_mode = OFF; {TEMPORARY_SCHEMA}")
             on_failure.pop_all()
 
     def __enter__(self) -> "Journal":
@@ -1735,6 +1734,7 @@ class Journal:
         else:
             # Where SQLite cannot make them, nobody else writes either.
             address += "?mode=ro&immutable=1"
+        # It waits for another program for up to 30 s.
         return sqlite3.connect(address, isolation_level=None, check_same_thread=False, timeout=30, uri=True)
 
     def _open_schema(self) -> None:
@@ -1751,15 +1751,11 @@ class Journal:
             if is_new:
                 raise usage_error(f"the checkpoint {self.path} is empty", "start a run, which fills it")
             self._db.execute("PRAGMA query_only = 1")
-        else:
-            self._prepare(is_new=is_new)
-
-    def _prepare(self, *, is_new: bool) -> None:
+            return
         # It holds presigned URLs. SQLite gives -wal and -shm the mode of the database when it makes them.
-        for path in self._files if self.is_there else self._files[:1]:
+        for path in () if self._read_only else self._files:
             try:
-                if stat.S_IMODE(path.stat().st_mode) != 0o600:
-                    path.chmod(0o600)
+                path.chmod(0o600)
             except FileNotFoundError:
                 continue
             except PermissionError:
@@ -1776,35 +1772,32 @@ class Journal:
             numbers = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {JOURNAL_VERSION};"
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {numbers} COMMIT")
 
-    def _find_jobs(self, jobs: Iterable[Job]) -> None:
+    def _find_jobs(self, jobs: Sequence[Job]) -> None:
         buckets = (self._endpoint, self._bucket, self._output_bucket)
         if not self._read_only:
-            columns = "endpoint, bucket, output_bucket, fingerprint, output_key, name, target"
             rows = [(*buckets, job.fingerprint, job.place, job.name, job.options.target) for job in jobs]
             with self._transaction() as db:
-                db.executemany(f"INSERT OR IGNORE INTO jobs ({columns}) VALUES (?{', ?' * 6})", rows)
-        where = "endpoint = ? AND bucket = ? AND output_bucket = ?"
-        known = self._ask(f"SELECT id, fingerprint, output_key, target FROM jobs WHERE {where}", *buckets)
+                db.executemany(f"INSERT OR IGNORE INTO jobs VALUES (NULL{', ?' * 7})", rows)
+        where = "endpoint = ? AND bucket = ? AND output_bucket = ? AND replace(output_key, '{target}', target) = ?"
         for job in jobs:
-            made = (job.fingerprint, job.place)
             place = job.place.replace("{target}", job.options.target)
-            same_place = [row for row in known if row[2].replace("{target}", row[3]) == place]
-            self._job_ids[job.name] = next((row[0] for row in same_place if row[1:3] == made), 0)
-            self._rivals[job.name] = [row[0] for row in same_place if row[1] != job.fingerprint]
+            known = self._ask(f"SELECT id, fingerprint, output_key FROM jobs WHERE {where}", *buckets, place)
+            own = [job.fingerprint, job.place]
+            self._job_ids[job.name] = next((number for number, *made in known if made == own), 0)
+            self._rivals[job.name] = [number for number, fingerprint, _ in known if fingerprint != job.fingerprint]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Say what an error of SQLite's means for a person. A full disk stops the run; nothing is overwritten."""
-        path = self.path
         try:
             with self._lock:
                 yield
         except (sqlite3.Error, OSError) as problem:
-            said = str(getattr(problem, "strerror", None) or problem)
+            path, said = self.path, str(getattr(problem, "strerror", None) or problem)
             if "is locked" in said:
+                message = f"the checkpoint {path} is locked by another program: {said}"
                 hint = "wait until that has ended (a backup, an sqlite3 shell), and run it again"
-                said = f"the checkpoint {path} is locked by another program: {said}"
-                raise RunError(said, hint, code="checkpoint") from None
+                raise RunError(message, hint, code="checkpoint") from None
             if "not a database" in said or "malformed" in said:
                 hint = "move it away to start over: with run.skip_existing, finished objects are found "
                 hint += "in the output bucket"
@@ -1819,19 +1812,15 @@ class Journal:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._locked():
             self._db.execute("BEGIN IMMEDIATE")
-            try:
+            # Rolls back after an error, unless a commit that failed has done so.
+            with self._db:
                 yield self._db
                 self._db.execute("COMMIT")
-            except BaseException:
-                # The commit itself may have failed and ended the transaction.
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
 
-    def _ask(self, query: str, *values: object) -> list[Any]:
+    def _ask(self, query: str, *values: object, of: sqlite3.Connection | None = None) -> list[Any]:
         # Rows are fetched before the lock is left: nobody may hold an open read while others work.
         with self._locked():
-            return self._db.execute(query, values).fetchall()
+            return (of or self._db).execute(query, values).fetchall()
 
     def _ask_about(self, query: str, scope: Sequence[object], names: Sequence[str]) -> Iterator[Any]:
         """The rows of a query whose `{}` stands for a list of names, which may be longer than SQLite takes."""
@@ -1870,11 +1859,7 @@ class Journal:
         """What was set aside, by pages."""
         query = f"SELECT * FROM postponed WHERE (job, key) > (?, ?) ORDER BY job, key LIMIT {PAGE_KEYS}"
         rows: list[Any] = [("", "")]
-        while True:
-            with self._locked():
-                rows = self._temporary.execute(query, rows[-1][:2]).fetchall()
-            if not rows:
-                return
+        while rows := self._ask(query, *rows[-1][:2], of=self._temporary):
             yield [(job, SourceObject(*source)) for job, *source in rows]
 
     # -- objects -------------------------------------------------------------------------------------------------------
@@ -1891,7 +1876,7 @@ class Journal:
         found: Any = self._ask(f"{query} BETWEEN ? AND ? ORDER BY key, id LIMIT ?", *scope, *limits)
         if len(found) == 4 * len(keys):
             found = self._ask_about(f"{query} IN ({{}}) ORDER BY key, id", scope, keys)
-        states = {state[0]: state for state in found}
+        states: dict[str, JournalState] = {state[0]: state for state in found}
         for rival in self._rivals[job]:
             newer = "id > (SELECT max(id) FROM log WHERE job = ? AND id < ? AND key = it.key)"
             query = f"SELECT key, event FROM log AS it WHERE job = {rival} AND {newer} AND key IN ({{}})"
@@ -1919,20 +1904,20 @@ class Journal:
 
     def slot(self, output_key: str) -> str:
         """The name under which an output key is held: the same for the archive that an answer may turn out to be."""
-        return f"{self._output_bucket}/{output_key.removesuffix('.zip')}"
+        return f"{self._output_bucket}/{KeyParts.slot_of(output_key)}"
 
     def mark_sent(self, task: Task, request: PendingRequest) -> None:
-        """Make it durable that a request is about to be sent. Raises RunError on a full disk."""
+        """Make it durable that a request is about to be sent."""
         with self._transaction() as db:
             self._replace_request(db, task, request)
 
     def settle(self, outcomes: Sequence[Outcome], now: float) -> None:
-        """Append outcomes, and settle or keep their requests, in one transaction. Raises RunError on a full disk."""
+        """Append outcomes, and settle or keep their requests, in one transaction."""
         with self._transaction() as db:
             for outcome in outcomes:
-                task = outcome.task
                 if row := self._log_row(outcome, now):
                     db.execute(f"INSERT INTO log VALUES (?{', ?' * 15})", row)
+                task = outcome.task
                 if outcome.pending:
                     self._replace_request(db, task, outcome.pending)
                 else:
@@ -1945,22 +1930,19 @@ class Journal:
         # A key that is not there says nothing of the object that was, and may be again. What a look has shown is seen
         # again by the next run, but for an own output, at which no later run has to look.
         is_seen_again = outcome.kind is OutcomeKind.SKIPPED and outcome.code != OWN_OUTPUT
-        if not task.source.version or outcome.kind is OutcomeKind.LEFT or is_seen_again:
-            return None
         # A collision is looked at in every run: a million of them must not write a million rows a day.
         state = (task.source.version, outcome.kind.value, int(outcome.permanent), outcome.runs_failed, outcome.code)
-        if known and known[1:] == state and not (output or outcome.possible_double_charge):
+        is_known = known and known[1:] == state and not (output or outcome.possible_double_charge)
+        if not task.source.version or outcome.kind is OutcomeKind.LEFT or is_seen_again or is_known:
             return None
         self._next_id += 1
+        place, stored = None, (None, None) if output is None else (output.etag, output.size)
         # Where an output lies is said by its job already, but for archives and what another program has made.
-        is_elsewhere = output and (output.key != task.output_key or outcome.kind is OutcomeKind.ADOPTED)
-        return (
-            *(self._job_ids[task.job], task.source.key, self._next_id, int(now), task.source.version),
-            *(outcome.kind.value, self.slot(output.key) if output and is_elsewhere else None),
-            *((output.etag, output.size) if output else (None, None)),
-            *(round(outcome.seconds, 3), outcome.requests, outcome.code, outcome.message),
-            *(int(outcome.permanent), outcome.runs_failed, outcome.possible_double_charge or None),
-        )
+        if output and (output.key != task.output_key or outcome.kind is OutcomeKind.ADOPTED):
+            place = self.slot(output.key)
+        took = (round(outcome.seconds, 3), outcome.requests, outcome.possible_double_charge or None)
+        row = (self._job_ids[task.job], task.source.key, self._next_id, int(now), *state)
+        return (*row, outcome.message, place, *stored, *took)
 
     def _replace_request(self, db: sqlite3.Connection, task: Task, request: PendingRequest) -> None:
         row = (self._job_ids[task.job], task.source.key, *request, self.slot(task.output_key))
@@ -1975,13 +1957,10 @@ class Journal:
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
-    def bytes_on_disk(self) -> int:
-        """The size of the checkpoint, with what is not yet merged into it."""
-        return sum(path.stat().st_size for path in self._files[:2] if path.exists())
-
-    def last_activity(self) -> float:
-        """When a run last wrote to it, in Unix seconds."""
-        return max(path.stat().st_mtime for path in self._files[:2] if path.exists())
+    def size_and_time(self) -> tuple[int, float]:
+        """Its bytes, with what is not yet merged into it, and when a run last wrote to it (Unix seconds)."""
+        found = [path.stat() for path in self._files[:2] if path.exists()]
+        return sum(file.st_size for file in found), max(file.st_mtime for file in found)
 
     def last_run(self) -> tuple[float, float | None, int | None] | None:
         """When the last run began and ended (Unix seconds), and its exit code; None before the first."""
@@ -1991,8 +1970,7 @@ class Journal:
         """The states of all objects by job, counted by SQLite, so that ten million take seconds."""
         newest = "SELECT max(id), event, permanent, CASE event WHEN 'failed' THEN code END AS code FROM log"
         query = f"SELECT event, permanent, code, count(*) FROM ({newest} WHERE job = ? GROUP BY key) GROUP BY 1, 2, 3"
-        jobs = self._ask("SELECT id, bucket, fingerprint, name, target, output_bucket, output_key FROM jobs")
-        for job in jobs:
+        for job in self._ask("SELECT id, bucket, fingerprint, name, target, output_bucket, output_key FROM jobs"):
             states = {(event, bool(lasts), code or ""): count for event, lasts, code, count in self._ask(query, job[0])}
             [(in_flight, oldest)] = self._ask("SELECT count(*), min(sent_at) FROM in_flight WHERE job = ?", job[0])
             [(charged,)] = self._ask("SELECT count(*) FROM log WHERE job = ? AND charged_twice", job[0])
@@ -2049,8 +2027,8 @@ class RunLock:
     """
 
     # The first of the bytes that a run locks of its checkpoint: far behind those that SQLite locks, and behind its end.
-    # How many are locked is all that another process can learn: the PID, and the time in Unix seconds.
-    _PID_BYTES, _TIME_BYTES = 1 << 40, 1 << 50
+    # How many are locked is all that another process can learn: the time in Unix seconds and the PID, in one number.
+    _FIRST_BYTE, _PIDS = 1 << 40, 1 << 22
 
     def __init__(self, checkpoint: Path) -> None:
         self._checkpoint = real_file(checkpoint)
@@ -2061,10 +2039,12 @@ class RunLock:
         with contextlib.ExitStack() as opened:
             try:
                 handle = opened.enter_context(self.path.open("ab", buffering=0))
-                self._acquire(handle, opened)
+                now = int(time.time())
+                if sys.platform != "win32":
+                    self._acquire(handle, opened, now)
                 # The PID is for the message that another run prints; the lock itself is the kernel's.
                 handle.truncate(0)
-                handle.write(b"%d %d\n" % (os.getpid(), time.time()))
+                handle.write(b"%d %d\n" % (os.getpid(), now))
             except OSError as problem:
                 raise usage_error(
                     f"{self.path} cannot be written: {problem.strerror}",
@@ -2076,17 +2056,14 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._opened.close()
 
-    def _acquire(self, handle: IO[bytes], opened: contextlib.ExitStack) -> None:
-        if sys.platform == "win32":
-            return
+    def _acquire(self, handle: IO[bytes], opened: contextlib.ExitStack, now: int) -> None:
         path = self.path
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path = self._checkpoint
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             opened.callback(os.close, descriptor)
-            self._ask_lock(descriptor, self._PID_BYTES, os.getpid(), take=True)
-            self._ask_lock(descriptor, self._TIME_BYTES, int(time.time()), take=True)
+            self._ask_lock(descriptor, now * self._PIDS + os.getpid(), take=True)
         except BlockingIOError:
             holder = self.holder(is_held=True) or "it has only just started"
             hint = "wait for it to end, or give this run another run.checkpoint"
@@ -2098,16 +2075,15 @@ class RunLock:
                 message = f"{self.path} cannot be locked: {problem.strerror}"
                 raise usage_error(message, "set run.checkpoint to a path on a local disk") from None
 
-    @staticmethod
-    def _ask_lock(descriptor: int, start: int, length: int, *, take: bool) -> int:
-        """Take an exclusive lock on some bytes of a file, or ask how many bytes another one has that is in its way.
+    def _ask_lock(self, descriptor: int, length: int, *, take: bool) -> int:
+        """Take an exclusive lock on so many bytes of the checkpoint, or ask how many another run has locked.
 
         It belongs to the open file, unlike SQLite's own, which a process loses as soon as it closes the file anywhere.
-        Raises OSError; BlockingIOError if another one is in the way. Only Linux has such locks.
+        Raises OSError; BlockingIOError if another run has it. Only Linux has such locks.
         """
         if sys.platform != "linux":
             return 0
-        asked = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+        asked = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, self._FIRST_BYTE, length, 0)
         found = fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK if take else fcntl.F_OFD_GETLK, asked)
         kind, _, _, length, _ = struct.unpack("hhqqi0q", found)
         return 0 if kind == fcntl.F_UNLCK else int(length)
@@ -2120,15 +2096,12 @@ class RunLock:
         """
         pid = since = 0
         with contextlib.suppress(OSError), self._checkpoint.open("rb", buffering=0) as file:
-            pid = self._ask_lock(file.fileno(), self._PID_BYTES, 1, take=False)
-            since = self._ask_lock(file.fileno(), self._TIME_BYTES, 1, take=False)
+            since, pid = divmod(self._ask_lock(file.fileno(), 1, take=False), self._PIDS)
         with contextlib.suppress(OSError, ValueError):
             match = re.fullmatch(r"(\d+) (\d+)\n", self.path.read_text(encoding="ascii"))
             if match and not pid and (is_held or self._has_flock(match[1])):
                 pid, since = int(match[1]), int(match[2])
-        if not (pid and since):
-            return "it has only just started" if pid else ""
-        return f"process {pid}, for {max(0, int(time.time()) - since)} s"
+        return f"process {pid}, for {max(0, int(time.time()) - since)} s" if pid else ""
 
     @staticmethod
     def _has_flock(pid: str) -> bool:
@@ -6087,13 +6060,14 @@ class Status:
         with Journal(self._path, "", self._settings, read_only=True) as journal:
             if not journal.is_there:
                 raise usage_error(f"there is no checkpoint {self._path}", self._where_else())
-            yield f"checkpoint     {self._path}, {human_bytes(journal.bytes_on_disk())}"
+            size, written = journal.size_and_time()
+            yield f"checkpoint     {self._path}, {human_bytes(size)}"
             yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
             if (last := journal.last_run()) and not holder:
                 began, ended, code = last
                 how = f"ended {local_date(ended)} with exit code {code}" if ended else "did not come to its end"
                 yield f"last run       began {local_date(began)}, {how}"
-            yield f"last activity  {local_date(journal.last_activity())}"
+            yield f"last activity  {local_date(written)}"
             for counts in journal.counts():
                 yield from self._job_lines(counts, is_at_work=bool(holder))
 

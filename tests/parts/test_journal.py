@@ -510,13 +510,13 @@ def test_a_second_process_exits_4_and_changes_nothing(path: Path, holder: subpro
 
 @pytest.mark.parametrize(
     ("written", "said"),
-    [("", "it has only just started"), (f"4711 {int(time.time()) - 3600}\n", r"process 4711, for 3[67]\d\d s")],
+    [("", "it has only just started"), ("4711 {}\n", r"process 4711, for 3[67]\d\d s")],
 )
 def test_where_a_file_has_no_locks_on_bytes_its_neighbour_says_who_holds_it(
     path: Path, written: str, said: str
 ) -> None:
     lock = path.with_name(f"{path.name}.lock")
-    lock.write_text(written)
+    lock.write_text(written.format(int(time.time()) - 3600))
     with lock.open("a") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(program.RunError) as refused, program.RunLock(path):
