@@ -5107,30 +5107,35 @@ def workforce(
 ########################################################################################################################
 
 LISTED, RETRIED, LEFT = "listed", "retried", "left"
-# Figure of the summary -> its metric. Each run counts from zero, which Prometheus takes for the restart that it is.
-FIGURES = {
-    LISTED: ("listed_objects_total", "Objects listed in the run."),
-    "converted": ("converted_objects_total", "Objects converted in the run."),
-    ALREADY_DONE: ("already_done_objects_total", "Objects that were converted before the run."),
-    "adopted": ("adopted_objects_total", "Objects whose outputs were there without a mark of this program."),
-    LEFT: ("left_objects", "Objects that the run has left to do."),
-    "bytes_in": ("source_bytes_total", "Size of the objects that were converted in the run."),
-    "bytes_out": ("output_bytes_total", "Size of the outputs that were stored in the run."),
-    "requests": ("requests_total", "Requests sent to the API in the run."),
-    "throttled": ("throttled_requests_total", "Answers 429 in the run."),
-    "replays": ("replays_total", "Requests of an earlier run that were answered in this one."),
-    "possible_double_charges": ("possible_double_charges_total", "Conversions that may have been charged twice."),
-    "seconds": ("run_duration_seconds", "Age of the run, or how long it took."),
-    "p50_seconds": ("conversion_p50_seconds", "Time within which half of the conversions are done."),
-    "p95_seconds": ("conversion_p95_seconds", "Time within which 95 % of the conversions are done."),
-    "remaining": ("remaining_conversions", "Conversions that the month has left, as the API says."),
-}
-# Of the last run that ended, and kept in the metrics while the next one is at work, and when that one fails: an alert
-# asks how old the last success is.
-KEPT_METRICS = {
-    "last_success_timestamp_seconds": "When a run last ended with nothing left to do.",
-    "failed_for_good_objects": "Objects that only --retry-failed tries again.",
-    "last_exit_code": "Exit code of the last run that has ended.",
+# Metric -> the figure of the run that it has, and what that is. Each run counts from zero, which Prometheus takes for
+# the restart that it is.
+METRICS = {
+    "listed_objects_total": (LISTED, "Objects listed in the run."),
+    "converted_objects_total": ("converted", "Objects converted in the run."),
+    "already_done_objects_total": (ALREADY_DONE, "Objects that were converted before the run."),
+    "adopted_objects_total": ("adopted", "Objects whose outputs were there without a mark of this program."),
+    "left_objects": (LEFT, "Objects that the run has left to do."),
+    "source_bytes_total": ("bytes_in", "Size of the objects that were converted in the run."),
+    "output_bytes_total": ("bytes_out", "Size of the outputs that were stored in the run."),
+    "requests_total": ("requests", "Requests sent to the API in the run."),
+    "throttled_requests_total": ("throttled", "Answers 429 in the run."),
+    "replays_total": ("replays", "Requests of an earlier run that were answered in this one."),
+    "possible_double_charges_total": ("possible_double_charges", "Conversions that may have been charged twice."),
+    "run_duration_seconds": ("seconds", "Age of the run, or how long it took."),
+    "conversion_p50_seconds": ("p50_seconds", "Time within which half of the conversions are done."),
+    "conversion_p95_seconds": ("p95_seconds", "Time within which 95 % of the conversions are done."),
+    "remaining_conversions": ("remaining", "Conversions that the month has left, as the API says."),
+    "skipped_objects_total": ("skipped", "Objects skipped in the run, by reason."),
+    "failed_objects_total": ("failed", "Objects that failed in the run, by code."),
+    "expected_objects": ("expected", "Objects that the run is to try, as far as they are known."),
+    "in_flight_objects": ("in_flight", "Objects that are with the workers."),
+    "running": ("is_running", "Whether a run is at work."),
+    "last_success_timestamp_seconds": (
+        "last_success_timestamp_seconds",
+        "When a run last ended with nothing left to do.",
+    ),
+    "failed_for_good_objects": ("failed_for_good_objects", "Objects that only --retry-failed tries again."),
+    "last_exit_code": ("last_exit_code", "Exit code of the last run that has ended."),
 }
 # What to do about a failure, by its code: the API's, or one of this program's.
 HINTS = {
@@ -5265,17 +5270,14 @@ class OutputFile:
 
     @staticmethod
     def number_of_open_file(path: Path) -> int | None:
-        """The number of the open file of this process that a path leads to, as /dev/stdout does; None if to none."""
-        # Opened by its path, such a file would be written from its beginning, over what is there.
-        own = {os.path.realpath(folder) for folder in ("/dev/fd", "/proc/self/fd")}
-        step = os.fspath(path)
-        for _ in range(40):
-            folder, name = os.path.split(step)
-            if name.isdigit() and os.path.realpath(folder) in own:
-                return int(name)
-            if not os.path.islink(step):
-                return None
-            step = os.path.join(folder, os.readlink(step))
+        """The number under which a shell has opened a file for this process, as /dev/stdout is 1; None if it has not.
+
+        Opened by its path, such a file would be written from its beginning, over what is there.
+        """
+        for number in range(1, 10):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(number)):
+                    return number
         return None
 
 
@@ -5294,7 +5296,7 @@ class Report:
         self.remaining: int | None = None  # conversions this month
         self.total: int | None = None  # what `eligible` will come to, if a second pass has said so
         self.reason: RunError | None = None  # why the run ended before its work did
-        self.is_stopping = False
+        self.announced: RunError | None = None  # why it is to end, once that was said
         self.is_complete = False  # everything there is was listed and handed out
 
     def apply(self, message: PageCounts | TotalCounted | FeederFinished) -> None:
@@ -5312,15 +5314,13 @@ class Report:
         kind, task = outcome.kind, outcome.task
         names = {OutcomeKind.SKIPPED: outcome.code, OutcomeKind.FOUND: ALREADY_DONE}
         self._count(task.job, names.get(kind, kind.value))
-        self.counts["requests"] += outcome.requests
-        self.counts["throttled"] += outcome.throttled
-        self.counts["replays"] += outcome.is_replay
-        self.counts["possible_double_charges"] += outcome.possible_double_charge
+        numbers = {"requests": outcome.requests, "throttled": outcome.throttled, "replays": outcome.is_replay}
+        self.counts.update(numbers | {"possible_double_charges": outcome.possible_double_charge})
         if outcome.possible_double_charge:
             self._charged_twice = self._charged_twice or task.source.key
         # Answers come out of order: the smallest number is the newest.
-        numbers = [number for number in (self.remaining, outcome.remaining) if number is not None]
-        self.remaining = min(numbers, default=None)
+        if outcome.remaining is not None and (self.remaining is None or outcome.remaining < self.remaining):
+            self.remaining = outcome.remaining
         if kind is OutcomeKind.FAILED:
             code = outcome.code if outcome.code in self.failed or len(self.failed) < self.CODES_KEPT else "other"
             self.failed[code] += 1
@@ -5489,13 +5489,17 @@ def log_fields(event: str, **fields: Any) -> dict[str, Any]:
 class Progress:
     """What is seen from outside while a run is at work: a bar on a terminal, lines elsewhere, and the metrics file."""
 
+    # Of the last run that ended, and kept in the metrics while the next one is at work, and when that one fails: an
+    # alert asks how old the last success is.
+    KEPT = ("last_success_timestamp_seconds", "failed_for_good_objects", "last_exit_code")
+
     def __init__(self, settings: Settings, report: Report, clock: Callable[[], float] = time.monotonic) -> None:
         self.report, self._settings, self._clock = report, settings, clock
         # (monotonic seconds, objects finished by then), one a second of the last minute: the rate is the slope.
         self._pace: deque[tuple[float, int]] = deque([(clock(), 0)], maxlen=60)
         self._seen, self._moved = (0, 0), clock()  # (finished, listed), and when they last changed
         self._said, self._said_at = 0, clock()  # finished by the last line
-        self._drawn_at, self._columns = 0.0, 0
+        self._drawn_at, self._columns, self._metrics_due = 0.0, 0, 0.0
         self._bar: tqdm[NoReturn] | None = None
         # A line that is written again and again looks like none in pipes, files, and the logs of CI.
         is_dumb = os.environ.get("TERM") == "dumb" or os.environ.get("CI", "") not in {"", "0", "false"}
@@ -5504,11 +5508,11 @@ class Progress:
             # Its watching thread would only redraw what is drawn five times a second anyway.
             tqdm.monitor_interval = 0
             self._bar = tqdm(bar_format="converting", file=sys.stderr, dynamic_ncols=True, mininterval=0)
-        self._metrics, self._due, old = OutputFile("run.metrics", settings.run.metrics), 0.0, ""
+        self._metrics, old = OutputFile("run.metrics", settings.run.metrics), ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
             # Who reads from a device or a pipe may wait for ever.
             old = self._metrics.path.read_text(encoding="utf-8") if self._metrics.path.is_file() else ""
-        kept = re.findall(rf"^s3_bulk_convert_({'|'.join(KEPT_METRICS)})\{{.*\}} ([0-9.]+)$", old, re.MULTILINE)
+        kept = re.findall(rf"^s3_bulk_convert_({'|'.join(self.KEPT)})\{{.*\}} ([0-9.]+)$", old, re.MULTILINE)
         self._kept = {name: float(value) for name, value in kept}
 
     def announce(self, journal: Journal) -> None:
@@ -5541,8 +5545,8 @@ class Progress:
             self._said, self._said_at = report.finished - report.finished % step, now
             numbers = self._numbers()
             log.info("%s", ", ".join(self._words(numbers)), extra=log_fields("progress", **numbers))
-        if now >= self._due:
-            self._due = now + 15  # seconds, as often as Prometheus asks by default
+        if now >= self._metrics_due:
+            self._metrics_due = now + 15  # seconds, as often as Prometheus asks by default
             self._write_metrics(is_running=True)
 
     def finish(self) -> None:
@@ -5564,16 +5568,22 @@ class Progress:
         """What the bar, a line and a JSON record say, under the names that the last has."""
         report, now, (since, before) = self.report, self._clock(), self._pace[0]
         rate = (report.finished - before) / max(now - since, 0.001)
-        eta = round(max(0, report.expected - report.finished) / rate) if rate else None
         silence = now - self._moved
-        # The time of the day, with its offset from UTC, so that two servers' logs can be compared.
-        silent_since = iso_time(time.time() - silence)[11:] if silence >= SILENCE_SECONDS else None
-        is_final = report.is_complete or report.total is not None
-        numbers: dict[str, Any] = {"done": report.finished, "total": report.expected, "total_is_final": is_final}
-        numbers |= {"listed": report.counts[LISTED], "failed": report.failed.total(), "per_second": round(rate, 3)}
-        numbers |= {"eta_seconds": eta, "p95_seconds": report.percentile(95), "remaining": report.remaining}
-        numbers |= {"in_flight": report.in_flight, "is_stopping": report.is_stopping, "silent_since": silent_since}
-        return numbers
+        return {
+            "done": report.finished,
+            "total": report.expected,
+            "total_is_final": report.is_complete or report.total is not None,
+            "listed": report.counts[LISTED],
+            "failed": report.failed.total(),
+            "per_second": round(rate, 3),
+            "eta_seconds": round(max(0, report.expected - report.finished) / rate) if rate else None,
+            "p95_seconds": report.percentile(95),
+            "remaining": report.remaining,
+            "in_flight": report.in_flight,
+            "is_stopping": report.announced is not None,
+            # The time of the day, with its offset from UTC, so that two servers' logs can be compared.
+            "silent_since": iso_time(time.time() - silence)[11:] if silence >= SILENCE_SECONDS else None,
+        }
 
     @staticmethod
     def _words(numbers: Mapping[str, Any]) -> Iterator[str]:
@@ -5618,33 +5628,23 @@ class Progress:
             return 0  # there is no terminal, or none that knows
 
     def _write_metrics(self, *, is_running: bool) -> None:
-        """Write the run so far in Prometheus' text format. A metric with an unknown value (None) has no sample."""
-        report, found = self.report, self.report.summary()
-        skipped = {self._label("reason", reason): report.skipped[reason] for reason in SKIP_REASONS}
-        failed = {self._label("code", code): count for code, count in report.failed.items()}
-        families: list[tuple[str, str, Mapping[str, float | None]]] = [
-            *((*FIGURES[name], {"": found[name]}) for name in FIGURES),
-            ("skipped_objects_total", "Objects skipped in the run, by reason.", skipped),
-            ("failed_objects_total", "Objects that failed in the run, by code.", failed),
-            ("expected_objects", "Objects that the run is to try, as far as they are known.", {"": report.expected}),
-            ("in_flight_objects", "Objects that are with the workers.", {"": report.in_flight}),
-            ("running", "Whether a run is at work.", {"": is_running}),
-            *((name, about, {"": self._kept.get(name)}) for name, about in KEPT_METRICS.items()),
-        ]
+        """Write the run so far in Prometheus' text format. What is not known (None) has no sample."""
+        report, labelled = self.report, {"skipped": "reason", "failed": "code"}
+        known = {**report.summary(), "skipped": {reason: report.skipped[reason] for reason in SKIP_REASONS}}
+        known |= {"expected": report.expected, "in_flight": report.in_flight, "is_running": is_running, **self._kept}
         # The checkpoint is what sets one run apart from another whose file the same node_exporter reads.
-        common = self._label("bucket", found["bucket"]) + self._label("checkpoint", self._settings.run.checkpoint)
-        lines = list[str]()
-        for name, about, samples in families:
+        common = {"bucket": known["bucket"], "checkpoint": self._settings.run.checkpoint}
+        escapes, lines = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"}), list[str]()
+        for name, (figure, about) in METRICS.items():
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP s3_bulk_convert_{name} {about}", f"# TYPE s3_bulk_convert_{name} {kind}"]
-            known = [((common + label)[:-1], round(value, 3)) for label, value in samples.items() if value is not None]
-            lines += [f"s3_bulk_convert_{name}{{{labels}}} {value}" for labels, value in known]
+            value = known.get(figure)
+            samples = value.items() if isinstance(value, dict) else [] if value is None else [("", value)]
+            for text, number in samples:
+                labels = common | ({labelled[figure]: text} if figure in labelled else {})
+                pairs = ",".join(f'{label}="{value.translate(escapes)}"' for label, value in labels.items())
+                lines.append(f"s3_bulk_convert_{name}{{{pairs}}} {round(number, 3)}")
         self._metrics.replace("\n".join(lines) + "\n")
-
-    @staticmethod
-    def _label(name: str, text: str) -> str:
-        escapes = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
-        return f'{name}="{text.translate(escapes)}",'
 
 
 class Recorder:
@@ -5655,7 +5655,6 @@ class Recorder:
         self._journal, self._report, self._progress = journal, progress.report, progress
         self._failures = OutputFile("run.failures", settings.run.failures)
         self._can_write = True
-        self._announced: RunError | None = None
         # Failures in a row for one reason, not yet settled: the next outcome says whether they speak of all objects.
         self._streak: list[Outcome] = []
 
@@ -5764,13 +5763,14 @@ class Recorder:
         return json.dumps(fields, ensure_ascii=False) + "\n"
 
     def _announce_stop(self) -> None:
-        reason = self._stop.reason
-        if reason and (not self._report.is_stopping or (reason.is_by_signal and self._announced is not reason)):
-            self._report.is_stopping, self._announced = True, reason
-            grace = f" for up to {self._run.shutdown_grace:.0f} s; once more ends it at once"
-            message = f"{reason.message}; waiting for what is in flight{grace if reason.is_by_signal else ''}"
-            fields = {"because": reason.message, "hint": reason.hint, "exit_code": int(reason.exit_code)}
-            log.warning("%s", message, extra=log_fields("stop", **fields))
+        # A signal takes the place of another reason.
+        if (reason := self._stop.reason) is None or reason is self._report.announced:
+            return
+        self._report.announced = reason
+        grace = f" for up to {self._run.shutdown_grace:.0f} s; once more ends it at once"
+        message = f"{reason.message}; waiting for what is in flight{grace if reason.is_by_signal else ''}"
+        fields = {"because": reason.message, "hint": reason.hint, "exit_code": int(reason.exit_code)}
+        log.warning("%s", message, extra=log_fields("stop", **fields))
 
 
 ########################################################################################################################
