@@ -5130,10 +5130,7 @@ METRICS = {
     "expected_objects": ("expected", "Objects that the run is to try, as far as they are known."),
     "in_flight_objects": ("in_flight", "Objects that are with the workers."),
     "running": ("is_running", "Whether a run is at work."),
-    "last_success_timestamp_seconds": (
-        "last_success_timestamp_seconds",
-        "When a run last ended with nothing left to do.",
-    ),
+    "last_success_timestamp_seconds": ("last_success_timestamp_seconds", "When a run last left nothing to do."),
     "failed_for_good_objects": ("failed_for_good_objects", "Objects that only --retry-failed tries again."),
     "last_exit_code": ("last_exit_code", "Exit code of the last run that has ended."),
 }
@@ -5435,17 +5432,14 @@ class Report:
             yield f"hint: {self.reason.hint}"
         elif self.counts[LEFT]:
             yield "next: run it again for what is left to do"
-        permanent, before = self.counts["failed_permanently"], self.skipped[FAILED_BEFORE]
-        # To try again what has been deleted is no plan.
-        if again := self.failed.total() - permanent - self.failed["source_gone"]:
-            yield f"next: the next run tries {again} of the failures again"
-        if permanent:
-            yield f"next: {permanent} failed for good; when the cause is removed, run it with --retry-failed"
-        if before:
-            yield (
-                f"next: {before} failed for good in an earlier run; "
-                "--status counts them, --retry-failed tries them again"
-            )
+        permanent, earlier = self.counts["failed_permanently"], "--status counts them, --retry-failed tries them again"
+        steps = {
+            # To try again what has been deleted is no plan.
+            "the next run tries {} of the failures again": self.failed.total() - permanent - self.failed["source_gone"],
+            "{} failed for good; when the cause is removed, run it with --retry-failed": permanent,
+            f"{{}} failed for good in an earlier run; {earlier}": self.skipped[FAILED_BEFORE],
+        }
+        yield from (f"next: {words.format(count)}" for words, count in steps.items() if count)
         if self.failed:
             yield f"failures are in {self._settings.run.failures}"
 
@@ -5475,8 +5469,8 @@ class Report:
         if found["possible_double_charges"]:
             twice = pluralize(found["possible_double_charges"], "conversion")
             yield "warning", f"{twice} may have been charged twice, for example {printable(self._charged_twice)}"
-            where = "the API has seen the request before, from a run that this checkpoint does not know"
-            yield "", f"{where}; compare with your account's usage page"
+            why = "the API has seen the request before, from a run that this checkpoint does not know"
+            yield "", f"{why}; compare with your account's usage page"
         if found["remaining"] is not None:
             yield "quota", f"{pluralize(found['remaining'], 'conversion')} left"
 
