@@ -141,7 +141,6 @@ CONNECT_TIMEOUT_SECONDS = 10
 OUTAGE_SECONDS = 300  # as long as a router takes to start anew; after that, it is for the next run
 OUTAGE_PAUSE_SECONDS = 15  # between two attempts in it, at most: a network that is back is soon noticed
 BACKOFF_CAP_SECONDS = 64  # the API's own advice for 429 without Retry-After
-RETRY_AFTER_CAP_SECONDS = 300  # its windows last a minute: more is a mistake or an attack
 WAIT_DEADLINE_SECONDS = 30 * 60  # 429 and 409 cost no attempts, but not for ever; the API's own cap on a call is 120 s
 IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer for free
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
@@ -292,12 +291,11 @@ class ObjectSkipped(Exception):
     """A look at the source has shown that there is nothing to convert. `reason`: see SKIP_REASONS."""
 
 
-class InvalidResponse(Exception):
+class InvalidResponse(ObjectFailed):
     """A 200 whose body is not the result: cut, empty, an error page. To ask again with the same key costs nothing."""
 
     def __init__(self, code: str, message: str, *, permanent: bool = False) -> None:
-        super().__init__(code, message)
-        self.code, self.message, self.permanent = code, message, permanent
+        super().__init__(code, message, permanent=permanent, status=200)
 
 
 def pluralize(count: int, noun: str) -> str:
@@ -1259,7 +1257,7 @@ def globs_match(patterns: Sequence[str]) -> Callable[[str], bool]:
 
 
 def unix_seconds(date: str) -> float:
-    """A date in ISO 8601 (`2026-11-24T08:17:00.000Z`) or as HTTP has it, in Unix seconds. Raises ValueError."""
+    """A date in ISO 8601 or as HTTP has it, in Unix seconds; NaN, which is before and after nothing, if it is none."""
     try:
         try:
             # Python 3.10 does not read the Z.
@@ -1268,8 +1266,8 @@ def unix_seconds(date: str) -> float:
             found = email.utils.parsedate_to_datetime(date)
         # A date without a zone is GMT, and must not be taken for this machine's.
         return found.replace(tzinfo=found.tzinfo or timezone.utc).timestamp()
-    except (TypeError, OverflowError, OSError) as problem:
-        raise ValueError(str(problem)) from None
+    except (TypeError, ValueError, OverflowError, OSError):
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -1455,37 +1453,21 @@ class ApiReply:
         return isinstance(error.get("code"), str)
 
     @staticmethod
-    def age_of_job(job: Mapping[str, Any], now: str) -> float:
-        """For how many seconds there has been a job, by the API's own clock (an HTTP date); 0 where it does not say."""
-        try:
-            return unix_seconds(now) - unix_seconds(str(job.get("created_at")))
-        except ValueError:
-            return 0.0
-
-    @staticmethod
     def is_older(headers: Mapping[str, str], asked: float) -> bool:
         """Whether an answer was made before it was asked for, in Unix seconds: the API repeats it, headers and all."""
         reset = headers.get("X-RateLimit-Reset", "")
-        if reset.isdigit() and int(reset) < asked:
-            return True
-        try:
-            return unix_seconds(headers.get("Date", "")) < math.floor(asked)
-        except ValueError:
-            return False
+        is_past = reset.isdigit() and int(reset) < asked
+        return is_past or unix_seconds(headers.get("Date", "")) < math.floor(asked)
 
     @staticmethod
     def retry_after_seconds(header: str | None, now: float) -> float | None:
         """What `Retry-After` asks for, capped: seconds or an HTTP date; None if it is absent or makes no sense."""
-        if not header:
-            return None
         try:
-            seconds = float(header)
+            seconds = float(header or "nan")
         except ValueError:
-            try:
-                seconds = unix_seconds(header) - now
-            except ValueError:
-                return None
-        return None if math.isnan(seconds) else min(max(seconds, 0.0), RETRY_AFTER_CAP_SECONDS)
+            seconds = unix_seconds(str(header)) - now
+        # The API's windows last a minute: more than five is a mistake or an attack.
+        return None if math.isnan(seconds) else min(max(seconds, 0.0), 300.0)
 
 
 def backoff(attempt: int, asked: float | None, jitter: float) -> float:
@@ -2162,7 +2144,7 @@ class Page(NamedTuple):
             key, etag, size, modified, storage = map(entry.findtext, names)
             if key is None or size is None or modified is None:
                 raise ValueError("an entry without key, size or time")
-            version = (etag or "").removeprefix("W/").strip('"') or f"{size}@{unix_seconds(modified):.0f}"
+            version = (etag or "").removeprefix("W/").strip('"') or f"{size}@{round(unix_seconds(modified))}"
             is_archived = storage in ARCHIVE_CLASSES
             if is_archived:
                 is_restoring = entry.findtext(f"{restore}IsRestoreInProgress") == "true"
@@ -4311,9 +4293,9 @@ class ApiClient:
                 with contextlib.closing(self._send(call, conversation)) as answer:
                     return receive(answer)
             except InvalidResponse as error:
-                again = TryAgain(ObjectFailed(error.code, error.message, permanent=error.permanent, status=200))
+                again = TryAgain(error)
                 if error.permanent:
-                    raise again.failure from None  # the API repeats its answers, so that asking again brings the same
+                    raise  # the API repeats its answers, so that asking again brings the same
             except NETWORK_ERRORS as error:
                 again = self._broken(call, error, policy)
             except TryAgain as refused:
@@ -4506,8 +4488,9 @@ class ApiClient:
         if code == "quota_exceeded":
             raise Trouble.refusal_by_api(429, code, message, self._api.url)
         conversation.current.state = RequestState.REJECTED
-        # The API tells both times in whole seconds, so that two may be rounding.
-        is_old = ApiReply.age_of_job(job, now) > time.time() - conversation.asked_at + 2
+        # By the API's own clock, which tells both times in whole seconds, so that two may be rounding.
+        age = unix_seconds(now) - unix_seconds(str(job.get("created_at")))
+        is_old = age > time.time() - conversation.asked_at + 2
         permanent = code not in {"service_unavailable", "rate_limited"}
         said = message or "the API says that the job failed"
         return JobFailed(code or "job_failed", said, permanent=permanent, is_old=is_old)
@@ -6402,9 +6385,8 @@ class Diagnostics:
 
     def _check_clock(self, server: str, date: str) -> None:
         with self._prove(f"clock of {server}", "this machine's clock agrees") as proved:
-            try:
-                ahead = unix_seconds(date) - time.time()
-            except ValueError:
+            ahead = unix_seconds(date) - time.time()
+            if math.isnan(ahead):
                 proved.append("it does not tell the time")
                 return
             differs = f"it is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's clock"
