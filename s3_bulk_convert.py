@@ -2106,8 +2106,7 @@ class RunLock:
 # are read side by side:
 #   - Ranges are disjoint and cover everything: a split ends one range where the next begins, so each key is listed
 #     once, whatever is guessed about where keys lie. A page ends its range only if S3 says so.
-#   - All ranges belong to the thread that reads, which also parses: sixteen threads that parse are slower than one. The
-#     pool's threads only fetch.
+#   - All ranges belong to the thread that reads the listing. The pool's threads only fetch and parse pages.
 #   - There are at most 64 splits, and one more for each page that lies within its range as a whole: any distribution of
 #     keys is listed with at most twice as many requests as it has pages, plus 64.
 ########################################################################################################################
@@ -2116,6 +2115,11 @@ class RunLock:
 CONTROL_CHARACTER = re.compile(
     rb"&#(x0*([0-8bcef]|1[0-9a-f])|0*([0-8]|1[124-9]|2[0-9]|3[01]));|[\0-\x08\x0b\x0c\x0e-\x1f]", re.IGNORECASE
 )
+
+
+def bare_etag(etag: str | None) -> str:
+    """An ETag without quotes and without the mark of a weak one; empty if there is none."""
+    return (etag or "").removeprefix("W/").strip('"')
 
 
 class Page(NamedTuple):
@@ -2128,14 +2132,14 @@ class Page(NamedTuple):
     @classmethod
     def parse(cls, body: bytes) -> "Page":
         """A page from S3's XML. Raises ValueError or ParseError if it is not whole."""
-        clean = body
         try:
-            root = ElementTree.fromstring(body)
+            root, is_clean = ElementTree.fromstring(body), True
         except ElementTree.ParseError:
-            clean = CONTROL_CHARACTER.sub(b"", body)
-            root = ElementTree.fromstring(clean)
+            root, is_clean = ElementTree.fromstring(CONTROL_CHARACTER.sub(b"", body)), False
         space = root.tag.removesuffix("ListBucketResult")
         is_encoded = root.findtext(f"{space}EncodingType") == "url"
+        if not (is_clean or is_encoded):
+            raise ValueError("a key with a control character that is not encoded")
         decode = urllib.parse.unquote_plus if is_encoded else str
         names = [space + name for name in ("Key", "ETag", "Size", "LastModified", "StorageClass")]
         restore = f"{space}RestoreStatus/{space}"
@@ -2144,25 +2148,23 @@ class Page(NamedTuple):
             key, etag, size, modified, storage = map(entry.findtext, names)
             if key is None or size is None or modified is None:
                 raise ValueError("an entry without key, size or time")
-            version = (etag or "").removeprefix("W/").strip('"') or f"{size}@{round(unix_seconds(modified))}"
-            is_archived = storage in ARCHIVE_CLASSES
-            if is_archived:
-                is_restoring = entry.findtext(f"{restore}IsRestoreInProgress") == "true"
-                is_archived = is_restoring or not entry.findtext(f"{restore}RestoreExpiryDate")
+            version = bare_etag(etag) or f"{size}@{round(unix_seconds(modified))}"
+            is_archived = storage in ARCHIVE_CLASSES and (
+                entry.findtext(f"{restore}IsRestoreInProgress") == "true"
+                or not entry.findtext(f"{restore}RestoreExpiryDate")
+            )
             objects.append(SourceObject(decode(key), version, int(size), modified, is_archived))
         count = root.findtext(f"{space}KeyCount")
         # XML Schema has two words for each, and lets white space stand around them.
-        said = root.findtext(f"{space}IsTruncated", "").strip().lower()
-        truncated = {"1": "true", "0": "false"}.get(said, said)
-        if truncated not in {"true", "false"} or (count is not None and int(count) != len(objects)):
+        truncated = root.findtext(f"{space}IsTruncated", "").strip().lower()
+        if truncated not in {"true", "1", "false", "0"} or (count is not None and int(count) != len(objects)):
             raise ValueError("the page is not whole")
-        if clean is not body and not is_encoded:
-            raise ValueError("a key with a control character that is not encoded")
+        is_last = truncated in {"false", "0"}
         # A token without its control characters is another token.
-        token = root.findtext(f"{space}NextContinuationToken") or "" if clean is body else ""
-        if truncated == "true" and not (objects or token):
+        token = root.findtext(f"{space}NextContinuationToken") if is_clean else ""
+        if not (is_last or objects or token):
             raise ValueError("an empty page that is not the last, and does not say where to go on")
-        return cls(objects, truncated == "false", token)
+        return cls(objects, is_last, token or "")
 
     def require_order(self, after: str) -> None:
         """Raise RunError unless the keys ascend and come after a key: ranges would miss some, or never end."""
@@ -2177,119 +2179,104 @@ class KeyRange:
     """Keys that are not listed yet: those after `after`, up to and including `until`."""
 
     INTERPOLATED_CHARACTERS = 6  # of a key, by which it is told where keys lie
+    PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
 
     after: str
     until: str
     token: str = ""  # where a page has been read: S3's own word for where it goes on
     pages: float = math.inf  # that it probably has
 
-    def split(self, at: str) -> "list[KeyRange]":
-        """End this range at a key inside of it. Returns the range of what comes behind; nothing for a key outside."""
-        if not self.after < at < self.until:
-            return []
-        behind = KeyRange(at, self.until)
-        self.until = at
-        return [behind]
+    def split(self, extra: int, most: int) -> "list[KeyRange]":
+        """End this range earlier. Returns what is split off, at most `most` ranges, the last one first.
 
-    def split_points(self, extra: int) -> list[str]:
-        """Keys at which to split this range, the last one first: so many, if each part would have some pages.
-
-        Where keys are not as is guessed here, ranges turn out empty, and others are split again closer to the keys.
+        They are `extra`, if each would have some pages. Where keys are not as is guessed here, ranges turn out empty,
+        and others are split again closer to the keys.
         """
         common = self._common
         if self.until.endswith(LAST_KEY):
             # Nothing is known of what comes: it may differ from the last key at any of its characters.
-            steps = [(self.after[:depth], self.after[depth]) for depth in range(common, len(self.after))]
-            return [before + chr(ord(char) + 1) for before, char in steps if " " <= char < "~"]
-        low, high = self._to_int(self.after), self._to_int(self.until)
-        # A range of few pages is read to its end by one reader: its last page is read by two.
-        parts = int(min(extra, self.pages / 4))
-        points = []
-        for part in range(parts, 0, -1):
-            number = low + (high - low) * part // (parts + 1)
-            digits = [number // 95**power % 95 for power in reversed(range(self.INTERPOLATED_CHARACTERS))]
-            points.append(self.after[:common] + "".join(chr(0x20 + digit) for digit in digits))
-        return points
+            steps = [(self.after[:depth], self.after[depth]) for depth in range(len(common), len(self.after))]
+            points = [before + chr(ord(char) + 1) for before, char in steps if " " <= char < "~"]
+        else:
+            low, high = self._position(self.after), self._position(self.until)
+            # A range of few pages is read to its end by one reader: its last page is read by two.
+            count = int(min(extra, self.pages / 4))
+            numbers = [low + (high - low) * part // (count + 1) for part in range(count, 0, -1)]
+            powers = [95**power for power in reversed(range(self.INTERPOLATED_CHARACTERS))]
+            points = [common + "".join(chr(0x20 + number // power % 95) for power in powers) for number in numbers]
+        behind = []
+        for point in points[:most]:
+            if self.after < point < self.until:
+                behind.append(KeyRange(point, self.until))
+                self.until = point
+        return behind
 
-    def take(self, page: Page) -> "tuple[list[SourceObject], KeyRange | None]":
-        """The objects of a page that lie within this range, as it is now, and what is left of it after the page."""
-        objects, until = page.objects, self.until
-        last = objects[-1].key if objects else self.after
-        if page.is_last or last >= until:
-            return [source for source in objects if source.key <= until], None
-        start, now, end = map(self._to_int, (self.after, last, until))
+    def rest(self, page: Page) -> "KeyRange | None":
+        """What is left of this range after a page."""
+        last = page.objects[-1].key if page.objects else self.after
+        if page.is_last or last >= self.until:
+            return None
+        start, now, end = map(self._position, (self.after, last, self.until))
         pages = (end - now) / (now - start) if now > start else self.pages
-        return objects, KeyRange(last, until, page.token, pages)
+        return KeyRange(last, self.until, page.token, pages)
 
     @property
-    def _common(self) -> int:
-        pairs = zip(self.after, self.until, strict=False)
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    def _common(self) -> str:
+        differ = (place for place, (one, other) in enumerate(zip(self.after, self.until, strict=False)) if one != other)
+        return self.after[: next(differ, None)]
 
-    def _to_int(self, key: str) -> int:
+    def _position(self, key: str) -> int:
         """A key behind what all keys of the range begin with, as a number with the printable characters as digits."""
-        number, common = 0, self._common
+        common, number = len(self._common), 0
         for char in key[common : common + self.INTERPOLATED_CHARACTERS].ljust(self.INTERPOLATED_CHARACTERS):
             # Characters that are not printable ASCII count as the nearest that is.
             number = number * 95 + min(max(ord(char) - 0x20, 0), 94)
         return number
 
 
-class ParallelLister:
-    """The pages of all keys that begin with a prefix. `max_parallel` says how many may be on their way at the most.
+def list_side_by_side(
+    read_page: Callable[..., Page], prefix: str, max_parallel: Callable[[], int]
+) -> Generator[list[SourceObject], None, None]:
+    """The objects whose keys begin with a prefix, by pages; in the order of their keys if one is read at a time.
 
-    `fetch_page` fetches one page, for a prefix and where to begin; what it returns parses the page.
+    `read_page` reads a page, for a prefix and where to begin. `max_parallel` says how many may be on their way at the
+    most. Raises RunError if the listing is refused or breaks off.
     """
-
-    PAGE_WAIT_SECONDS = 0.02  # as long as it takes to read a page is no reason to have more of them read at a time
-
-    def __init__(
-        self, fetch_page: Callable[..., Callable[[], Page]], prefix: str, max_parallel: Callable[[], int]
-    ) -> None:
-        self._fetch_page, self._prefix, self._max_parallel = fetch_page, prefix, max_parallel
-        self._waiting = [KeyRange("", prefix + LAST_KEY)]  # the one that is read next is the last
-        self._reading: dict[Future[Callable[[], Page]], KeyRange] = {}
-        self._width = 1  # pages at a time; it grows while the reader has to wait for them
-        self._splits_left = 64  # of the key space, before a page has been read
-
-    def pages(self) -> Generator[list[SourceObject], None, None]:
-        """The objects, a page at a time; in the order of their keys where one page is read at a time.
-
-        Raises RunError if the listing is refused or breaks off.
-        """
-        pool = ThreadPoolExecutor(LIST_THREADS, thread_name_prefix="listing")
-        try:
-            while self._waiting or self._reading:
-                self._read_on(pool)
-                since = time.monotonic()
-                ready = wait(self._reading, return_when=FIRST_COMPLETED).done
-                if time.monotonic() - since > self.PAGE_WAIT_SECONDS:
-                    self._width = min(2 * self._width, LIST_THREADS)
-                for done in ready:
-                    key_range, page = self._reading.pop(done), done.result()()
-                    page.require_order(key_range.after)
-                    objects, rest = key_range.take(page)
-                    self._waiting += [rest] if rest else []
-                    self._splits_left += bool(rest and objects)
-                    # Before the reader gets this one, so that the next is there when it comes back.
-                    self._read_on(pool)
-                    yield objects
-        finally:
-            # A reader that has stopped does not wait for pages that it will not take.
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _read_on(self, pool: ThreadPoolExecutor) -> None:
-        width = max(1, min(self._width, self._max_parallel()))
-        extra = width - len(self._reading) - len(self._waiting)
-        if extra > 0 and self._waiting:
-            for at in self._waiting[-1].split_points(extra)[: self._splits_left]:
-                behind = self._waiting[-1].split(at)
-                self._splits_left -= len(behind)
-                self._waiting[-1:-1] = behind
-        while self._waiting and len(self._reading) < width:
-            key_range = self._waiting.pop()
-            where = {"ContinuationToken": key_range.token} if key_range.token else {"StartAfter": key_range.after}
-            self._reading[pool.submit(self._fetch_page, self._prefix, **where)] = key_range
+    waiting = [KeyRange("", prefix + LAST_KEY)]  # the one that is read next is the last
+    reading: dict[Future[Page], KeyRange] = {}
+    splits_left = 64  # of the key space, before a page has been read
+    width = 1  # pages at a time; it grows while the reader has to wait for them
+    objects: list[SourceObject] | None = None
+    pool = ThreadPoolExecutor(LIST_THREADS, thread_name_prefix="listing")
+    try:
+        while waiting or reading:
+            at_a_time = max(1, min(width, max_parallel()))
+            extra = at_a_time - len(reading) - len(waiting)
+            if extra > 0 and waiting:
+                behind = waiting[-1].split(extra, splits_left)
+                splits_left -= len(behind)
+                waiting[-1:-1] = behind
+            while waiting and len(reading) < at_a_time:
+                key_range = waiting.pop()
+                where = {"ContinuationToken": key_range.token} if key_range.token else {"StartAfter": key_range.after}
+                reading[pool.submit(read_page, prefix, **where)] = key_range
+            # Only now, so that the next page is there when the reader comes back.
+            if objects is not None:
+                yield objects
+            since = time.monotonic()
+            done = wait(reading, return_when=FIRST_COMPLETED).done.pop()
+            if time.monotonic() - since > KeyRange.PAGE_WAIT_SECONDS:
+                width = min(2 * width, LIST_THREADS)
+            key_range, page = reading.pop(done), done.result()
+            page.require_order(key_range.after)
+            objects = [source for source in page.objects if source.key <= key_range.until]
+            if rest := key_range.rest(page):
+                waiting.append(rest)
+                splits_left += bool(objects)
+        yield objects or []
+    finally:
+        # A reader that has stopped does not wait for pages that it will not take.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 ########################################################################################################################
@@ -2301,13 +2288,10 @@ class ParallelLister:
 ########################################################################################################################
 
 # The few replies that speak of all objects by themselves: credentials, the clock, the bucket, a proxy's password.
-REFUSALS_OF_ALL = frozenset(
-    {
-        *("AccountProblem", "AllAccessDisabled", "ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "401"),
-        *("InvalidSecurity", "InvalidToken", "NoSuchBucket", "NotSignedUp", "RequestTimeTooSkewed", "407"),
-        *("SignatureDoesNotMatch", "TokenRefreshRequired", "AuthorizationHeaderMalformed", "PermanentRedirect"),
-        "RequestExpired",
-    }
+REFUSALS_OF_ALL = re.compile(
+    "401|407|AccountProblem|AllAccessDisabled|AuthorizationHeaderMalformed|ExpiredToken(Exception)?|InvalidAccessKeyId|"
+    "InvalidSecurity|InvalidToken|NoSuchBucket|NotSignedUp|PermanentRedirect|RequestExpired|RequestTimeTooSkewed|"
+    "SignatureDoesNotMatch|TokenRefreshRequired"
 )
 ABSENT = frozenset({"404", "NoSuchKey"})
 NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
@@ -2325,6 +2309,13 @@ S3_HINTS = {
     "PermanentRedirect": "correct s3.region or s3.endpoint_url, and run it again",
     **dict.fromkeys(("SlowDown", "ServiceUnavailable", "InternalError", "500", "503"), "S3's side: run it again later"),
 }
+# What S3's codes say of a source that was listed.
+SOURCE_CHANGES = {
+    **dict.fromkeys(ABSENT, ("source_gone", "the object was deleted after it was listed")),
+    **dict.fromkeys(
+        ("PreconditionFailed", "412"), ("source_changed", "the object was overwritten after it was listed")
+    ),
+}
 
 
 class SourceFacts(NamedTuple):
@@ -2334,7 +2325,6 @@ class SourceFacts(NamedTuple):
     version: str
     size: int  # bytes, as they lie there
     modified: float  # Unix seconds
-    encoding: str  # Content-Encoding; empty for none
     head: Mapping[str, Any]
 
     @property
@@ -2371,11 +2361,6 @@ def source_key_metadata(key: str) -> dict[str, str]:
     return {"source-key": quoted}
 
 
-def etag_of(reply: Any) -> str:
-    """The ETag in a reply of boto3's, without quotes and without the mark of a weak one; empty if there is none."""
-    return str(reply.get("ETag", "")).removeprefix("W/").strip('"')
-
-
 def error_code(error: Exception) -> str:
     """S3's code for an error; for a failed connection, the name of the exception."""
     if isinstance(error, ClientError):
@@ -2394,17 +2379,15 @@ def translate_s3_errors(doing: str, code: str = "", *, is_of_source: bool = Fals
     except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
         # upload_fileobj wraps the error that says what happened.
         cause: Any = (isinstance(error, boto3.exceptions.S3UploadFailedError) and error.__context__) or error
-        if is_of_source and error_code(cause) in ABSENT:
-            raise ObjectFailed("source_gone", "the object was deleted after it was listed") from None
-        if is_of_source and error_code(cause) in {"PreconditionFailed", "412"}:
-            raise ObjectFailed("source_changed", "the object was overwritten after it was listed") from None
+        if is_of_source and error_code(cause) in SOURCE_CHANGES:
+            raise ObjectFailed(*SOURCE_CHANGES[error_code(cause)]) from None
         if is_of_source and error_code(cause) == "InvalidObjectState":
             raise ObjectSkipped(ARCHIVED) from None
         raise s3_failure(cause, doing, code) from None
 
 
-def s3_failure(error: Exception, doing: str, code: str) -> RunError | ObjectFailed:
-    """What an error means. `code`: that of the failure, if it may be about one object; else empty."""
+def s3_failure(error: Exception, doing: str, code: str = "") -> RunError | ObjectFailed:
+    """What an error means. `code`: that of the failure, if it may be about one object."""
     if code and isinstance(error, HTTPClientError) and type(error) is not HTTPClientError:
         # An exchange that broke says nothing of the next one; only an address that is none is plainly so called.
         return ObjectFailed(code, redact(f"S3, {doing}: {error}"))
@@ -2416,7 +2399,7 @@ def s3_failure(error: Exception, doing: str, code: str) -> RunError | ObjectFail
         message = f"the proxy {Trouble.proxy_for('http://s3')} wants a password: 407 {said}".rstrip()
         return RunError(message, PROXY_HINT, code="s3")
     message = redact(f"S3 refused {doing}: {name} {said}".rstrip())
-    if code and name not in REFUSALS_OF_ALL:
+    if code and not REFUSALS_OF_ALL.fullmatch(name):
         return ObjectFailed(code, message)
     other = "check the bucket's name, the AWS credentials and their permissions, and run it again"
     return RunError(message, S3_HINTS.get(name, other), code="s3")
@@ -2429,7 +2412,7 @@ def s3_unreachable(error: Exception, doing: str) -> RunError:
         hint = "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock"
         return RunError(f"S3's certificate is not trusted: {untrusted}", hint, code="s3")
     # Of a failed connection, boto3 says where to, and keeps why to itself.
-    cause = error.kwargs.get("error") if isinstance(error, (*NO_CONNECTION, HTTPClientError)) else None
+    cause = getattr(error, "kwargs", {}).get("error")
     why = f": {Trouble.connection_problem(cause)}" if cause and isinstance(error, NO_CONNECTION) else ""
     proxy = Trouble.proxy_for("https://s3") or Trouble.proxy_for("http://s3")
     # Its own words for what comes of an address that is none would sound like a bug.
@@ -2440,75 +2423,46 @@ def s3_unreachable(error: Exception, doing: str) -> RunError:
     return RunError(redact(f"S3 could not be reached for {doing}: {said}"), hint, code="s3")
 
 
-def unzipped(packed: IO[bytes], message: str) -> Iterator[bytes]:
-    """The bytes that are packed with gzip. Raises ObjectFailed with a message if they cannot be had."""
-    try:
-        yield from iter(partial(gzip.GzipFile(fileobj=packed).read, CHUNK_BYTES), b"")
-    except BotoCoreError as error:
-        raise ObjectFailed("network", f"reading the source broke off: {type(error).__name__}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        # One that ends early may have been cut on the way.
-        is_damaged = not isinstance(error, EOFError)
-        raise ObjectFailed("source_unreadable", f"{message}: {error}", permanent=is_damaged) from None
+def misconfigured(problem: Exception) -> RunError:
+    """What to say of an AWS configuration that leads nowhere."""
+    return usage_error(f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region")
 
 
-def unpack(packed: IO[bytes], encoding: str, max_bytes: int) -> tuple[IO[bytes], int]:
-    """A temporary file with the bytes that a Content-Encoding has packed, and their number, which nobody knows before.
+class Bucket:
+    """The source bucket and the output bucket, by one client for all threads.
 
-    Raises ObjectFailed if they cannot be had, or are more than `max_bytes`.
-    """
-    said = f"its Content-Encoding is {encoding}, and it cannot be unpacked"
-    with contextlib.closing(packed), contextlib.ExitStack() as on_failure:
-        if encoding.removeprefix("x-") != "gzip":
-            raise ObjectFailed("source_unreadable", f"{said} here; store it as it is, or in gzip", permanent=True)
-        plain, size = on_failure.enter_context(temporary_file()), 0
-        for piece in unzipped(packed, said):
-            with no_space_stops_the_run():
-                size += plain.write(piece)
-            if size > max_bytes:
-                large = f"unpacked, it has more than {max_bytes} bytes; see api.max_size"
-                raise ObjectFailed("too_large", large, permanent=True)
-        plain.seek(0)
-        on_failure.pop_all()
-    return plain, size
-
-
-class S3Connection:
-    """The client that all threads share. With a `stop`, it waits for an S3 that is away or asks for fewer requests.
-
-    Raises RunError if the AWS configuration cannot be used, or there are no credentials.
+    With a `stop`, it waits for an S3 that is away or asks for fewer requests. Raises RunError if the AWS configuration
+    cannot be used, or there are no credentials.
     """
 
-    def __init__(self, settings: Settings, stop: StopFlag | None) -> None:
-        self._options, self._stop, self._outage = settings.s3, stop, OutageMonitor("S3")
-        # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
-        self._connections = settings.run.workers + LIST_THREADS
+    client: "S3Client"  # made anew for another region
+
+    def __init__(self, settings: Settings, stop: StopFlag | None = None) -> None:
+        self._settings, self._stop, self._outage = settings, stop, OutageMonitor("S3")
+        self.name, self.output_name = settings.s3.bucket, settings.s3.output_bucket
+        self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._quiet_until, self._pause = 0.0, 0.0  # monotonic seconds; seconds
-        self.client: S3Client
-        self.connect(None)
-        Trouble.require_certificates(self.address, "AWS_CA_BUNDLE")
+        self.pages_asked = 0  # of listings
+        self._connect(settings.s3.region)
+        Trouble.require_certificates(self.client.meta.endpoint_url, "AWS_CA_BUNDLE")
 
     @property
-    def address(self) -> str:
-        """Where the buckets are."""
-        return str(self.client.meta.endpoint_url)
+    def endpoint(self) -> str:
+        """Where the buckets are, "aws" for Amazon's own S3: a bucket of the same name elsewhere is another one."""
+        address = self.client.meta.endpoint_url
+        host = f".{urllib.parse.urlsplit(address).hostname}"
+        return "aws" if host.endswith((".amazonaws.com", ".amazonaws.com.cn")) else address
 
-    @property
-    def is_amazon(self) -> bool:
-        """Whether this is Amazon's own S3."""
-        return f".{urllib.parse.urlsplit(self.address).hostname}".endswith((".amazonaws.com", ".amazonaws.com.cn"))
+    # -- the client ----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def misconfigured(problem: Exception) -> RunError:
-        """What to say of an AWS configuration that leads nowhere."""
-        return usage_error(f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region")
-
-    def connect(self, region: str | None) -> None:
-        """Make the client anew, for a region if one is named. Raises RunError."""
+    def _connect(self, region: str | None) -> None:
+        """Make the client, for a region if one is named. Raises RunError."""
+        options = self._settings.s3
         config = botocore.config.Config(
             signature_version="s3v4",
             retries={"mode": "standard", "total_max_attempts": S3_ATTEMPTS},
-            max_pool_connections=self._connections,
+            # botocore's pool holds 10 by default: each worker beyond that would make a new connection for each object.
+            max_pool_connections=self._settings.run.workers + LIST_THREADS,
             connect_timeout=CONNECT_TIMEOUT_SECONDS,
             read_timeout=S3_TIMEOUT_SECONDS,
             user_agent_extra=f"s3_bulk_convert/{__version__}",
@@ -2516,33 +2470,32 @@ class S3Connection:
         # boto3 asks by `getpass`, which takes no other way where there is no terminal.
         vars(getpass)["fallback_getpass"] = self._refuse_prompt
         try:
-            region = region or self._options.region
-            session = boto3.session.Session(profile_name=self._options.profile, region_name=region)
+            session = boto3.session.Session(profile_name=options.profile, region_name=region)
             if session.get_credentials() is None:
                 hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
                 raise usage_error("there are no AWS credentials", hint)
-            self.client = session.client("s3", endpoint_url=self._options.endpoint_url, config=config)
+            self.client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
             # The address may come from the AWS configuration as well: only a client knows it.
-            if not self.is_amazon:
+            if self.endpoint != "aws":
                 # Others refuse the checksums that boto3 sends behind a body, unless the user says otherwise.
                 names = ("request_checksum_calculation", "response_checksum_validation")
                 plain: Any = {name: "when_required" for name in names if f"AWS_{name.upper()}" not in os.environ}
                 config = config.merge(botocore.config.Config(**plain))
-                self.client = session.client("s3", endpoint_url=self._options.endpoint_url, config=config)
+                self.client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
         except (BotoCoreError, ClientError, ValueError, OSError) as problem:
-            raise self.misconfigured(problem) from None
+            raise misconfigured(problem) from None
         events = self.client.meta.events
         if self._stop:
             events.register_first("needs-retry.s3", partial(self._ride_out, self._stop))
             events.register_first("before-send.s3", partial(self._wait_while_quiet, self._stop))
-        if self._options.requester_pays:
+        if options.requester_pays:
             events.register("before-sign.s3.GetObject", self._sign_payer)
         # The first wildcard matters: so it comes before botocore's own handler of errors in a 200.
-        events.register("before-parse.*.ListObjectsV2", self._keep_body)
+        events.register("before-parse.*.ListObjectsV2", self._parse_page)
 
     @staticmethod
     def _refuse_prompt(*_: object, **__: object) -> NoReturn:
-        """Refuse to ask for the MFA code of a profile: boto3 would read it from stdin, and wait for ever."""
+        # For the MFA code of a profile, which boto3 would read from stdin, and wait for ever.
         hint = "give the keys of a session (aws sts get-session-token), or an s3.profile without mfa_serial"
         raise usage_error("the AWS profile wants an MFA code, and there is no terminal to ask for it", hint)
 
@@ -2573,66 +2526,44 @@ class S3Connection:
             request.params = {**(request.params or {}), "x-amz-request-payer": "requester"}
 
     @staticmethod
-    def _keep_body(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-        """Take a page's body past boto3's parser, which takes ten times as long as all the rest."""
-        if response_dict["status_code"] == 200 and b"ListBucketResult" in response_dict["body"][:300]:
-            customized_response_dict["Body"] = response_dict["body"]
+    def _parse_page(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+        # In place of boto3's parser, which takes ten times as long as all the rest.
+        if response_dict["status_code"] == 200 and b"<Error" not in response_dict["body"][:300]:
+            try:
+                customized_response_dict["Page"] = Page.parse(response_dict["body"])
+            except (ValueError, ElementTree.ParseError) as problem:
+                customized_response_dict["Problem"] = str(problem)
             response_dict["body"] = b"<ListBucketResult/>"
-
-
-class Bucket:
-    """The source bucket and the output bucket."""
-
-    def __init__(self, settings: Settings, stop: StopFlag | None = None) -> None:
-        self._options, self.name, self.output_name = settings.s3, settings.s3.bucket, settings.s3.output_bucket
-        self._connection = S3Connection(settings, stop)
-        # What another of the configured jobs has made is not to be replaced.
-        self._presigns = settings.api.transfer != "upload"
-        self._adopts, self._max_size = settings.run.skip_existing, settings.api.max_size
-        self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
-        self.pages_asked = 0  # of listings
-
-    @property
-    def client(self) -> "S3Client":
-        """The client of the moment: it changes with the region."""
-        return self._connection.client
-
-    @property
-    def endpoint(self) -> str:
-        """Where the buckets are: a bucket of the same name elsewhere is another one."""
-        return "aws" if self._connection.is_amazon else self._connection.address
-
-    # -- buckets and listings ------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise RunError if a bucket does not exist or cannot be reached. Learns the source bucket's region."""
         for name in dict.fromkeys((self.name, self.output_name)):
             try:
-                headers = self.client.head_bucket(Bucket=name)["ResponseMetadata"]["HTTPHeaders"]
+                reply: Any = self.client.head_bucket(Bucket=name)
             except (ClientError, BotoCoreError) as error:
                 # 403 is not the last word: a policy may allow listing below a prefix only, or writing only.
                 self._require_bucket(name, error_code(error))
                 if not isinstance(error, ClientError) or error_code(error) == "407":
-                    raise s3_failure(error, f"access to the bucket {name}", "") from None
-                headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+                    raise s3_failure(error, f"access to the bucket {name}") from None
+                reply = error.response
             except OSError as problem:
-                raise S3Connection.misconfigured(problem) from None
-            region = headers.get("x-amz-bucket-region", "")
+                raise misconfigured(problem) from None
+            region = reply["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region")
             # A URL signed for another region is refused by Amazon, where a client's own requests are redirected.
             is_elsewhere = region and name == self.name and region != self.client.meta.region_name
-            if is_elsewhere and not self._options.endpoint_url:
-                self._connection.connect(region)
+            if is_elsewhere and not self._settings.s3.endpoint_url:
+                self._connect(region)
 
     def _require_bucket(self, name: str, code: str) -> None:
         """Raise RunError if a HEAD's code says that there is no such bucket, or that it is in another region."""
-        address = self._connection.address
+        address = self.client.meta.endpoint_url
         if code in {"404", "NoSuchBucket"}:
             is_inside = name in address
             where = f" at {address}" if is_inside else ""
             hint = "take the bucket out of s3.endpoint_url, which is the address of all buckets"
             hint = hint if is_inside else "correct s3.bucket or s3.output_bucket"
             raise RunError(f"the bucket {name} does not exist{where}", hint, code="s3")
-        if code == "400" and self._presigns:
+        if code == "400" and self._settings.api.transfer != "upload":
             # boto3 finds the region for its own requests alone: URLs would keep the wrong one.
             with contextlib.suppress(ClientError, BotoCoreError):  # the run's own listing will say why
                 self.client.list_objects_v2(Bucket=name, MaxKeys=1, **self._payer)
@@ -2640,37 +2571,28 @@ class Bucket:
                 hint = "correct s3.region (or that of the AWS configuration), and run it again"
                 raise RunError(message, hint, code="s3")
 
+    # -- listings ------------------------------------------------------------------------------------------------------
+
     def list_pages(self, prefix: str, max_parallel: Callable[[], int]) -> Generator[list[SourceObject], None, None]:
-        """The objects whose keys begin with `prefix`, a page at a time; see ParallelLister. Raises RunError."""
-        return ParallelLister(partial(self._fetch_page, self.name, ""), prefix, max_parallel).pages()
+        """The sources whose keys begin with a prefix, by pages; see `list_side_by_side`. Raises RunError."""
+        return list_side_by_side(partial(self.read_page, self.name, code=""), prefix, max_parallel)
 
-    def read_page(self, bucket: str, prefix: str, **where: str) -> Page:
-        """One page of a listing. Raises ObjectFailed if it is refused, RunError if it breaks off."""
-        return self._fetch_page(bucket, "listing_refused", prefix, **where)()
+    def read_page(self, bucket: str, prefix: str, code: str = "listing_refused", **where: str) -> Page:
+        """One page of a listing, at StartAfter or ContinuationToken.
 
-    def _fetch_page(self, bucket: str, code: str, prefix: str, **where: str) -> Callable[[], Page]:
-        """Fetch one page, at StartAfter or ContinuationToken; calling the result parses it. `code`: of a refusal."""
+        Raises ObjectFailed with the code if it is refused, RunError if there is none or if the listing breaks off.
+        """
         self.pages_asked += 1
-
-        def fetch() -> bytes:
-            request: Any = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **where, **self._payer}
+        request: Any = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **where, **self._payer}
+        # A page that is no whole page is asked for again: what ends early would leave objects out, unnoticed.
+        for _ in range(S3_ATTEMPTS):
             with translate_s3_errors(f"the listing of {bucket}", code):
                 reply: Any = self.client.list_objects_v2(**request, OptionalObjectAttributes=["RestoreStatus"])
-            return cast(bytes, reply.get("Body", b""))
-
-        body = fetch()
-
-        def parse() -> Page:
-            # A page that is no whole page is asked for again: what ends early would leave objects out, unnoticed.
-            for attempt in range(S3_ATTEMPTS):
-                try:
-                    return Page.parse(fetch() if attempt else body)
-                except (ValueError, ElementTree.ParseError) as error:
-                    problem = str(error)
-            hint = "check s3.endpoint_url and whether a proxy is on the way, and run it again"
-            raise RunError(f"the listing of {bucket} breaks off: {problem}", hint, code="listing")
-
-        return parse
+            if page := reply.get("Page"):
+                return cast(Page, page)
+        problem = reply.get("Problem", "an error in place of a page")
+        hint = "check s3.endpoint_url and whether a proxy is on the way, and run it again"
+        raise RunError(f"the listing of {bucket} breaks off: {problem}", hint, code="listing")
 
     def find(self, key: str) -> SourceObject | None:
         """One object as a listing shows it; None if it is not there. Raises RunError."""
@@ -2681,7 +2603,7 @@ class Bucket:
 
     # -- looks ---------------------------------------------------------------------------------------------------------
 
-    def _head(self, bucket: str, key: str, code: str) -> Any:
+    def _head(self, bucket: str, key: str, code: str = "look_failed") -> Any:
         """What a HEAD says; None for an object that is not there. Raises ObjectFailed with the code, RunError."""
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)
@@ -2695,7 +2617,7 @@ class Bucket:
 
     def head_output(self, key: str) -> Any:
         """What a HEAD says of an output key; None if nothing lies there. Raises ObjectFailed, RunError."""
-        return self._head(self.output_name, key, "look_failed")
+        return self._head(self.output_name, key)
 
     def look_at_source(self, listed: SourceObject) -> SourceFacts:
         """What there is of a source right now, in the version that was listed, if one was.
@@ -2707,23 +2629,24 @@ class Bucket:
         except ObjectFailed as failure:
             # A HEAD's refusal has no body: a GET says why. To who may not list, S3 refuses what does not exist, too.
             if failure.code == "source_unreadable":
-                self.open_source(SourceFacts(listed.key, "", 0, 0.0, "", {}))[0].close()
+                self.open_source(SourceFacts(listed.key, "", 0, 0.0, {}))[0].close()
             raise
         if head is None:
             raise ObjectFailed("source_gone", "there is no object with this key")
-        written = datetime.fromtimestamp(listed.modified, timezone.utc) if listed.version else None
-        head = {**({"ContentLength": listed.size, "LastModified": written} if written else {}), **head}
+        if listed.version:
+            written = datetime.fromtimestamp(listed.modified, timezone.utc)
+            head = {"ContentLength": listed.size, "LastModified": written, **head}
         if not {"ContentLength", "LastModified"} <= head.keys():
-            message = (
-                f"S3 does not say how long and how old an object of {self.name} is (Content-Length, Last-Modified)"
+            raise RunError(
+                f"S3 does not say how long and how old an object of {self.name} is (Content-Length, Last-Modified)",
+                "go around the proxy or gateway that hides it, or leave out --keys-from, and run it again",
+                code="s3",
             )
-            hint = "go around the proxy or gateway that hides it, or leave out --keys-from, and run it again"
-            raise RunError(message, hint, code="s3")
         size, modified = head["ContentLength"], head["LastModified"].timestamp()
-        version = etag_of(head) or f"{size}@{modified:.0f}"
-        seen = SourceFacts(listed.key, version, size, modified, head.get("ContentEncoding", ""), head)
+        version = bare_etag(head.get("ETag")) or f"{size}@{modified:.0f}"
+        seen = SourceFacts(listed.key, version, size, modified, head)
         if listed.version and not seen.is_version_of(listed):
-            raise ObjectFailed("source_changed", "the object was overwritten after it was listed")
+            raise ObjectFailed(*SOURCE_CHANGES["412"])
         # Intelligent-Tiering says in a header of its own that an object cannot be read before it is restored.
         is_archived = head.get("StorageClass") in ARCHIVE_CLASSES or head.get("ArchiveStatus")
         if is_archived and 'ongoing-request="false"' not in head.get("Restore", ""):
@@ -2736,10 +2659,8 @@ class Bucket:
 
     def require_unchanged(self, source: SourceFacts) -> None:
         """Raise ObjectFailed if a source is not what it was at the first look, or was put there anew."""
-        head = self._head(self.name, source.key, "look_failed")
-        if head is None or any(
-            head.get(name) != source.head.get(name) for name in ("ETag", "LastModified", "VersionId")
-        ):
+        head = self._head(self.name, source.key) or {}
+        if any(head.get(name) != source.head.get(name) for name in ("ETag", "LastModified", "VersionId")):
             said = "the object was overwritten or deleted while it was converted: the result is dropped"
             raise ObjectFailed("source_changed", said)
 
@@ -2755,7 +2676,7 @@ class Bucket:
                 continue
             kind, collision = self._judge(task, source, key, head)
             if kind:
-                return kind, StoredOutput(key, etag_of(head), head.get("ContentLength", 0))
+                return kind, StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", 0))
             if collision:
                 break
         if task.holder:
@@ -2777,7 +2698,7 @@ class Bucket:
         is_of_key = source_key_metadata(source.key).items() <= metadata.items()
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
         is_same = is_of_key and metadata["source-etag"] == source.version and fingerprint == task.fingerprint
-        if is_same and self._adopts:
+        if is_same and self._settings.run.skip_existing:
             return OutcomeKind.FOUND, ""
         if not is_of_key or bucket != self.name:
             owner = urllib.parse.unquote(metadata.get("source-key", "another object"))
@@ -2789,7 +2710,7 @@ class Bucket:
     def is_no_source(self, key: str) -> bool | None:
         """Whether nothing is there, or an output of this program, so that it wants no output key; None: unknown."""
         try:
-            head = self._head(self.name, key, "look_failed")
+            head = self._head(self.name, key)
         except ObjectFailed:
             return None
         return head is None or is_own_metadata(head["Metadata"])
@@ -2815,13 +2736,39 @@ class Bucket:
         return reply["Body"], int(reply.get("ContentLength", source.size))
 
     def open_upload(self, source: SourceFacts) -> tuple[IO[bytes], int]:
-        """The bytes that a source stands for, and how many there are: what S3 keeps packed is unpacked."""
+        """The bytes that a source stands for, and how many there are: what S3 keeps packed is unpacked.
+
+        Raises as `open_source`, and ObjectFailed if the bytes cannot be unpacked, or are too many.
+        """
         body, length = self.open_source(source)
         # Other codings are about the transport (aws-chunked), or no codings at all (identity, utf-8).
-        codings = [coding.strip().lower() for coding in source.encoding.split(",")]
+        codings = [coding.strip().lower() for coding in source.head.get("ContentEncoding", "").split(",")]
         known = {"br", "compress", "deflate", "gzip", "zstd"}
         packing = ", ".join(coding for coding in codings if coding.removeprefix("x-") in known)
-        return unpack(body, packing, self._max_size) if packing else (body, length)
+        if not packing:
+            return body, length
+        said = f"its Content-Encoding is {packing}, and it cannot be unpacked"
+        size, most = 0, self._settings.api.max_size
+        with contextlib.closing(body), no_space_stops_the_run(), contextlib.ExitStack() as on_failure:
+            if packing.removeprefix("x-") != "gzip":
+                raise ObjectFailed("source_unreadable", f"{said} here; store it as it is, or in gzip", permanent=True)
+            # Nobody knows before how many bytes there are.
+            plain, unpacked = on_failure.enter_context(temporary_file()), gzip.GzipFile(fileobj=body)
+            try:
+                while size <= most and (piece := unpacked.read(CHUNK_BYTES)):
+                    size += plain.write(piece)
+            except BotoCoreError as error:
+                raise ObjectFailed("network", f"reading the source broke off: {type(error).__name__}") from None
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                # One that ends early may have been cut on the way.
+                is_damaged = not isinstance(error, EOFError)
+                raise ObjectFailed("source_unreadable", f"{said}: {error}", permanent=is_damaged) from None
+            if size > most:
+                large = f"unpacked, it has more than {most} bytes; see api.max_size"
+                raise ObjectFailed("too_large", large, permanent=True)
+            plain.seek(0)
+            on_failure.pop_all()
+        return plain, size
 
     @contextlib.contextmanager
     def fetched(self, url: str) -> Iterator[IO[bytes]]:
@@ -2845,18 +2792,15 @@ class Bucket:
                 reply = self._head(self.output_name, key, "store_failed") or {}
             else:
                 reply = self.client.put_object(Bucket=self.output_name, Key=key, Body=file.body, **extra)
-        return StoredOutput(key, etag_of(reply), file.size)
+        return StoredOutput(key, bare_etag(reply.get("ETag")), file.size)
 
     def copy(self, task: Task, source: SourceFacts) -> StoredOutput:
         """Copy an object that is in the target format already, within S3, in the version that was looked at."""
         key, extra = task.output_key, self.output_arguments(task, source)
-        place: Any = {"Bucket": self.name, "Key": source.key}
         # MetadataDirective=REPLACE drops all that is not named again. Of what is not ASCII, boto3 makes a request that
         # S3 refuses.
         names = ("ContentType", "ContentEncoding", "ContentDisposition", "ContentLanguage", "CacheControl")
-        said = {
-            name: source.head[name] for name in names if source.head.get(name, "").isascii() and source.head.get(name)
-        }
+        said = {name: value for name in names if (value := source.head.get(name)) and value.isascii()}
         if FileType.plain_type(said.get("ContentType", "")) in GENERIC_TYPES:
             said["ContentType"] = FileType.media_type_of(task.target)
         own = {name: value for name, value in source.head["Metadata"].items() if value and value.isascii()}
@@ -2864,14 +2808,14 @@ class Bucket:
         if source.object.if_match:
             extra["CopySourceIfMatch"] = source.object.if_match
         with translate_s3_errors(f"writing {printable(key)}", "store_failed", is_of_source=True):
-            parts = TransferConfig(use_threads=False)
-            self.client.copy(place, self.output_name, key, ExtraArgs=extra, Config=parts)
+            parts, place = TransferConfig(use_threads=False), {"Bucket": self.name, "Key": source.key}
+            self.client.copy(cast(Any, place), self.output_name, key, ExtraArgs=extra, Config=parts)
         head = self._head(self.output_name, key, "store_failed") or {}
-        return StoredOutput(key, etag_of(head), head.get("ContentLength", source.size))
+        return StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", source.size))
 
     def output_arguments(self, task: Task, source: SourceFacts) -> dict[str, Any]:
         """How an output is to be written, and what it says of itself."""
-        options = self._options
+        options = self._settings.s3
         named = {
             "StorageClass": options.storage_class,
             "ServerSideEncryption": options.sse,
@@ -2880,12 +2824,9 @@ class Bucket:
             "CacheControl": options.cache_control,
         }
         # S3 takes ASCII only in metadata.
-        metadata = {
-            **source_key_metadata(source.key),
-            "source-etag": source.version,
-            "job": urllib.parse.quote(task.job),
-        }
-        metadata |= {"job-fingerprint": task.fingerprint, "source-bucket": urllib.parse.quote(self.name)}
+        job, bucket = urllib.parse.quote(task.job), urllib.parse.quote(self.name)
+        metadata = {"source-bucket": bucket, "source-etag": source.version, **source_key_metadata(source.key)}
+        metadata |= {"job": job, "job-fingerprint": task.fingerprint}
         return {"Metadata": metadata, **self._payer, **{name: value for name, value in named.items() if value}}
 
 
@@ -6477,7 +6418,7 @@ class Diagnostics:
         # The key is drawn: neither an object of yours nor the probe of another check is ever overwritten.
         key = f"{prefix}.s3_bulk_convert-check-{os.urandom(8).hex()}"
         task = Task("check", "", SourceObject(key), self.settings.jobs[0].options.target, None, key)
-        arguments = bucket.output_arguments(task, SourceFacts(key, "", 0, 0.0, "", {}))
+        arguments = bucket.output_arguments(task, SourceFacts(key, "", 0, 0.0, {}))
         needs = f"allow s3:PutObject on {name}/{prefix}* (with s3.acl s3:PutObjectAcl, with a KMS key "
         needs += "kms:GenerateDataKey), and check s3.storage_class, s3.sse, s3.acl"
         with (

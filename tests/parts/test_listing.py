@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import s3_bulk_convert as program
-from s3_bulk_convert import Page, ParallelLister, SourceObject
+from s3_bulk_convert import Page, SourceObject, list_side_by_side
 from tests.test_s3_server import DOTTED_KEYS, ODD_KEYS
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
@@ -31,7 +31,7 @@ WRITTEN = "2026-09-21T14:13:20.000Z"
 @pytest.fixture(autouse=True)
 def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every page makes the reader wait long enough to want more at a time."""
-    monkeypatch.setattr(program.ParallelLister, "PAGE_WAIT_SECONDS", -1.0)
+    monkeypatch.setattr(program.KeyRange, "PAGE_WAIT_SECONDS", -1.0)
 
 
 class SortedKeys:
@@ -59,15 +59,10 @@ class SortedKeys:
         objects = [SourceObject(key, "e1", 7, "") for key in shown]
         return Page(objects, is_last, "" if is_last else f"0:{shown[-1]}")
 
-    def fetch_page(self, prefix: str, **where: str) -> Callable[[], Page]:
-        """One page, fetched."""
-        page = self.read_page(prefix, **where)
-        return lambda: page
-
 
 def listed(bucket: SortedKeys, prefix: str, max_parallel: Callable[[], int]) -> list[str]:
     """The keys of all pages, in the order in which they come."""
-    return [found.key for page in ParallelLister(bucket.fetch_page, prefix, max_parallel).pages() for found in page]
+    return [found.key for page in list_side_by_side(bucket.read_page, prefix, max_parallel) for found in page]
 
 
 KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
@@ -103,7 +98,7 @@ def test_where_one_page_is_read_at_a_time_the_keys_come_in_order_page_by_page() 
 
 def test_one_page_is_read_ahead_and_no_more() -> None:
     bucket = SortedKeys([f"{number:03}" for number in range(20)])
-    pages = ParallelLister(bucket.fetch_page, "", lambda: 1).pages()
+    pages = list_side_by_side(bucket.read_page, "", lambda: 1)
     assert [found.key for found in next(pages)] == ["000", "001", "002"]
     pages.close()
     assert len(bucket.requests) <= 2
@@ -160,16 +155,16 @@ def test_pages_are_read_side_by_side_where_the_reader_waits_for_them(name: str) 
     bucket = SortedKeys(DISTRIBUTIONS[name], PAGE_KEYS)
     on_their_way, gate = [0, 0], threading.Condition()  # now, and at the most
 
-    def fetch_page(prefix: str, **where: str) -> Callable[[], Page]:
+    def read_page(prefix: str, **where: str) -> Page:
         with gate:
             on_their_way[0] += 1
             on_their_way[1] = max(on_their_way)
             # Until as many are on their way as may be; the first ones come alone.
             gate.wait_for(lambda: on_their_way[0] >= 8, timeout=0.002)
             on_their_way[0] -= 1
-        return bucket.fetch_page(prefix, **where)
+        return bucket.read_page(prefix, **where)
 
-    assert sum(len(page) for page in ParallelLister(fetch_page, "", lambda: 8).pages()) == len(bucket.keys)
+    assert sum(len(page) for page in list_side_by_side(read_page, "", lambda: 8)) == len(bucket.keys)
     assert on_their_way[1] == 8
     # Nearly all of them: what is read one after the other would be a request for each page by its token.
     starts = [where for where in bucket.requests if "StartAfter" in where]
@@ -184,13 +179,13 @@ def test_pages_are_read_side_by_side_where_the_reader_waits_for_them(name: str) 
 def test_an_error_of_one_page_is_the_listing_s() -> None:
     bucket = SortedKeys([f"{number:03}" for number in range(50)])
 
-    def fetch_page(prefix: str, **where: str) -> Callable[[], Page]:
+    def read_page(prefix: str, **where: str) -> Page:
         if where.get("StartAfter", where.get("ContinuationToken", "").removeprefix("0:")) > "011":
             raise program.RunError("S3 refused", "try again")
-        return bucket.fetch_page(prefix, **where)
+        return bucket.read_page(prefix, **where)
 
     with pytest.raises(program.RunError, match="S3 refused"):
-        list(ParallelLister(fetch_page, "", lambda: 4).pages())
+        list(list_side_by_side(read_page, "", lambda: 4))
 
 
 @pytest.mark.parametrize("width", [1, 16])
@@ -205,11 +200,11 @@ def test_a_listing_in_another_order_stops_the_run(width: int) -> None:
 def test_a_server_that_knows_no_start_after_stops_the_run() -> None:
     bucket = SortedKeys([f"{number:03}" for number in range(200)])
 
-    def fetch_page(prefix: str, **where: str) -> Callable[[], Page]:
-        return bucket.fetch_page(prefix, **{**where, "StartAfter": ""})
+    def read_page(prefix: str, **where: str) -> Page:
+        return bucket.read_page(prefix, **{**where, "StartAfter": ""})
 
     with pytest.raises(program.RunError, match="order that S3 promises"):
-        list(ParallelLister(fetch_page, "", lambda: 16).pages())
+        list(list_side_by_side(read_page, "", lambda: 16))
 
 
 class Outputs(program.Bucket):

@@ -11,6 +11,7 @@ from botocore.exceptions import ClientError
 
 import s3_bulk_convert as program
 from s3_bulk_convert import OutcomeKind, SourceFacts, SourceObject, Task
+from tests.parts.test_looking import settings
 
 ADOPTED, FOUND = OutcomeKind.ADOPTED, OutcomeKind.FOUND
 FREE, FOREIGN = "may be written", "output_collision"
@@ -21,12 +22,9 @@ class Heads(program.Bucket):
 
     def __init__(self, answer: str | dict[str, str], *, written: float = 0.0, adopts: bool = True) -> None:
         self.name, self.output_name, self._payer, self._answer = "in", "out", {}, answer
-        self._adopts, self._written = adopts, datetime.fromtimestamp(written, timezone.utc)
-
-    @property
-    def client(self) -> Any:
-        """What answers."""
-        return self
+        self._settings = settings(f"run.skip_existing={adopts}")
+        self._written = datetime.fromtimestamp(written, timezone.utc)
+        self.client = cast(Any, self)
 
     def head_object(self, **_: str) -> dict[str, Any]:
         """Answer as boto3 does."""
@@ -36,7 +34,7 @@ class Heads(program.Bucket):
         raise ClientError({"Error": {"Code": self._answer}, "ResponseMetadata": status}, "HeadObject")
 
 
-SOURCE = SourceFacts("k.png", "e", 1, 100.0, "", {})
+SOURCE = SourceFacts("k.png", "e", 1, 100.0, {})
 TASK = Task("j", "f", SourceObject("k.png", "e", 1), "jpg", None, "k.jpg", look=True, rivals=(("g", "another"),))
 OURS = {"source-key": "k.png", "source-etag": "e", "source-bucket": "in", "job": "j", "job-fingerprint": "f"}
 

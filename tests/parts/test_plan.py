@@ -60,7 +60,7 @@ class FakeBucket(program.Bucket):
             self.pages_read += 1
             yield [source for source in page if source.key.startswith(prefix)]
 
-    def read_page(self, bucket: str, prefix: str, **where: str) -> program.Page:
+    def read_page(self, bucket: str, prefix: str, code: str = "", **where: str) -> program.Page:
         """All outputs behind a key."""
         after = where["StartAfter"]
         keys = sorted(key for key in self.outputs if key > after and key.startswith(prefix))
@@ -301,7 +301,7 @@ def test_outputs_that_may_not_be_listed_are_all_looked_at(path: Path) -> None:
     class Closed(FakeBucket):
         """A bucket whose outputs may not be listed."""
 
-        def read_page(self, bucket: str, prefix: str, **where: str) -> program.Page:
+        def read_page(self, bucket: str, prefix: str, code: str = "", **where: str) -> program.Page:
             raise program.ObjectFailed("AccessDenied", "no")
 
     assert feed(Closed(pages_of("a.png", "b.png")), path).fates == {"a.png": "look", "b.png": "look"}
@@ -552,7 +552,7 @@ def test_a_page_whose_outputs_cannot_be_seen_is_as_if_it_had_not_been_listed(pat
     class Broken(FakeBucket):
         """A bucket whose outputs can be listed once."""
 
-        def read_page(self, bucket: str, prefix: str, **where: str) -> program.Page:
+        def read_page(self, bucket: str, prefix: str, code: str = "", **where: str) -> program.Page:
             if self.pages_read > 1:
                 raise RunError("S3 went away", "run it again")
             # Not the last page, so that the emptiness behind it is not known.

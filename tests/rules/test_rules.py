@@ -187,7 +187,7 @@ def test_every_upload_name_is_plain_and_tells_the_same_format(key: str) -> None:
 ########################################################################
 
 
-FACTS = program.SourceFacts("photos/a.heic", "0cc175b9c0f1b6a831c399e269772661", 1234, NOW, "", {})
+FACTS = program.SourceFacts("photos/a.heic", "0cc175b9c0f1b6a831c399e269772661", 1234, NOW, {})
 PLACE = "converted/{dir}{stem}.{target}"
 
 
