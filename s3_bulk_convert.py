@@ -1663,7 +1663,7 @@ CREATE TABLE postponed (job TEXT, key TEXT, etag TEXT, size INTEGER, time TEXT, 
 """
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """The checkpoint as one configuration sees it. Safe to use from several threads.
 
     `read_only`: no file is made or changed, while a run may be at work on it; a missing one is empty. `endpoint`:
@@ -1691,9 +1691,6 @@ class Journal:
             self._temporary = sqlite3.connect("", isolation_level=None, check_same_thread=False)
             self._temporary.executescript(f"PRAGMA journal_mode = OFF; {TEMPORARY_SCHEMA}")
             on_failure.pop_all()
-
-    def __enter__(self) -> "Journal":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._lock, contextlib.suppress(sqlite3.Error):
@@ -1770,7 +1767,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Say what an error of SQLite's means for a person. A full disk stops the run; nothing is overwritten."""
+        """The lock. What an error of SQLite's means for a person is said here; nothing is ever overwritten."""
         try:
             with self._lock:
                 yield
@@ -1818,10 +1815,14 @@ class Journal:
             self.run_id = db.execute("INSERT INTO runs (started) VALUES (?)", (now,)).lastrowid or 1
         self._next_id = self.run_id << 32
 
-    def end_run(self, now: float, exit_code: int) -> None:
-        """Write down how the run ended."""
+    def end_run(self, now: float, exit_code: int, *, has_seen_all: bool) -> None:
+        """Write down how the run ended. `has_seen_all`: what no run has met for a week belongs to deleted objects."""
         with self._transaction() as db:
             db.execute("UPDATE runs SET ended = ?, exit_code = ? WHERE id = ?", (now, exit_code, self.run_id))
+            if has_seen_all:
+                ours = "SELECT id FROM jobs WHERE endpoint = ? AND bucket = ?"
+                values = (now - 7 * 86_400, self._endpoint, self._bucket)
+                db.execute(f"DELETE FROM in_flight WHERE sent_at < ? AND job IN ({ours})", values)
 
     def claim(self, claims: Sequence[tuple[str, str, str]], *, anew: bool = False) -> dict[str, tuple[str, str]]:
         """Claim slots for (slot, job, key). Slot -> (job, key) that has it in this run: the first; `anew`: the last."""
@@ -1929,13 +1930,6 @@ class Journal:
     def _replace_request(self, db: sqlite3.Connection, task: Task, request: PendingRequest) -> None:
         row = (self._job_ids[task.job], task.source.key, *request, self.slot(task.output_key))
         db.execute(f"INSERT OR REPLACE INTO in_flight VALUES (?{', ?' * 10})", row)
-
-    def purge_requests(self, before: float) -> None:
-        """Drop this bucket's unsettled requests from before a time (Unix seconds), which no run has met since."""
-        ours = "SELECT id FROM jobs WHERE endpoint = ? AND bucket = ?"
-        with self._transaction() as db:
-            values = (before, self._endpoint, self._bucket)
-            db.execute(f"DELETE FROM in_flight WHERE sent_at < ? AND job IN ({ours})", values)
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -3088,11 +3082,10 @@ class Planner:
 
     def __init__(self, settings: Settings, bucket: Bucket, journal: Journal, stop: StopFlag) -> None:
         self.settings, self.bucket, self.journal, self._stop = settings, bucket, journal, stop
-        # Sorted by name: of two jobs that want one output key for an object, the first keeps it, in every run.
-        jobs = sorted(settings.jobs, key=lambda job: job.name)
-        self.matchers = {job.name: JobMatcher(job, time.time()) for job in jobs}
+        # By name, as the settings have them: of two jobs that want one output key, the first keeps it, in every run.
+        self.matchers = {job.name: JobMatcher(job, time.time()) for job in settings.jobs}
         self._own_prefixes = settings.own_prefixes
-        self._own_endings = (*(f".{job.options.target}" for job in jobs), ".zip", "/")
+        self._own_endings = (*(f".{job.options.target}" for job in settings.jobs), ".zip", "/")
         self._outputs = OutputLister(bucket)
         self._unmarked_looks = 16  # at keys that look like outputs, for a warning
         self.warnings: dict[str, str] = {}  # by kind: what a person should know
@@ -5741,11 +5734,9 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         progress.finish()
         # All outcomes are settled: that there is no room for this is not the run's failure.
         with contextlib.suppress(RunError):
-            journal.end_run(time.time(), report.exit_code)
             # A file of keys names some objects, and a request for another one is as much needed as before.
-            if not (report.reason or settings.keys_from):
-                # A request that no run has met for a week belongs to a deleted object.
-                journal.purge_requests(time.time() - 7 * 86_400)
+            has_seen_all = not (report.reason or settings.keys_from)
+            journal.end_run(time.time(), report.exit_code, has_seen_all=has_seen_all)
         for kind, warning in feeder.planner.warnings.items():
             log.warning("%s", warning, extra=log_fields("warning", kind=kind))
         OutputFile("run.summary", settings.run.summary).replace(json.dumps(report.summary(), indent=2) + "\n")
