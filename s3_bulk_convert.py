@@ -984,16 +984,6 @@ class Settings:
     log_format: str = "text"
     key_problem: str = ""  # why there is no API key, for commands that can do without
 
-    def for_shard(self, shard: Shard) -> "Settings":
-        """The same for one shard: with files of its own and its share of the cap, which may be 0.
-
-        The rate stays: the rate limiter divides it, because what the API allows is divided too.
-        """
-        run, most = self.run, self.api.max_conversions
-        named: dict[str, Any] = {name: shard.file(path) for name in OUTPUT_FILES if (path := getattr(run, name))}
-        share = None if most is None else shard.share(most)
-        return replace(self, api=replace(self.api, max_conversions=share), run=replace(run, **named), shard=shard)
-
     def puts_among_sources(self, job: Job) -> bool:
         """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
         return self.s3.is_one_bucket and not job.constant_prefix
@@ -1019,7 +1009,7 @@ class RawOption(NamedTuple):
 
     @classmethod
     def from_ini(cls, path: Path, *, required: bool) -> "list[RawOption]":
-        """The values in an INI file, without interpolation. Raises RunError if it cannot be read."""
+        """The values in an INI file. Raises RunError if it cannot be read."""
         # No interpolation: a % in a key is a %. No default section: its options would turn up in every other one.
         parser = configparser.ConfigParser(interpolation=None, default_section="\0")
         compare, give = "compare it with config.example.ini", "give the INI file with -c, or copy config.example.ini"
@@ -1180,7 +1170,11 @@ def load_settings(
         look = "compare it with config.example.ini" if in_file else "see --help and config.example.ini"
         message = f"{file if in_file else 'the configuration'} has {pluralize(len(told), 'problem')}{lines}"
         raise usage_error(message, f"{look}; nothing was listed or converted")
-    return Settings(s3, replace(api, key=key), run, jobs, key_problem=key_problem).for_shard(shard)
+    # The rate is not divided here but by the rate limiter, because what the API allows is divided too.
+    cap = None if api.max_conversions is None else shard.share(api.max_conversions)
+    files: dict[str, Any] = {name: shard.file(path) for name in OUTPUT_FILES if (path := getattr(run, name))}
+    api, run = replace(api, key=key, max_conversions=cap), replace(run, **files)
+    return Settings(s3, api, run, jobs, shard, key_problem=key_problem)
 
 
 ########################################################################################################################
