@@ -1669,7 +1669,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def __init__(self, path: Path, endpoint: str, settings: Settings, *, read_only: bool = False) -> None:
         self.path, self._endpoint, self._read_only = real_file(path), endpoint, read_only
         self._files = [self.path.with_name(self.path.name + ending) for ending in ("", "-wal", "-shm")]
-        self._bucket, self._output_bucket = settings.s3.bucket, settings.s3.output_bucket
+        self._bucket, self._output_bucket, self._jobs = settings.s3.bucket, settings.s3.output_bucket, settings.jobs
         # Feeder, workers and recorder share one connection: SQLite has one writer anyway, and this one need not wait.
         self._lock = threading.RLock()
         self.run_id = self._next_id = 0
@@ -1936,15 +1936,26 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """When the last run began and ended (Unix seconds), and its exit code; None before the first."""
         return next(iter(self._ask("SELECT started, ended, exit_code FROM runs ORDER BY id DESC LIMIT 1")), None)
 
-    def counts(self) -> Iterator["StateCounts"]:
-        """The states of all objects by job, counted by SQLite, so that ten million take seconds."""
+    def counts(self) -> Iterator[dict[str, Any]]:
+        """All jobs that it knows, with their objects by state, counted by SQLite: ten million take seconds."""
         newest = "SELECT max(id), event, permanent, CASE event WHEN 'failed' THEN code END AS code FROM log"
         query = f"SELECT event, permanent, code, count(*) FROM ({newest} WHERE job = ? GROUP BY key) GROUP BY 1, 2, 3"
-        for job in self._ask("SELECT id, bucket, fingerprint, name, target, output_bucket, output_key FROM jobs"):
-            states = {(event, bool(lasts), code or ""): count for event, lasts, code, count in self._ask(query, job[0])}
-            [(in_flight, oldest)] = self._ask("SELECT count(*), min(sent_at) FROM in_flight WHERE job = ?", job[0])
-            [(charged,)] = self._ask("SELECT count(*) FROM log WHERE job = ? AND charged_twice", job[0])
-            yield StateCounts(states, in_flight, oldest, charged, *job[1:])
+        names = ("bucket", "fingerprint", "job", "target", "output_bucket", "output_key")
+        for job, *row in self._ask("SELECT id, bucket, fingerprint, name, target, output_bucket, output_key FROM jobs"):
+            found: dict[str, Any] = dict(zip(names, row, strict=True))
+            # A job may have been renamed since, or have left the configuration.
+            made = tuple(found[name] for name in ("bucket", "fingerprint", "output_key"))
+            ours = (each.name for each in self._jobs if (self._bucket, each.fingerprint, each.place) == made)
+            found |= {"configured_as": next(ours, None), **dict.fromkeys(("converted", "found", "adopted"), 0)}
+            found |= {"failed_for_good": {}, "failed_for_now": {}}
+            for event, is_permanent, code, count in self._ask(query, job):
+                if event == OutcomeKind.FAILED.value:
+                    found["failed_for_good" if is_permanent else "failed_for_now"][code] = count
+                else:
+                    found[event] = count
+            [(in_flight, oldest)] = self._ask("SELECT count(*), min(sent_at) FROM in_flight WHERE job = ?", job)
+            [(charged,)] = self._ask("SELECT count(*) FROM log WHERE job = ? AND charged_twice", job)
+            yield {**found, "in_flight": in_flight, "oldest_sent_at": oldest, "possible_double_charges": charged}
 
     def history(self, key: str, most: int) -> list[dict[str, Any]]:
         """The newest rows of one object of this bucket in every job, newest first."""
@@ -1965,22 +1976,6 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def latencies(self) -> list[float]:
         """How many seconds conversions took, of some of them."""
         return [seconds for (seconds,) in self._ask("SELECT seconds FROM log WHERE event = 'converted' LIMIT 1000")]
-
-
-@dataclass(frozen=True)
-class StateCounts:
-    """What the checkpoint knows of one job. `states`: (event, is permanent, code) -> objects."""
-
-    states: Mapping[tuple[str, bool, str], int]
-    in_flight: int
-    oldest_sent_at: float | None  # Unix seconds
-    charged_twice: int
-    bucket: str
-    fingerprint: str
-    job: str
-    target: str
-    output_bucket: str
-    output_key: str
 
 
 def real_file(path: Path) -> Path:
@@ -3089,12 +3084,22 @@ class Planner:
 
         `max_parallel` says how many pages may be read at a time. Raises RunError, StopRequested.
         """
+        is_empty = not self.settings.keys_from and self.settings.shard.count == 1  # of a part, that may well be so
         for page in self.pages(max_parallel):
+            is_empty = is_empty and not page
             decisions = self.plan(page)
             self.journal.postpone([(each.job, each.source) for each in decisions if each.kind is DecisionKind.POSTPONE])
             yield decisions
+        if is_empty:
+            self.warnings["empty"] = "; ".join(self._empty_listings())
         for postponed in self.journal.postponed():
             yield [decision._replace(is_retry=True) for decision in self._decide(postponed, is_last=True)]
+
+    def _empty_listings(self) -> Iterator[str]:
+        for prefix in dict.fromkeys(job.prefix for job in self.settings.jobs):
+            near = f'; keys rarely begin with "/": did you mean "{prefix.lstrip("/")}"?' if prefix[:1] == "/" else ""
+            found = f"no key begins with {json.dumps(prefix, ensure_ascii=False)}" if prefix else "there is no object"
+            yield f"{found} in s3://{self.settings.s3.bucket}{near}"
 
     def pages(self, max_parallel: Callable[[], int]) -> Iterator[list[SourceObject]]:
         """What there is, by pages. A prefix inside another is part of its listing. Raises RunError, StopRequested."""
@@ -5427,9 +5432,7 @@ class Progress:
         fields = {"bucket": settings.s3.bucket, "jobs": [job.name for job in settings.jobs], "workers": workers}
         log.info("converting %s with %d workers", about, workers, extra=log_fields("start", **fields))
         if settings.retry_failed:
-            ours = {(settings.s3.bucket, job.fingerprint, job.place) for job in settings.jobs}
-            known = [each for each in journal.counts() if (each.bucket, each.fingerprint, each.output_key) in ours]
-            count = sum(number for each in known for (_, permanent, _), number in each.states.items() if permanent)
+            count = sum(sum(each["failed_for_good"].values()) for each in journal.counts() if each["configured_as"])
             message = f"--retry-failed: {pluralize(count, 'object')} that failed for good will be tried again"
             log.info("%s", message, extra=log_fields("retry", count=count))
 
@@ -5758,15 +5761,6 @@ def require_writable(name: str | None, option: str) -> None:
         raise usage_error(message, f"set {option} to another path") from None
 
 
-def empty_listing_warnings(settings: Settings) -> Iterator[str]:
-    """What may be wrong where a whole listing has nothing in it; a part of the work, or of the keys, may be empty."""
-    is_whole = not settings.keys_from and settings.shard.count == 1
-    for prefix in dict.fromkeys(job.prefix for job in settings.jobs if is_whole):
-        meant = f'; keys rarely begin with "/": did you mean "{prefix.lstrip("/")}"?' if prefix.startswith("/") else ""
-        said = f"no key begins with {json.dumps(prefix, ensure_ascii=False)}" if prefix else "there is no object"
-        yield f"{said} in s3://{settings.s3.bucket}{meant}"
-
-
 ########################################################################################################################
 # Looking. Commands that convert nothing and leave nothing behind: `--dry-run` and `--why` consume the decisions of the
 # plan, with a worker's looks where they decide; `--status` reads the checkpoint alone; `--check` does what a run does.
@@ -5890,13 +5884,11 @@ class Estimate:
             "seconds": round(in_one_run * max(60 / rate if rate else 0.0, latency / settings.run.workers)),
             "s3_requests": {"LIST": self.pages_asked, "HEAD": 2 * conversions, "COPY": copy}
             | dict.fromkeys(("GET", "PUT"), conversions),
-            "warnings": [*self._warnings(conversions, in_one_run), *self.plan_warnings],
+            "warnings": [*self.plan_warnings, *self._warnings(conversions, in_one_run)],
         }
 
     def _warnings(self, conversions: int, in_one_run: int) -> Iterator[str]:
         left, keep = self.usage.remaining, self.settings.api.keep_remaining
-        if not self.listed:
-            yield from empty_listing_warnings(self.settings)
         if left is None:
             unknown = f"what the month has left is not known ({self.usage_problem})"
             yield f"{unknown}, and plans may bill what is beyond it: see --limit"
@@ -5957,22 +5949,21 @@ class Status:
     def __init__(self, settings: Settings) -> None:
         self._settings, self._path = settings, Path(settings.run.checkpoint)
 
-    def lines(self) -> Iterator[str]:
-        """The answer. Raises RunError if there is no checkpoint."""
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON has it; times in Unix seconds. Raises RunError if there is no checkpoint."""
         holder = RunLock(self._path).holder()
         with Journal(self._path, "", self._settings, read_only=True) as journal:
             if not journal.is_there:
                 raise usage_error(f"there is no checkpoint {self._path}", self._where_else())
             size, written = journal.size_and_time()
-            yield f"checkpoint     {self._path}, {human_bytes(size)}"
-            yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
-            if (last := journal.last_run()) and not holder:
-                began, ended, code = last
-                how = f"ended {local_date(ended)} with exit code {code}" if ended else "did not come to its end"
-                yield f"last run       began {local_date(began)}, {how}"
-            yield f"last activity  {local_date(written)}"
-            for counts in journal.counts():
-                yield from self._job_lines(counts, is_at_work=bool(holder))
+            return {
+                "checkpoint": str(self._path),
+                "bytes": size,
+                "at_work": holder,
+                "last_run": journal.last_run(),
+                "last_activity": written,
+                "jobs": list(journal.counts()),
+            }
 
     def _where_else(self) -> str:
         stem, ending = os.path.splitext(self._path.name)
@@ -5981,30 +5972,41 @@ class Status:
                 return f"{path.name} is here: give --shard {found[1]}/{found[2]}"
         return "start it where the runs are started, or set run.checkpoint"
 
-    def _job_lines(self, counts: StateCounts, *, is_at_work: bool) -> Iterator[str]:
-        made = (counts.bucket, counts.fingerprint, counts.output_key)
-        # A job may have been renamed since, or have left the configuration.
-        bucket, jobs = self._settings.s3.bucket, self._settings.jobs
-        ours = (f"job {job.name}" for job in jobs if (bucket, job.fingerprint, job.place) == made)
-        job = next(ours, f"{counts.job}, no job of this configuration")
+    def lines(self) -> Iterator[str]:
+        """All of it in words."""
+        found = self.document()
+        holder, last = found["at_work"], found["last_run"]
+        yield f"checkpoint     {found['checkpoint']}, {human_bytes(found['bytes'])}"
+        yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
+        if last and not holder:
+            began, ended, code = last
+            how = f"ended {local_date(ended)} with exit code {code}" if ended else "did not come to its end"
+            yield f"last run       began {local_date(began)}, {how}"
+        yield f"last activity  {local_date(found['last_activity'])}"
+        for job in found["jobs"]:
+            yield from self._job_lines(job, is_at_work=bool(holder))
+
+    def _job_lines(self, job: Mapping[str, Any], *, is_at_work: bool) -> Iterator[str]:
+        ours = job["configured_as"]
+        named = f"job {ours}" if ours else f"{job['job']}, no job of this configuration"
         yield ""
-        yield f"s3://{counts.bucket} to {counts.target} in s3://{counts.output_bucket}/{counts.output_key}: {job}"
-        for kind in (OutcomeKind.CONVERTED, OutcomeKind.FOUND, OutcomeKind.ADOPTED):
-            number = counts.states.get((kind.value, False, ""), 0)
-            if number or kind is not OutcomeKind.ADOPTED:
-                yield f"  {kind.value:<11}  {number}"
-        for is_permanent, words in ((True, "for good"), (False, "for now")):
-            failed = (OutcomeKind.FAILED.value, is_permanent)
-            by_code = Counter({code: number for (*kind, code), number in counts.states.items() if (*kind,) == failed})
+        yield f"s3://{job['bucket']} to {job['target']} in s3://{job['output_bucket']}/{job['output_key']}: {named}"
+        yield f"  converted    {job['converted']}"
+        yield f"  found        {job['found']}"
+        if job["adopted"]:
+            yield f"  adopted      {job['adopted']}"
+        for state, words in (("failed_for_good", "for good"), ("failed_for_now", "for now")):
+            by_code = Counter(job[state])
             listed = ", ".join(f"{code} {count}" for code, count in by_code.most_common())
             yield f"  failed       {by_code.total()} {words}{listed and f': {listed}'}"
-        oldest = f", the oldest since {local_date(counts.oldest_sent_at)}" if counts.oldest_sent_at else ""
-        if is_at_work or not counts.in_flight:
-            yield f"  in flight    {counts.in_flight}{oldest}"
+        oldest = f", the oldest since {local_date(job['oldest_sent_at'])}" if job["oldest_sent_at"] else ""
+        if is_at_work or not job["in_flight"]:
+            yield f"  in flight    {job['in_flight']}{oldest}"
         else:
-            yield f"  interrupted  {counts.in_flight}, asked for again by the next run{oldest}"
-        if counts.charged_twice:
-            yield f"  warning      {pluralize(counts.charged_twice, 'conversion')} may have been charged twice"
+            yield f"  interrupted  {job['in_flight']}, asked for again by the next run{oldest}"
+        if job["possible_double_charges"]:
+            twice = pluralize(job["possible_double_charges"], "conversion")
+            yield f"  warning      {twice} may have been charged twice"
 
 
 # How "the next run would" ends: by the reason of a decision, or else by its kind.
@@ -6072,7 +6074,7 @@ class Why:
                 planned = output_key(job, self._key)
                 slot = journal.slot(planned)
                 _, holder = journal.holders([slot]).get(slot, ("", self._key if slot in stored else ""))
-                found = self._found(bucket, planned, source) if bucket else []
+                found = list(self._found(bucket, planned, source)) if bucket else []
                 if bucket and slot in stored and not found:
                     found = [("", f"it is missing: {printable(planned)} was stored, and is not there")]
                 holder = next((owner for owner, _ in found if owner), holder)
@@ -6097,14 +6099,13 @@ class Why:
             slot = printable(sent["slot"].partition("/")[2])
             yield f"in flight      since {local_date(sent['sent_at'])}, for {slot}, ETag {sent['etag']}"
 
-    def _found(self, bucket: Bucket, planned: str, source: SourceObject | None) -> list[tuple[str, str]]:
+    def _found(self, bucket: Bucket, planned: str, source: SourceObject | None) -> Iterator[tuple[str, str]]:
         """What lies under an output key: the key of its source, if that is known, and words."""
-        found = list[tuple[str, str]]()
         for made in (planned, f"{planned}.zip"):
             try:
                 head = bucket.head_output(made)
             except ObjectFailed as failure:
-                found.append(("", f"it cannot be told: {printable(failure.message)}"))
+                yield "", f"it cannot be told: {printable(failure.message)}"
                 continue
             if head is None:
                 continue
@@ -6114,8 +6115,7 @@ class Why:
                 owner, version = self._key, metadata.get("source-etag")
                 is_same = source is not None and source.version == version
                 told = f"made of {'this version' if is_same else f'another version, {version}'}"
-            found.append((owner, f"{printable(made)} is there, {told}"))
-        return found
+            yield owner, f"{printable(made)} is there, {told}"
 
     def _next_step(self, planner: Planner, source: SourceObject | None) -> str:
         """What the next run would do with the object, job by job: the decisions of the plan, after a worker's looks."""
@@ -6210,7 +6210,7 @@ class Diagnostics:
             yield proved
         except (ObjectFailed, ObjectSkipped) as failure:
             self._report("FAIL", what, f"{getattr(failure, 'message', failure)}; {needs}".rstrip("; "))
-        except (RunError, OSError) as error:
+        except (RunError, OSError, RuntimeError) as error:
             trouble = error if isinstance(error, RunError) else Trouble.unexpected(what, error)
             verdict = "WARN" if isinstance(error, CheckWarning) else "FAIL"
             self._report(verdict, what, f"{trouble.message}; {trouble.hint}")
@@ -6285,8 +6285,6 @@ class Diagnostics:
             try:
                 for _ in range(count):
                     threading.Thread(target=is_over.wait, daemon=True).start()
-            except RuntimeError as error:
-                raise Trouble.unexpected("a worker", error) from None
             finally:
                 is_over.set()
 
@@ -6309,9 +6307,9 @@ class Diagnostics:
 
     # -- servers -------------------------------------------------------------------------------------------------------
 
-    def _check_clock(self, server: str, date: str) -> None:
+    def _check_clock(self, server: str, answer: requests.Response) -> None:
         with self._prove(f"clock of {server}", "this machine's clock agrees") as proved:
-            ahead = unix_seconds(date) - time.time()
+            ahead = unix_seconds(answer.headers.get("Date", "")) - time.time()
             if math.isnan(ahead):
                 proved.append("it does not tell the time")
                 return
@@ -6329,8 +6327,7 @@ class Diagnostics:
             bucket = Bucket(self.settings)
             # Without credentials: whatever it answers, it says when, even to a signature from another time.
             with http_get(str(bucket.client.meta.endpoint_url), verify=trusted) as answer:
-                date = answer.headers.get("Date", "")
-        self._check_clock("S3", date)
+                self._check_clock("S3", answer)
         with self._prove("bucket", is_needed=True) as proved:
             bucket.check()
             names = " and ".join(dict.fromkeys((bucket.name, bucket.output_name)))
@@ -6357,18 +6354,16 @@ class Diagnostics:
 
     def _compare_jobs(self, sources: Sequence[SourceObject]) -> None:
         """Raise CheckWarning if two jobs want one output key for the same object, as far as it can be told."""
-        takers: dict[tuple[str, str], str] = {}
-        for matcher, source in itertools.product([JobMatcher(job, time.time()) for job in self.settings.jobs], sources):
-            if not matcher.wants(source):
-                continue
-            planned = output_key(matcher.job, source.key)
-            first = takers.setdefault((source.key, KeyParts.slot_of(planned)), matcher.job.name)
-            if first != matcher.job.name:
-                raise CheckWarning(
-                    f"job {first} and job {matcher.job.name} both want {printable(planned)}",
-                    "one of them fails for such objects (output_collision): exclude them in one, or put {job} into its "
-                    "output_key",
-                )
+        matchers = [JobMatcher(job, time.time()) for job in self.settings.jobs]
+        for source in sources:
+            takers: dict[str, str] = {}
+            for job in (matcher.job for matcher in matchers if matcher.wants(source)):
+                planned = output_key(job, source.key)
+                first = takers.setdefault(KeyParts.slot_of(planned), job.name)
+                if first != job.name:
+                    hint = "one of them fails for such objects (output_collision): exclude them in one, or put {job} "
+                    hint += "into its output_key"
+                    raise CheckWarning(f"job {first} and job {job.name} both want {printable(planned)}", hint)
 
     def _check_reading(self, bucket: Bucket, sources: Sequence[SourceObject], trusted: Any) -> None:
         """Read the first object that can be a source as a worker does, and as the API does, by a presigned URL."""
@@ -6395,21 +6390,20 @@ class Diagnostics:
     def _check_writing(self, bucket: Bucket, prefix: str) -> None:
         """List outputs and write one: an empty object, which is looked at and deleted again."""
         name, where = bucket.output_name, f"s3://{bucket.output_name}/{prefix}"
-        with self._prove(
-            f"list {where}", "outputs that are there will be found", needs=f"allow s3:ListBucket on {name}"
-        ):
+        needs = f"allow s3:ListBucket on {name}"
+        with self._prove(f"list {where}", "outputs that are there will be found", needs=needs):
             # As a run does it, for a key that is not there.
             bucket.read_page(name, prefix, StartAfter=prefix)
         # The key is drawn: neither an object of yours nor the probe of another check is ever overwritten.
         key = f"{prefix}.s3_bulk_convert-check-{os.urandom(8).hex()}"
         task = Task("check", "", SourceObject(key), self.settings.jobs[0].options.target, None, key)
-        arguments = bucket.output_arguments(task, SourceFacts(key, "", 0, 0.0, {}))
         needs = f"allow s3:PutObject on {name}/{prefix}* (with s3.acl s3:PutObjectAcl, with a KMS key "
         needs += "kms:GenerateDataKey), and check s3.storage_class, s3.sse, s3.acl"
         with (
             self._prove(f"write {where}", needs=needs) as proved,
             translate_s3_errors(f"writing to {name}", "store_failed"),
         ):
+            arguments = bucket.output_arguments(task, SourceFacts(key, "", 0, 0.0, {}))
             written: Any = bucket.client.put_object(Bucket=name, Key=key, Body=b"", **arguments)
             proved.append("with the options of the outputs")
         if not proved:
@@ -6435,8 +6429,7 @@ class Diagnostics:
         api = self.settings.api
         # A key cannot be tried on an API that is not there.
         with self._prove("API", is_needed=True), http_get(api.url) as answer:
-            date = answer.headers.get("Date", "")
-        self._check_clock("the API", date)
+            self._check_clock("the API", answer)
         if self.settings.key_problem:
             self._report("FAIL", "API key", self.settings.key_problem)
             return
@@ -6604,9 +6597,6 @@ def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
 
 def finish(report: Report, settings: Settings) -> ExitCode:
     """Say what the run came to."""
-    if report.is_complete and not report.counts[LISTED]:
-        for warning in empty_listing_warnings(settings):
-            log.warning("%s", warning)
     if settings.log_format == "json":
         for code, count in report.failed.most_common():
             key, said = report.examples[code].task.source.key, report.examples[code].message

@@ -51,5 +51,11 @@ def test_each_object_is_counted_by_its_newest_row(tmp_path: Path) -> None:
             journal.settle([Outcome(task, kind, code, permanent=lasts)], 1.0)
             newest[job.name, key] = (kind.value, lasts, code)
     with Journal(path, "aws", wanted, read_only=True) as reader:
-        counted = {counts.job: {state: n for state, n in counts.states.items() if n} for counts in reader.counts()}
-    assert counted == {name: Counter(state for (of, _), state in newest.items() if of == name) for name in "fg"}
+        counted = {counts["configured_as"]: counts for counts in reader.counts()}
+    for name in "fg":
+        states = Counter(state for (of, _), state in newest.items() if of == name)
+        found = counted[name]
+        assert found["converted"] == states["converted", False, ""]
+        assert found["found"] == states["found", False, ""]
+        assert found["failed_for_good"] == {code: n for (_, lasts, code), n in states.items() if lasts}
+        assert found["failed_for_now"] == {code: n for (_, lasts, code), n in states.items() if code and not lasts}
