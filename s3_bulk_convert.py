@@ -4491,7 +4491,7 @@ class Feeder:
             for decisions in self.planner.decisions(self._max_parallel):
                 has_begun = True
                 self._feed(decisions)
-                if self._stop.is_set or self.context.ledger.is_exhausted:
+                if self._stop.is_set or self.context.ledger.reason:
                     break
             else:
                 is_complete = not self._stop.is_set
@@ -4599,28 +4599,19 @@ class Ledger:
     def __init__(self, journal: Journal, settings: Settings) -> None:
         # Makes a request durable before it is sent. Raises RunError.
         self.mark_sent = journal.mark_sent
-        self._settings, self._lock, self._left = settings, threading.Lock(), settings.api.max_conversions
-        self.is_exhausted = False  # one more than the cap was wanted: then work is left for sure
+        self._cap, self._shard = settings.api.max_conversions, settings.shard
+        self._lock, self._reserved = threading.Lock(), 0
+        self.reason: RunError | None = None  # one more than the cap was wanted: then work is left for sure
 
     def reserve(self) -> None:
         """Take one conversion off the cap. Raises StopRequested where none is left; what has one goes on."""
         with self._lock:
-            if self._left == 0:
-                self.is_exhausted = True
+            if self._reserved == self._cap:
+                message = f"the cap of {pluralize(self._reserved, 'conversion')}{self._shard.named} is reached"
+                more = "raise api.max_conversions (--limit); failed ones count, for they may be charged"
+                self.reason = RunError(message, f"run it again to go on, or {more}", code="cap")
                 raise StopRequested
-            self._left = None if self._left is None else self._left - 1
-
-    @property
-    def reason(self) -> RunError | None:
-        """Why the run ends before its work does, if the cap has ended it."""
-        if not self.is_exhausted:
-            return None
-        cap = pluralize(self._settings.api.max_conversions or 0, "conversion")
-        message = f"the cap of {cap}{self._settings.shard.named} is reached"
-        hint = (
-            "run it again to go on, or raise api.max_conversions (--limit); failed ones count, for they may be charged"
-        )
-        return RunError(message, hint, code="cap")
+            self._reserved += 1
 
 
 class WorkerContext:
@@ -4787,7 +4778,7 @@ class ParentConnection:
     The workers take it for the ledger: a question waits for the parent's answer.
     """
 
-    is_exhausted = False  # the parent knows
+    reason = None  # the parent knows whether the cap is reached
 
     def __init__(self, connection: "Connection", settings: Settings, workers: int) -> None:
         self._connection, self._workers, self._sending = connection, workers, threading.Lock()
@@ -4873,7 +4864,6 @@ class ProcessSupervisor:
         self._context, self._tasks, self._tell, self._workers = context, tasks, tell, workers
         # (job, key) -> the task as it would be sent again. No more than twice the workers, so that none is idle.
         self._held: dict[tuple[str, str], Task] = {}
-        self._returned: deque[Task] = deque()
         self._idle_deaths = 0  # in a row, without one outcome in between
         self._is_fed = False  # the end marker has come
 
@@ -4895,21 +4885,23 @@ class ProcessSupervisor:
             if self._context.stop.is_set:
                 break
         # What no process is there for is left to the next run.
-        for task in (*self._held.values(), *self._returned):
+        for task in self._held.values():
             self._tell(Outcome(task, OutcomeKind.LEFT, pending=task.pending))
 
     def _serve(self, process: Any, connection: "Connection") -> None:
         """Hand out tasks and take messages until the process leaves. Raises EOFError, OSError when it dies or hangs."""
         told: set[object] = set()
         heard_at = time.monotonic()
+        for task in self._held.values():
+            connection.send(task)
         while True:
             for news in self._news():
                 if news not in told:
                     told.add(news)
                     connection.send(news)
-            while len(self._held) < 2 * self._workers and (task := self._next()):
-                self._held[task.job, task.source.key] = task
-                connection.send(task)
+            while len(self._held) < 2 * self._workers and (fresh := self._next()):
+                self._held[fresh.job, fresh.source.key] = fresh
+                connection.send(fresh)
             if connection.poll(0.01):  # how soon an idle process gets a task
                 heard_at = time.monotonic()
                 message = connection.recv()
@@ -4926,19 +4918,15 @@ class ProcessSupervisor:
         if self._context.stop.reason:
             yield self._context.stop.reason
         yield Pace(0, self._context.limiter.paused_until)
-        if (self._is_fed or self._context.stop.is_set) and not self._returned:
+        if self._is_fed or self._context.stop.is_set:
             yield None
 
     def _next(self) -> Task | None:
-        if self._returned:
-            return self._returned.popleft()
-        if self._is_fed or self._context.stop.is_set:
-            return None
-        try:
-            task = self._tasks.get_nowait()
-        except queue.Empty:
-            return None
-        self._is_fed = task is None
+        task = None
+        if not (self._is_fed or self._context.stop.is_set):
+            with contextlib.suppress(queue.Empty):
+                task = self._tasks.get_nowait()
+                self._is_fed = task is None
         return task
 
     def _apply(self, message: object, connection: "Connection") -> None:
@@ -4978,13 +4966,13 @@ class ProcessSupervisor:
             message = f"worker processes died {self._idle_deaths} times in a row without converting anything"
             hint = "look for what kills them (memory?), or set fewer run.workers"
             self._context.stop.request(RunError(message, hint, code="environment"))
-        for task in self._held.values():
+        for key, task in list(self._held.items()):
             if task.crashed + 1 < self.MAX_DEATHS or self._context.stop.is_set:
-                self._returned.append(replace(task, crashed=task.crashed + 1, look=True))
+                self._held[key] = replace(task, crashed=task.crashed + 1, look=True)
             else:
                 said = f"{self.MAX_DEATHS} worker processes died while they held this object"
                 self._tell(Outcome(task, OutcomeKind.FAILED, "worker_died", said, pending=task.pending))
-        self._held.clear()
+                del self._held[key]
 
 
 @contextlib.contextmanager
