@@ -353,17 +353,17 @@ class StopFlag:
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
         if self.is_by_signal:
-            exit_process(f"ended at once: {self.in_flight()} in flight are asked for again by the next run", code)
+            self.exit_at_once(f"ended at once: {self.in_flight()} in flight are asked for again by the next run", code)
         message, hint = f"interrupted by {signal.Signals(number).name}", "run it again: it goes on where this run ended"
         self.request(RunError(message, hint, code, "signal"))
 
-
-def exit_process(message: str, code: ExitCode) -> NoReturn:
-    """End the process from within a signal handler, with a line of its own."""
-    # The stream may be in the middle of a write of its own: only the system call can be relied upon.
-    with contextlib.suppress(OSError):
-        os.write(2, f"\n{message}\n".encode())
-    os._exit(code)
+    @staticmethod
+    def exit_at_once(message: str, code: ExitCode) -> NoReturn:
+        """End the process from within a signal handler, with a line of its own."""
+        # The stream may be in the middle of a write of its own: only the system call can be relied upon.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{message}\n".encode())
+        os._exit(code)
 
 
 class OutageMonitor:
@@ -386,9 +386,8 @@ class OutageMonitor:
             with self._lock:
                 was_missed, self._missed_since = self._missed_since is not None, None
             if was_missed:
-                log.warning(
-                    "%s can be reached again", self._name, extra=log_fields("outage", name=self._name, is_over=True)
-                )
+                fields = log_fields("outage", name=self._name, is_over=True)
+                log.warning("%s can be reached again", self._name, extra=fields)
 
     def should_wait(self) -> bool:
         """Note that it cannot be reached, or has asked to be left alone; whether to wait for it."""
@@ -1239,17 +1238,6 @@ def idempotency_key(endpoint: str, bucket: str, source: "SourceFacts", task: Tas
     return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place])
 
 
-def globs_match(patterns: Sequence[str]) -> Callable[[str], bool]:
-    """A predicate on keys, without regard to case: any glob with a slash matches the key, or any other the name."""
-
-    def pattern(globs: list[str]) -> re.Pattern[str]:
-        return re.compile("|".join(map(fnmatch.translate, globs)) or "(?!)", re.IGNORECASE)
-
-    on_key = pattern([glob for glob in patterns if "/" in glob])
-    on_name = pattern([glob for glob in patterns if "/" not in glob])
-    return lambda key: bool(on_name.match(key.rpartition("/")[2]) or on_key.match(key))
-
-
 def unix_seconds(date: str) -> float:
     """A date in ISO 8601 or as HTTP has it, in Unix seconds; NaN, which is before and after nothing, if it is none."""
     try:
@@ -1465,13 +1453,11 @@ class ApiReply:
 
 
 def backoff(attempt: int, asked: float | None, jitter: float) -> float:
-    """Seconds to wait before the next attempt: what the server asked for plus 0 to 50 %, else 2^attempt, capped.
-
-    `jitter` from 0 to 1. After many waits in a row the server's word is not enough: it would be asked too often.
-    """
+    """Seconds before the next attempt: what the server asked for plus 0 to 50 %, else 2^attempt; `jitter`: 0 to 1."""
     grown = min(2.0 ** min(attempt, 20), BACKOFF_CAP_SECONDS)
     if asked is None:
         return grown * (0.5 + jitter / 2)
+    # After many waits in a row the server's word is not enough: it would be asked too often.
     return max(asked, grown if attempt > 8 else 0.0) * (1 + jitter / 2)
 
 
@@ -1492,7 +1478,6 @@ PROXY_HINT = (
     "check HTTPS_PROXY (HTTP_PROXY for an http address) and NO_PROXY, and run it again; "
     "SOCKS does not work for S3, and for the API only with the package PySocks"
 )
-SCARCE_HINT = "set fewer run.workers or run.processes, or raise the limit (ulimit -u, a container's pids and memory)"
 
 
 class Trouble:
@@ -1566,14 +1551,13 @@ class Trouble:
 
     @staticmethod
     def around(error: Exception, address: str) -> RunError | None:
-        """The end of the run for what the system, the environment or a connection's set-up refuses; None for a bug.
-
-        `address`: the API's, which is the only one that is asked without boto3.
-        """
-        if isinstance(error, MemoryError):
-            return RunError("the system has no more memory", SCARCE_HINT)
-        if "can't start new thread" in str(error):
-            return RunError("the system starts no more threads", SCARCE_HINT)
+        """The end of the run for what the system, the environment or a connection's set-up refuses; None for a bug."""
+        if isinstance(error, MemoryError) or "can't start new thread" in str(error):
+            what = "has no more memory" if isinstance(error, MemoryError) else "starts no more threads"
+            hint = (
+                "set fewer run.workers or run.processes, or raise the limit (ulimit -u, a container's pids and memory)"
+            )
+            return RunError(f"the system {what}", hint)
         if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
             return Trouble.api_unreachable(address, error)
         if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
@@ -3026,8 +3010,8 @@ class JobMatcher:
 
     def __init__(self, job: Job, now: float) -> None:
         self.job, self._now, options = job, now, job.options
-        self._included = None if "*" in options.include else globs_match(options.include)
-        self._excluded = globs_match(options.exclude) if options.exclude else None
+        self._included = None if "*" in options.include else self.globs_match(options.include)
+        self._excluded = self.globs_match(options.exclude) if options.exclude else None
         self._sizes = (options.min_size or 0, math.inf if options.max_size is None else options.max_size)
         # By S3's clock, what was written just now may be from the future: it is new.
         self._ages = (
@@ -3051,6 +3035,17 @@ class JobMatcher:
         # Without a limit no date is read: that would take longer than all the rest.
         is_any_age = not source.version or (least, most) == (-math.inf, math.inf)
         return is_any_age or least <= self._now - source.modified <= most
+
+    @staticmethod
+    def globs_match(patterns: Sequence[str]) -> Callable[[str], object]:
+        """A predicate on keys, without regard to case: any glob with a slash matches the key, or any other the name."""
+
+        def pattern(*, with_slash: bool) -> re.Pattern[str]:
+            globs = [fnmatch.translate(glob) for glob in patterns if ("/" in glob) is with_slash]
+            return re.compile("|".join(globs) or "(?!)", re.IGNORECASE)
+
+        on_key, on_name = pattern(with_slash=True), pattern(with_slash=False)
+        return lambda key: on_name.match(key.rpartition("/")[2]) or on_key.match(key)
 
     def is_same_format(self, key: str) -> bool:
         """Whether a key's extension names the target."""
@@ -6617,7 +6612,7 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
     settings = replace(settings, **{name: getattr(arguments, name) for name in named})
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         # A command that has nothing to finish ends with one word.
-        signal.signal(signal.SIGINT, lambda *_: exit_process("interrupted", ExitCode.SIGINT))
+        signal.signal(signal.SIGINT, lambda *_: StopFlag.exit_at_once("interrupted", ExitCode.SIGINT))
     if not command:
         # Only a run has something to finish: from here on Ctrl-C is a reason to stop.
         stop = StopFlag()
