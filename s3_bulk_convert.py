@@ -6025,11 +6025,13 @@ class Why:
 
     def lines(self) -> Iterator[str]:
         """The answer; the last line is about the next run. Raises RunError if the checkpoint cannot be read."""
-        settings, bucket, source = self._settings, None, None
+        settings, bucket, source, trouble = self._settings, None, None, ""
         try:
             bucket = Bucket(settings)
+            bucket.check()
+            source = bucket.find(self._key)
         except RunError as error:
-            next_step = f"not start: {error.message}; {error.hint}"
+            trouble = f"{error.message}; {error.hint}"
         endpoint = bucket.endpoint if bucket else settings.s3.endpoint_url or "aws"
         with Journal(Path(settings.run.checkpoint), endpoint, settings, read_only=True) as journal:
             yield f"object         s3://{settings.s3.bucket}/{printable(self._key)}"
@@ -6040,14 +6042,8 @@ class Why:
                 planned = output_key(ran, self._key)
                 row["output_key"] = row["output_key"] or f"{row['output_bucket']}/{planned}"
             yield from self._checkpoint_lines(journal, rows)
-            try:
-                if bucket:
-                    bucket.check()
-                    source = bucket.find(self._key)
-                    next_step = self._next_step(Planner(settings, bucket, journal, StopFlag()), source)
-            except RunError as error:
-                bucket, next_step = None, f"stop before it: {error.message}; {error.hint}"
-            facts = "no" if bucket else "not known (S3 did not answer)"
+            planner = Planner(settings, bucket, journal, StopFlag()) if bucket and not trouble else None
+            facts = "no" if planner else "not known (S3 did not answer)"
             if source:
                 facts = f"{human_bytes(source.size)}, ETag {source.version}, written {local_date(source.modified)}"
                 facts += ", archived" if source.archived else ""
@@ -6057,14 +6053,15 @@ class Why:
                 planned = output_key(job, self._key)
                 slot = journal.slot(planned)
                 _, holder = journal.holders([slot]).get(slot, ("", self._key if slot in stored else ""))
-                found = list(self._found(bucket, planned, source)) if bucket else []
-                if bucket and slot in stored and not found:
+                found = list(self._found(planner.bucket, planned, source)) if planner else []
+                if planner and slot in stored and not found:
                     found = [("", f"it is missing: {printable(planned)} was stored, and is not there")]
                 holder = next((owner for owner, _ in found if owner), holder)
                 whose = "free" if not holder else "its own" if holder == self._key else f"taken by {printable(holder)}"
                 yield f"output key     {printable(planned)} (job {job.name}), {whose}"
                 yield from (f"output         {told}" for _, told in found)
-            yield f"the next run would {next_step}"
+            step = self._next_step(planner, source) if planner else f"stop before it: {trouble}"
+            yield f"the next run would {step}"
 
     def _checkpoint_lines(self, journal: Journal, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if not journal.is_there:
@@ -6158,7 +6155,7 @@ class Diagnostics:
     """All that `--check` proves, with a line of `OK`, `WARN` or `FAIL` for each proof."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self._verdicts = settings, Counter[str]()
+        self.settings, self.results = settings, list[tuple[str, str, str]]()  # verdict, of what, and its words
 
     def run(self) -> ExitCode:
         """Prove everything, what is nearest first."""
@@ -6171,14 +6168,14 @@ class Diagnostics:
             self._check_s3()
         with contextlib.suppress(CheckWarning):
             self._check_api()
-        has_failed = bool(self._verdicts["FAIL"])
-        named = ("FAIL" if has_failed else "OK", "WARN")
-        counts = ", ".join(f"{self._verdicts[verdict]} {verdict}" for verdict in named if self._verdicts[verdict])
-        print_line(f"{'not ready' if has_failed else 'ready'}: {counts}")
-        return ExitCode.USAGE if has_failed else ExitCode.DONE
+        verdicts = Counter(verdict for verdict, *_ in self.results)
+        named = ("FAIL", "WARN") if verdicts["FAIL"] else ("OK", "WARN")
+        counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in named if verdicts[verdict])
+        print_line(f"{'not ready' if verdicts['FAIL'] else 'ready'}: {counts}")
+        return ExitCode.USAGE if verdicts["FAIL"] else ExitCode.DONE
 
     def _report(self, verdict: str, what: str, said: str) -> None:
-        self._verdicts[verdict] += 1
+        self.results.append((verdict, what, said))
         if not (self.settings.quiet and verdict == "OK"):
             print_line(self.settings.hide(f"{verdict:<4} {what}: {said}"))
 
