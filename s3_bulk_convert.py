@@ -1712,19 +1712,19 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         # It holds presigned URLs. SQLite gives -wal and -shm the mode of the database when it makes them.
         for path in () if self._read_only else self._files:
             try:
-                path.chmod(0o600)
+                if stat.S_IMODE(path.stat().st_mode) != 0o600:
+                    path.chmod(0o600)
             except FileNotFoundError:
                 continue
             except PermissionError:
                 hint = "start this program as that user, or set run.checkpoint to another path"
                 raise usage_error(f"the checkpoint {path} belongs to another user", hint) from None
-        for pragma in (
-            "journal_mode = WAL",  # without shared memory SQLite stays with the rollback journal, which is as safe
-            "synchronous = FULL",  # a commit that a power cut can undo is a request that was sent and is not known
-            "fullfsync = 1",  # on macOS a disk may otherwise say that it has written what it still holds
-            "journal_size_limit = 67108864",
-        ):
-            self._db.execute(f"PRAGMA {pragma}")
+        self._db.executescript("""
+            PRAGMA journal_mode = WAL;  -- without shared memory SQLite stays with the rollback journal: as safe
+            PRAGMA synchronous = FULL;  -- a commit that a power cut can undo is a request that nobody knows of
+            PRAGMA fullfsync = 1;  -- on macOS a disk may otherwise say that it has written what it still holds
+            PRAGMA journal_size_limit = 67108864;
+        """)
         if is_new:
             numbers = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {JOURNAL_VERSION};"
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {numbers} COMMIT")
