@@ -1651,9 +1651,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
 
     def __init__(self, path: Path, endpoint: str, settings: Settings, *, read_only: bool = False) -> None:
-        self.path, self._endpoint, self._read_only = real_file(path), endpoint, read_only
+        self.path, self._read_only = real_file(path), read_only
         self._files = [self.path.with_name(self.path.name + ending) for ending in ("", "-wal", "-shm")]
-        self._bucket, self._output_bucket, self._jobs = settings.s3.bucket, settings.s3.output_bucket, settings.jobs
+        self._sources, self._output_bucket = (endpoint, settings.s3.bucket), settings.s3.output_bucket
+        self._jobs = settings.jobs
         # Feeder, workers and recorder share one connection: SQLite has one writer anyway, and this one need not wait.
         self._lock = threading.RLock()
         self.run_id = self._next_id = 0
@@ -1665,7 +1666,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             self._db = self._connect()
             on_failure.callback(self._db.close)
             self._open_schema()
-            self._find_jobs(settings.jobs)
+            self._find_jobs()
             self._temporary = sqlite3.connect("", isolation_level=None, check_same_thread=False)
             self._temporary.executescript(f"PRAGMA journal_mode = OFF; {TEMPORARY_SCHEMA}")
             on_failure.pop_all()
@@ -1729,14 +1730,14 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             numbers = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {JOURNAL_VERSION};"
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {numbers} COMMIT")
 
-    def _find_jobs(self, jobs: Sequence[Job]) -> None:
-        buckets = (self._endpoint, self._bucket, self._output_bucket)
+    def _find_jobs(self) -> None:
+        buckets = (*self._sources, self._output_bucket)
         if not self._read_only:
-            rows = [(*buckets, job.fingerprint, job.place, job.name, job.options.target) for job in jobs]
+            rows = [(*buckets, job.fingerprint, job.place, job.name, job.options.target) for job in self._jobs]
             with self._transaction() as db:
                 db.executemany(f"INSERT OR IGNORE INTO jobs VALUES (NULL{', ?' * 7})", rows)
         where = "endpoint = ? AND bucket = ? AND output_bucket = ? AND replace(output_key, '{target}', target) = ?"
-        for job in jobs:
+        for job in self._jobs:
             place = job.place.replace("{target}", job.options.target)
             known = self._ask(f"SELECT id, fingerprint, output_key FROM jobs WHERE {where}", *buckets, place)
             own = [job.fingerprint, job.place]
@@ -1799,8 +1800,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             db.execute("UPDATE runs SET ended = ?, exit_code = ? WHERE id = ?", (now, exit_code, self.run_id))
             if has_seen_all:
                 ours = "SELECT id FROM jobs WHERE endpoint = ? AND bucket = ?"
-                values = (now - 7 * 86_400, self._endpoint, self._bucket)
-                db.execute(f"DELETE FROM in_flight WHERE sent_at < ? AND job IN ({ours})", values)
+                old = f"DELETE FROM in_flight WHERE sent_at < ? AND job IN ({ours})"
+                db.execute(old, (now - 7 * 86_400, *self._sources))
 
     def claim(self, claims: Sequence[tuple[str, str, str]], *, anew: bool = False) -> dict[str, tuple[str, str]]:
         """Claim slots for (slot, job, key). Slot -> (job, key) that has it in this run: the first; `anew`: the last."""
@@ -1859,7 +1860,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         # Requests before outcomes: what is settled in between is in both answers, and never in neither.
         for table, column, only in (("in_flight", "slot", ""), ("log", "output_key", "event = 'adopted' AND")):
             query = f"SELECT it.{column}, bucket, key FROM {table} AS it JOIN jobs ON jobs.id = job WHERE endpoint = ?"
-            rows = self._ask_about(f"{query} AND {only} it.{column} IN ({{}})", (self._endpoint,), slots)
+            rows = self._ask_about(f"{query} AND {only} it.{column} IN ({{}})", self._sources[:1], slots)
             found |= {slot: (bucket, key) for slot, bucket, key in rows}
         return found
 
@@ -1924,36 +1925,38 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """All jobs that it knows, with their objects by state, counted by SQLite: ten million take seconds."""
         newest = "SELECT max(id), event, permanent, CASE event WHEN 'failed' THEN code END AS code FROM log"
         query = f"SELECT event, permanent, code, count(*) FROM ({newest} WHERE job = ? GROUP BY key) GROUP BY 1, 2, 3"
-        names = ("bucket", "fingerprint", "job", "target", "output_bucket", "output_key")
-        for job, *row in self._ask("SELECT id, bucket, fingerprint, name, target, output_bucket, output_key FROM jobs"):
-            found: dict[str, Any] = dict(zip(names, row, strict=True))
+        for found in self._records("""
+            SELECT id, bucket, fingerprint, name AS job, target, output_bucket, output_key,
+                (SELECT count(*) FROM in_flight WHERE job = jobs.id) AS in_flight,
+                (SELECT min(sent_at) FROM in_flight WHERE job = jobs.id) AS oldest_sent_at,
+                (SELECT count(*) FROM log WHERE job = jobs.id AND charged_twice) AS possible_double_charges FROM jobs
+        """):
             # A job may have been renamed since, or have left the configuration.
             made = tuple(found[name] for name in ("bucket", "fingerprint", "output_key"))
-            ours = (each.name for each in self._jobs if (self._bucket, each.fingerprint, each.place) == made)
-            found |= {"configured_as": next(ours, None), **dict.fromkeys(("converted", "found", "adopted"), 0)}
+            ours = (each.name for each in self._jobs if (self._sources[1], each.fingerprint, each.place) == made)
+            found |= {"configured_as": next(ours, None), "converted": 0, "found": 0, "adopted": 0}
             found |= {"failed_for_good": {}, "failed_for_now": {}}
-            for event, is_permanent, code, count in self._ask(query, job):
+            for event, is_permanent, code, count in self._ask(query, found.pop("id")):
                 if event == OutcomeKind.FAILED.value:
                     found["failed_for_good" if is_permanent else "failed_for_now"][code] = count
                 else:
                     found[event] = count
-            [(in_flight, oldest)] = self._ask("SELECT count(*), min(sent_at) FROM in_flight WHERE job = ?", job)
-            [(charged,)] = self._ask("SELECT count(*) FROM log WHERE job = ? AND charged_twice", job)
-            yield {**found, "in_flight": in_flight, "oldest_sent_at": oldest, "possible_double_charges": charged}
+            yield found
 
     def history(self, key: str, most: int) -> list[dict[str, Any]]:
         """The newest rows of one object of this bucket in every job, newest first."""
         columns = "log.*, jobs.target, jobs.output_bucket, jobs.output_key AS place, jobs.name"
-        return self._about(key, f"{columns} FROM jobs JOIN log ON job = jobs.id", f"ORDER BY log.id DESC LIMIT {most}")
+        query = f"SELECT {columns} FROM jobs JOIN log ON job = jobs.id WHERE endpoint = ? AND bucket = ? AND key = ?"
+        return self._records(f"{query} ORDER BY log.id DESC LIMIT {most}", *self._sources, key)
 
     def requests_of(self, key: str) -> list[dict[str, Any]]:
         """The unsettled requests for one object, without their URLs."""
-        return self._about(key, "etag, slot, sent_at, name FROM jobs JOIN in_flight ON job = id")
+        query = "SELECT etag, slot, sent_at, name FROM jobs JOIN in_flight ON job = id"
+        return self._records(f"{query} WHERE endpoint = ? AND bucket = ? AND key = ?", *self._sources, key)
 
-    def _about(self, key: str, selected: str, order: str = "") -> list[dict[str, Any]]:
+    def _records(self, query: str, *values: object) -> list[dict[str, Any]]:
         with self._locked():
-            query = f"SELECT {selected} WHERE endpoint = ? AND bucket = ? AND key = ? {order}"
-            cursor = self._db.execute(query, (self._endpoint, self._bucket, key))
+            cursor = self._db.execute(query, values)
             names = [column[0] for column in cursor.description]
             return [dict(zip(names, row, strict=True)) for row in cursor]
 
