@@ -6559,7 +6559,7 @@ class ConsoleHandler(logging.Handler):
             standard = {"ts": when, "level": record.levelname.lower(), "event": event, "message": message}
             # What stands first in every line is never replaced by a field of the same name.
             extra = {**fields, **({"traceback": trace} if trace else {})}
-            return json.dumps(without_secrets({**standard, **extra, **standard}), ensure_ascii=False)
+            return json.dumps(without_secrets({**standard, **extra, **standard}))
         if event == "error":
             return redact(f"{trace}error: {message}\nhint: {fields['hint']}")
         return redact(f"{when} {message}" + (f"\n{trace.rstrip()}" if trace else ""))
@@ -6586,7 +6586,7 @@ def finish(report: Report, settings: Settings) -> ExitCode:
             fields = log_fields("failures", code=code, count=count, key=key, said=said, remedy=hint_for(code))
             log.warning("%d failed: %s", count, code, extra=fields)
         log.info("%s", report.line(), extra=log_fields("summary", **report.summary()))
-        text = json.dumps(without_secrets(report.summary()), ensure_ascii=False)
+        text = json.dumps(without_secrets(report.summary()))
     elif settings.quiet and report.exit_code is ExitCode.DONE:
         text = f"{iso_time(time.time())} {report.line()}"
     else:
