@@ -447,7 +447,8 @@ def pace(scale: Scale) -> Part:
     about = (
         f"{workers} workers, nothing configured; the API admits {limit} requests in a window of {WINDOW_SECONDS} s "
         "that begins with the first request after the last one ended. *% of the limit* counts the time until the next "
-        "window began, so that a pause between two windows is a loss as well."
+        "window began, so that a pause between two windows is a loss as well. The first one has in it the wait "
+        "for the first answer, which says what the limit is: it is the worst."
     )
     targets = [
         Target("% of the limit per minute that is filled", float(rows[-1][4] or 0), least=98.5),
