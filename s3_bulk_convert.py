@@ -291,7 +291,15 @@ class ObjectSkipped(Exception):
     """A look at the source has shown that there is nothing to convert. `reason`: see SKIP_REASONS."""
 
 
-class InvalidResponse(ObjectFailed):
+class TryAgain(ObjectFailed):
+    """A failure that another attempt may not meet, unless it is permanent."""
+
+    is_free = False  # that attempt uses up none
+    asked: float | None = None  # seconds that the server wants the client to wait
+    cap = math.inf  # seconds that the client waits at most
+
+
+class InvalidResponse(TryAgain):
     """A 200 whose body is not the result: cut, empty, an error page. To ask again with the same key costs nothing."""
 
     def __init__(self, code: str, message: str, *, permanent: bool = False) -> None:
@@ -3322,7 +3330,7 @@ class OutputLister:
 ########################################################################################################################
 
 
-class Arriving(io.RawIOBase):
+class _Arriving(io.RawIOBase):
     """The bytes of one answer as they come. Raises TimeoutError when they take too long, all together.
 
     The head has the connection's timeout. So has the body, and each byte of it gives back the time for one byte, so
@@ -3331,149 +3339,145 @@ class Arriving(io.RawIOBase):
 
     def __init__(self, connection: socket.socket) -> None:
         super().__init__()
-        self._connection, self._bytes = connection, connection.makefile("rb", buffering=0)
-        self._patience = connection.gettimeout() or WAIT_DEADLINE_SECONDS
-        self.is_over = self.has_surplus = False
+        self.connection, self._bytes = connection, connection.makefile("rb", buffering=0)
+        self._timeout = connection.gettimeout() or WAIT_DEADLINE_SECONDS
+        self.is_over = False
+        self.has_surplus = False  # more has come than the answer, as far as it is known when that has been read
         self.give_time(0.0)
 
     def give_time(self, seconds_per_byte: float) -> None:
-        """Begin to wait for the next part of the answer."""
-        self._deadline, self._seconds_per_byte = time.monotonic() + self._patience, seconds_per_byte
+        self._deadline, self._seconds_per_byte = time.monotonic() + self._timeout, seconds_per_byte
 
     def readable(self) -> bool:
-        """Tell `io` that it can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for some bytes, but not beyond the deadline."""
         if self.is_over:
             return 0
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError("the answer did not end in time")
-        self._connection.settimeout(left)
+        self.connection.settimeout(left)
         count = self._bytes.readinto(buffer) or 0
         given_back = self._deadline + count * self._seconds_per_byte
-        self._deadline = min(given_back, time.monotonic() + self._patience)
+        self._deadline = min(given_back, time.monotonic() + self._timeout)
         return count
 
-    def hang_up(self) -> None:
-        """End the connection for both sides: the next request on it finds it closed."""
-        # TLS within TLS, through a proxy, has no such thing in urllib3.
-        with contextlib.suppress(OSError, AttributeError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-
     def close(self) -> None:
-        """Let go of the connection, which lives on."""
         self._bytes.close()
         super().close()
 
 
-class AnswerBuffer(io.BufferedReader):
-    """What has been read ahead of an answer."""
-
-    def __init__(self, arriving: Arriving) -> None:
-        super().__init__(arriving)
-        self._arriving = arriving
+class _AnswerBuffer(io.BufferedReader):
+    """What has been read ahead of an answer. If more has come than the answer, its connection is not used again."""
 
     def close(self) -> None:
-        """Let go of the connection. If more has come than the answer, it must not be used again."""
         if not self.closed:
-            self._arriving.is_over = True
-            if self.peek(1):
-                self._arriving.has_surplus = True
-                self._arriving.hang_up()
+            arriving = cast(_Arriving, self.raw)
+            arriving.is_over = True
+            arriving.has_surplus = bool(self.peek(1))
+            if arriving.has_surplus:
+                # TLS within TLS, through a proxy, has no such thing in urllib3.
+                with contextlib.suppress(OSError, AttributeError):
+                    arriving.connection.shutdown(socket.SHUT_RDWR)
         super().close()
 
 
-class Reply(http.client.HTTPResponse):
+class _Reply(http.client.HTTPResponse):
     """An answer as http.client reads it, without what it gets wrong."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
         super().__init__(sock, *arguments, **named)
         self.fp.close()
-        self._arriving = Arriving(sock)
-        self.fp = AnswerBuffer(self._arriving)
-
-    @property
-    def has_surplus(self) -> bool:
-        """Whether more has come than the answer has announced, as far as it is known when the answer has been read."""
-        return self._arriving.has_surplus
+        self.arriving = _Arriving(sock)
+        self.fp = _AnswerBuffer(self.arriving)
 
     def begin(self, **named: Any) -> None:
-        """Read the head of the answer. Raises HTTPException if it makes no sense."""
         super().begin(**named)
-        while self.status < 200:
-            self.will_close = True
-            if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
-                break
+        is_odd = self.status < 200
+        while self.status < 200 and self.status != http.HTTPStatus.SWITCHING_PROTOCOLS:
             cast(Any, self).headers = None  # as before the first of them
             super().begin(**named)
-            self.will_close = True
+        self.will_close |= is_odd
         # One Content-Length is left where the same was said twice, and none that is no number.
-        said = self.headers.get_all("Content-Length", [])
-        lengths = {length.strip() for value in said for length in value.split(",")}
+        said = ",".join(self.headers.get_all("Content-Length", []))
+        lengths = {length.strip() for length in said.split(",")}
         if len(lengths) > 1:
             raise http.client.HTTPException(f"Content-Length is {' and '.join(sorted(lengths))}")
         del self.headers["Content-Length"]
-        for length in lengths:
-            if re.fullmatch("[0-9]+", length):
-                self.headers["Content-Length"] = length
-                # http.client has not understood a list.
-                self.length = int(length) if self.length is None and not self.chunked else self.length
-        self._arriving.give_time(1 / 1_000)  # seconds per byte: what is slower than a modem drips
+        length = lengths.pop()
+        if re.fullmatch("[0-9]+", length):
+            self.headers["Content-Length"] = length
+            # http.client has not understood a list.
+            self.length = int(length) if self.length is None and not self.chunked else self.length
+        self.arriving.give_time(1 / 1_000)  # seconds per byte: what is slower than a modem drips
 
 
-class Adapter(HTTPAdapter):
-    """Makes connections whose answers are read as Reply does, and which wait as long to send as to receive."""
+class _Adapter(HTTPAdapter):
+    """Makes connections whose answers are read as _Reply does, and which wait as long to send as to receive."""
 
-    def __init__(self, connections: int, seconds: float) -> None:
+    def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        super().__init__(pool_connections=4, pool_maxsize=connections)
+        super().__init__(pool_connections=4, pool_maxsize=1)
 
     def init_poolmanager(self, *arguments: Any, **named: Any) -> None:
-        """Make the connections to servers."""
         super().init_poolmanager(*arguments, **named)
         self._change_connections(self.poolmanager)
 
     def proxy_manager_for(self, proxy: Any, **named: Any) -> Any:
-        """Make the connections through a proxy, once for each."""
         is_known = proxy in self.proxy_manager
         manager = super().proxy_manager_for(proxy, **named)
-        return manager if is_known else self._change_connections(manager)
+        if not is_known:
+            self._change_connections(manager)
+        return manager
 
-    def _change_connections(self, manager: Any) -> Any:
+    def _change_connections(self, manager: Any) -> None:
         def connect(connection: Any) -> None:
             cast(Any, super(type(connection), connection)).connect()
             # urllib3 would send with the timeout for connecting.
             connection.sock.settimeout(self._seconds)
 
-        changes, pools = {"response_class": Reply, "connect": connect}, {}
+        changes, pools = {"response_class": _Reply, "connect": connect}, {}
         for scheme, pool in manager.pool_classes_by_scheme.items():
             # Their names are in messages.
             connection_class = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), changes)
             pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection_class})
         manager.pool_classes_by_scheme = pools
-        return manager
 
 
 class Session(requests.Session):
-    """A session for one address, with what the environment says of proxies and certificates for it.
+    """Asks the server of `address`, which alone gets the `key`, and others. Each has one connection."""
 
-    Without an address, the environment is asked for each. `verify`: a file of certificates to trust instead of what
-    REQUESTS_CA_BUNDLE names.
-    """
-
-    def __init__(self, address: str, connections: int, seconds: float, verify: Any = None) -> None:
+    def __init__(self, seconds: float, address: str = "", key: str = "") -> None:
         super().__init__()
-        if address:
-            # Once: requests would ask it before every request, for longer than the request takes.
-            told = self.merge_environment_settings(address, {}, None, verify, None)
-            self.trust_env, self.proxies, self.verify = False, told["proxies"], told["verify"]
-        self._timeout = (CONNECT_TIMEOUT_SECONDS, seconds)
-        adapter = Adapter(connections, seconds)
-        self.mount("https://", adapter)
-        self.mount("http://", adapter)
+        self._own, self._key, self._timeout = address, key, (CONNECT_TIMEOUT_SECONDS, seconds)
+        self._settings: dict[tuple[str, str], Any] = {}
+        self.headers.update({"User-Agent": f"s3_bulk_convert/{__version__}", "Accept-Encoding": "identity"})
+        # Without one, requests would take credentials for the host from ~/.netrc.
+        self.auth = self._authorize
+        for scheme in ("https://", "http://"):
+            self.mount(scheme, _Adapter(seconds))
+
+    @staticmethod
+    def _server_of(address: str) -> tuple[str, str]:
+        parts = urllib.parse.urlsplit(address)
+        return parts.scheme, parts.netloc.lower()
+
+    def is_own(self, address: str) -> bool:
+        """Whether an address is of the server that gets the key."""
+        return self._server_of(address) == self._server_of(self._own)
+
+    def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key and self.is_own(str(request.url)):
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    def merge_environment_settings(self, url: Any, *given: Any) -> Any:
+        """What the environment says of proxies and certificates, asked once for each server, and not each request."""
+        server = self._server_of(url)
+        if server not in self._settings:
+            self._settings[server] = super().merge_environment_settings(url, *given)
+        return self._settings[server]
 
     def ask(self, method: str, address: str, **named: Any) -> requests.Response:
         """The answer to one request, its body unread."""
@@ -3484,32 +3488,14 @@ class Session(requests.Session):
         return None
 
 
-class ApiKey:
-    """Puts the API key on requests to the API's own address, and on no others.
-
-    Given as `auth`: without one, requests would take credentials for the host from ~/.netrc.
-    """
-
-    def __init__(self, api: ApiOptions) -> None:
-        self._api = api
-
-    def is_for(self, address: str) -> bool:
-        """Whether an address is the API's own."""
-        own, asked = urllib.parse.urlsplit(self._api.url), urllib.parse.urlsplit(address)
-        return (own.scheme, own.netloc.lower()) == (asked.scheme, asked.netloc.lower())
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Authorize a request, as requests asks for it."""
-        if self.is_for(str(request.url)):
-            request.headers["Authorization"] = f"Bearer {self._api.key}"
-        return request
-
-
 @contextlib.contextmanager
-def http_get(address: str, verify: Any = None, **request: Any) -> Iterator[requests.Response]:
-    """The answer to a single GET, unread. Raises RunError with the host alone: an address may be signed."""
+def http_get(address: str, key: str = "", **request: Any) -> Iterator[requests.Response]:
+    """The answer to a single GET, unread. Raises RunError with the host alone: an address may be signed.
+
+    `verify`: a file of certificates to trust instead of what REQUESTS_CA_BUNDLE names.
+    """
     try:
-        with Session(address, 1, LOOK_SECONDS, verify) as session, session.ask("GET", address, **request) as answer:
+        with Session(LOOK_SECONDS, address, key) as session, session.ask("GET", address, **request) as answer:
             yield answer
     except OSError as error:
         host, proxy = urllib.parse.urlsplit(address).netloc, Trouble.proxy_for(address)
@@ -3522,7 +3508,7 @@ def http_get(address: str, verify: Any = None, **request: Any) -> Iterator[reque
 
 
 def json_body(answer: requests.Response) -> dict[str, Any]:
-    """The JSON object of an answer; empty if its beginning, which is all that is read, is something else."""
+    """The JSON object that an answer begins with; empty if there is none, or it cannot be read."""
     try:
         return ApiReply.parse(answer.raw.read(ERROR_BODY_BYTES, decode_content=True))
     except NETWORK_ERRORS:
@@ -3546,22 +3532,20 @@ class RateLimiter:
 
     SHARE_OF_LIMIT = 0.99  # of the API's rate limit; the rest is for the unevenness of networks at a window's border
     SECONDS_TO_RECOVER_HALF = 60.0  # of what a 429 has taken off the rate
-    SECONDS_TO_DOUBLE_GUESS = 300.0  # of a limit that nobody says; the next 429 takes a fifth off it
+    SECONDS_TO_DOUBLE_GUESS = 300.0  # of a limit that nobody says; the next 429 takes a quarter off it
     MIN_LIMIT = 10  # requests per minute, of the API's plans; no guess is lower
     MAX_EXCESS = 7.0  # an eighth of the rate is as slow as 429s make it
 
     def __init__(self, requests_per_minute: int | None, parts: int = 1) -> None:
         self._cap, self._parts = requests_per_minute, parts
         self._lock = threading.RLock()
-        self._interval = 60 * parts / requests_per_minute if requests_per_minute else 0.0
-        self._limit = 0  # as the API said last
-        self._guessed_at: float | None = None  # monotonic seconds; None: the interval is no guess
-        # How much slower than that, as a share; a 429 raises it, time brings it back.
-        self._excess, self._slowed_at = 0.0, 0.0
+        self._interval = 60 * parts / requests_per_minute if requests_per_minute else 0.0  # seconds; 0: unknown
+        # What a 429 has added to it, in seconds, and since when time takes it back.
+        self._extra, self._slowed_at = 0.0, 0.0
         self._next = 0.0
         self.paused_until = 0.0  # monotonic seconds, which all processes of a machine share
         self._is_first = True
-        self._has_answer = threading.Event()
+        self.has_answer = False  # the API has said what it allows, or has failed to
         # While the limit is unknown: when slots were taken, so that a 429 says how many were too many.
         self._taken: deque[float] = deque(maxlen=10_000)
         self.requests = 0  # slots that were taken, each for one request
@@ -3574,46 +3558,37 @@ class RateLimiter:
         with self._lock:
             is_first, self._is_first = self._is_first, False
         if not is_first and self._cap is None:
-            patience = time.monotonic() + 5  # seconds for the first answer, which says what the API's limit is
-            while not self._has_answer.is_set() and time.monotonic() < patience:
-                stop.sleep(0.0)
-                self._has_answer.wait(0.05)
+            deadline = time.monotonic() + 5  # seconds for the first answer, which says what the API's limit is
+            while not self.has_answer and time.monotonic() < deadline:
+                stop.sleep(0.02)
             # An API that takes its time has no say in when the others start.
-            self._has_answer.set()
+            self.has_answer = True
         while True:
-            stop.sleep(self._next_slot() - time.monotonic())
+            with self._lock:
+                now = time.monotonic()
+                slot = max(self._next, now)
+                if not self._interval:
+                    self._taken.append(slot)
+                self._next = slot + self._interval + self._extra_at(now)
+            stop.sleep(slot - now)
             # A 429 that came meanwhile is for this one, too; after it, slots are as evenly spaced as before.
             if self.paused_until <= time.monotonic():
                 break
         with self._lock:
             self.requests += 1
 
-    def _next_slot(self) -> float:
-        with self._lock:
-            now = time.monotonic()
-            slot = max(self._next, now)
-            if not self._interval:
-                self._taken.append(slot)
-            self._next = slot + self._interval_at(now) * (1 + self._excess_at(now))
-        return slot
-
-    def mark_first_response(self) -> None:
-        """Hold the second slot back no longer: the API has answered, or has failed to."""
-        self._has_answer.set()
-
     def update_limit(self, headers: Mapping[str, str], now: float) -> None:
         """Take the limit per minute from an answer's headers; those of a replay may be a day old and do not count."""
         limit, reset = headers.get("X-RateLimit-Limit", ""), headers.get("X-RateLimit-Reset", "")
-        self._has_answer.set()
+        self.has_answer = True
         if not (limit.isdigit() and reset.isdigit() and int(reset) >= now and int(limit) > 0):
             return
+        interval = 60 * self._parts / (min(int(limit), self._cap or int(limit)) * self.SHARE_OF_LIMIT)
         with self._lock:
-            if int(limit) != self._limit or self._guessed_at is not None:
-                self._limit = int(limit)
-                allowed = min(self._limit, self._cap or self._limit)
-                self._interval, self._guessed_at = 60 * self._parts / (allowed * self.SHARE_OF_LIMIT), None
+            if interval != self._interval:
+                self._interval, self._extra = interval, 0.0
                 # The slot before the first answer counts as well: of many shards, each has one.
-                self._next = max(self._next, (self._taken or [0.0])[-1] + self._interval)
+                self._next = max(self._next, (self._taken or [0.0])[-1] + interval)
 
     def pause(self, seconds: float) -> None:
         """Let nobody send for a while, and slow down: the limit is the key's, and one 429 is for all workers."""
@@ -3621,15 +3596,16 @@ class RateLimiter:
             now = time.monotonic()
             # Many workers meet one and the same limit: only the first 429 slows the rate down.
             if now >= self.paused_until:
-                if self._guessed_at is not None:
-                    self._interval, self._guessed_at = self._interval_at(now) * 1.25, now + seconds
-                elif not self._interval:
-                    # As many as there were within a minute were too many.
+                extra = self._extra_at(now)
+                if self._interval:
+                    self._extra = min(extra * 1.25 + self._interval / 10, self._interval * self.MAX_EXCESS)
+                else:
+                    # As many as there were within a minute were too many; the next time, the guess has become so.
                     recent = sum(taken > now - 60 for taken in self._taken)
-                    self._interval, self._guessed_at = 60 / max(recent, self.MIN_LIMIT / self._parts), now + seconds
-                self._excess, self._slowed_at = min(self._excess_at(now) * 1.25 + 0.1, self.MAX_EXCESS), now
+                    self._extra = extra * 1.375 or 1.1 * 60 / max(recent, self.MIN_LIMIT / self._parts)
+                self._slowed_at = now + seconds
             self.pause_until(now + seconds)
-        self._has_answer.set()
+        self.has_answer = True
 
     def pause_until(self, until: float) -> None:
         """Let nobody send before a time in monotonic seconds: here or in another process, a 429 has come."""
@@ -3637,35 +3613,26 @@ class RateLimiter:
             self.paused_until = max(self.paused_until, until)
             self._next = max(self._next, self.paused_until)
 
-    def _interval_at(self, now: float) -> float:
-        grown = max(0.0, now - self._guessed_at) if self._guessed_at is not None else 0.0
-        return self._interval * math.pow(0.5, grown / self.SECONDS_TO_DOUBLE_GUESS)
-
-    def _excess_at(self, now: float) -> float:
-        return self._excess * math.pow(0.5, (now - self._slowed_at) / self.SECONDS_TO_RECOVER_HALF)
+    def _extra_at(self, now: float) -> float:
+        half_life = self.SECONDS_TO_RECOVER_HALF if self._interval else self.SECONDS_TO_DOUBLE_GUESS
+        return self._extra * math.pow(0.5, max(0.0, now - self._slowed_at) / half_life)
 
 
+@dataclass
 class ApiState:
-    """What the workers of a process learn of the API together: whether it takes presigned URLs, which pairs it lacks.
+    """What the workers of a process learn of the API together.
 
     Written without a lock: a refusal that is counted too late costs one more attempt, nothing else.
     """
 
-    REFUSALS_NEEDED = 3
-
-    def __init__(self) -> None:
-        self._takes_urls, self._refused = False, 0
-        self.unsupported: dict[tuple[str, str], str] = {}  # (source format, target) -> the API's words
-
-    def mark_url(self, *, accepted: bool) -> None:
-        """Note that a URL was taken, or that it was refused and the same object's bytes were taken."""
-        self._takes_urls |= accepted
-        self._refused += not accepted
+    takes_urls: bool = False  # it has taken one
+    urls_refused: int = 0  # of objects whose bytes it took then
+    unsupported: dict[tuple[str, str], str] = field(default_factory=dict)  # (source format, target) -> the API's words
 
     @property
     def uploads(self) -> bool:
         """Whether to upload from now on. Once a URL was taken, refusals are about their object."""
-        return not self._takes_urls and self._refused >= self.REFUSALS_NEEDED
+        return not self.takes_urls and self.urls_refused >= 3
 
 
 @dataclass(frozen=True)
@@ -3679,24 +3646,39 @@ class Usage:
     bills_overage: bool | None = None
 
     @classmethod
+    def ask(cls, api: ApiOptions) -> "Usage":
+        """What the API says of the plan and the month. Raises RunError for a refusal, and for silence."""
+        with http_get(f"{api.url}/v1/usage", key=api.key) as answer:
+            status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
+        code, message = ApiReply.error(body)
+        if ErrorAction.choose(CONVERSION_RULES, status, code) is ErrorAction.STOP_RUN or status == 403:
+            raise Trouble.refusal_by_api(status, code, message, api.url)
+        # No retry: the question is how it is now. An API that has no such page says nothing of the key.
+        if status >= 500 or status == 429 or 300 <= status < 400:
+            raise usage_error(f"the API answered {status} {code}".rstrip(), "check api.url, or try it again later")
+        usage = cls.read(body)
+        per_minute = usage.requests_per_minute or (int(limit) if limit.isdigit() else None)
+        return replace(usage, requests_per_minute=per_minute)
+
+    @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Usage":
         """What is known of the plan and the month, whatever the fields are called and however deep they lie."""
-        told = dict(cls._flattened(body))
+        values = dict(cls._flattened(body))
         # What is no number of conversions, though it may be called a limit.
         others = r"size|bytes|[kmg]b\b|storage|second|minute|hour|day|daily|rpm|concurren|rate|request"
         others += r"|overage|price|cost|file"
-        month = {name: value for name, value in told.items() if not re.search(others, name)}
+        month = {name: value for name, value in values.items() if not re.search(others, name)}
         limit = cls._first_number(month, r"(limit|quota|included|allowance|per_month|(limits|max)_conversions)$")
         remaining = cls._first_number(month, r"(remaining|left|available)$")
         used = cls._first_number(month, r"(used|usage|count|this_month|^(data_|usage_)*conversions)$")
         if remaining is None and limit is not None and used is not None:
             remaining = max(0, limit - used)
         # A price or a prefix of another field may be called so too: only texts are names, only booleans are answers.
-        plans = (value for name, value in told.items() if re.search(r"(^|_)plan(_name|_id|_slug)?$", name))
-        billed = (value for name, value in told.items() if "overage" in name and isinstance(value, bool))
-        per_minute = cls._first_number(told, r"(per_minute|rpm|rate_?limit(_limit)?)$")
-        plan = next((value for value in plans if isinstance(value, str)), None)
-        return cls(plan, limit, remaining, per_minute, next(billed, None))
+        is_plan = re.compile(r"(^|_)plan(_name|_id|_slug)?$").search
+        plans = (value for name, value in values.items() if is_plan(name) and isinstance(value, str))
+        billed = (value for name, value in values.items() if "overage" in name and isinstance(value, bool))
+        per_minute = cls._first_number(values, r"(per_minute|rpm|rate_?limit(_limit)?)$")
+        return cls(next(plans, None), limit, remaining, per_minute, next(billed, None))
 
     @staticmethod
     def _flattened(body: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -3708,25 +3690,11 @@ class Usage:
             yield from Usage._flattened(value, joined) if isinstance(value, dict) else [(joined, value)]
 
     @staticmethod
-    def _first_number(told: Mapping[str, Any], pattern: str) -> int | None:
+    def _first_number(values: Mapping[str, Any], pattern: str) -> int | None:
         """The first whole number of 0 or more under a name that ends so; one about conversions comes first."""
-        named = [(name, str(value)) for name, value in told.items() if re.search(pattern, name)]
-        numbers = [(name, int(value)) for name, value in named if re.fullmatch(r"\d{1,15}", value)]
-        return next((number for _, number in sorted(numbers, key=lambda pair: "convers" not in pair[0])), None)
-
-
-def ask_usage(api: ApiOptions) -> Usage:
-    """What the API says of the plan and the month. Raises RunError for a refusal, and for silence."""
-    with http_get(f"{api.url}/v1/usage", auth=ApiKey(api)) as answer:
-        status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
-    code, message = ApiReply.error(body)
-    if ErrorAction.choose(CONVERSION_RULES, status, code) is ErrorAction.STOP_RUN or status == 403:
-        raise Trouble.refusal_by_api(status, code, message, api.url)
-    # No retry: the question is how it is now. An API that has no such page says nothing of the key.
-    if status >= 500 or status == 429 or 300 <= status < 400:
-        raise usage_error(f"the API answered {status} {code}".rstrip(), "check api.url, or try it again later")
-    usage = Usage.read(body)
-    return replace(usage, requests_per_minute=usage.requests_per_minute or (int(limit) if limit.isdigit() else None))
+        named = sorted((name for name in values if re.search(pattern, name)), key=lambda name: "convers" not in name)
+        numbers = (int(values[name]) for name in named if re.fullmatch(r"\d{1,15}", str(values[name])))
+        return next(numbers, None)
 
 
 ########################################################################################################################
@@ -3750,9 +3718,9 @@ class MultipartBody:
         boundary = "s3bc-" + key.replace(":", "-")
         form, self.content_type = encode_multipart_formdata(parts, boundary)
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
-        end = len(form) - len(f"\r\n--{boundary}--\r\n") if file else len(form)
-        self._file, self._size = file or (io.BytesIO(), 0)
+        end = len(form) - len(f"\r\n--{boundary}--\r\n")
         self._start, self._end = form[:end], form[end:]
+        self._file, self._size = file or (io.BytesIO(), 0)
 
     def __len__(self) -> int:
         return len(self._start) + self._size + len(self._end)
@@ -3761,18 +3729,17 @@ class MultipartBody:
         """The bytes. Raises ConnectionError if the file has fewer or more of them than were announced."""
         yield self._start
         left = self._size
-        while True:
-            try:
-                # Each piece has the time of one send: a slow line must be able to take it in that.
-                piece = self._file.read(CHUNK_BYTES // 16)
-            except BotoCoreError as error:
-                raise ConnectionError(f"reading the source broke off: {type(error).__name__}") from None
-            left -= len(piece)
-            if left < 0 or (left and not piece):
-                raise ConnectionError("the source has another length than S3 has announced")
-            if not piece:
-                break
-            yield piece
+        try:
+            # Each piece has the time of one send: a slow line must be able to take it in that.
+            while piece := self._file.read(CHUNK_BYTES // 16):
+                left -= len(piece)
+                if left < 0:
+                    break
+                yield piece
+        except BotoCoreError as error:
+            raise ConnectionError(f"reading the source broke off: {type(error).__name__}") from None
+        if left:
+            raise ConnectionError("the source has another length than S3 has announced")
         yield self._end
 
     def close(self) -> None:
@@ -3793,26 +3760,25 @@ class ConvertedFile:
     def receive(cls, answer: requests.Response, target: str, deadline: float) -> "ConvertedFile":
         """The whole body of a 200, judged. Raises InvalidResponse; leaves nothing behind."""
         length = answer.headers.get("Content-Length", "")
-        is_told = length.isdigit() or answer.headers.get("Transfer-Encoding", "").lower() == "chunked"
-        coding = answer.headers.get("Content-Encoding", "").strip().lower()
         is_small = length.isdigit() and int(length) <= 1 << 20  # a larger one goes through a temporary file
         with contextlib.ExitStack() as on_failure:
             body: IO[bytes] = on_failure.enter_context(io.BytesIO() if is_small else temporary_file())
             size = 0
-            for piece in cls._pieces(answer.raw, coding, deadline):
+            for piece in cls._pieces(answer, deadline):
                 with no_space_stops_the_run():
                     size += body.write(piece)
             # `tell` counts the bytes on the wire, which differ where the body is compressed.
             if size == 0 or (length.isdigit() and answer.raw.tell() != int(length)):
                 raise InvalidResponse("cut_answer", f"the answer has {size} bytes, and should have {length or 'some'}")
-            body.seek(0)
-            head = body.read(ERROR_BODY_BYTES)
             body.seek(max(0, size - 64))
             tail = body.read()
             body.seek(0)
+            head = body.read(ERROR_BODY_BYTES)
+            body.seek(0)
             # Where neither length nor chunks say where the body ends, or more has come than they say, a cut one looks
             # like a whole one.
-            is_told &= not getattr(getattr(answer.raw, "_original_response", None), "has_surplus", False)
+            is_told = length.isdigit() or answer.headers.get("Transfer-Encoding", "").lower() == "chunked"
+            is_told &= not cast(_Reply, answer.raw._original_response).arriving.has_surplus
             kinds = (FileType.canonical(target), "zip")
             if not (is_told or any(FileType.is_whole_file(kind, size, head, tail) for kind in kinds)):
                 raise InvalidResponse("no_length", "the answer does not say where it ends")
@@ -3822,15 +3788,17 @@ class ConvertedFile:
         return cls(body, size, found.media_type, found.suffix)
 
     @staticmethod
-    def _pieces(raw: Any, coding: str, deadline: float) -> Iterator[bytes]:
+    def _pieces(answer: requests.Response, deadline: float) -> Iterator[bytes]:
         """A body as it comes, without the packing that nobody asked for. Raises InvalidResponse."""
+        coding = answer.headers.get("Content-Encoding", "").strip().lower()
         is_packed = coding in {"gzip", "x-gzip", "deflate"}  # those that can be told by how they begin
         if not (is_packed or coding in {"", "identity"}):
             raise InvalidResponse("packed_answer", f"the answer is packed as {coding}, which nobody asked for")
         inflate = zlib.decompressobj(zlib.MAX_WBITS + 32)  # tells gzip and deflate by the head
+        # A few packed bytes may become a thousand times as many.
+        most = CHUNK_BYTES // 64 if is_packed else CHUNK_BYTES
         try:
-            # A few packed bytes may become a thousand times as many.
-            while piece := raw.read(CHUNK_BYTES // 64 if is_packed else CHUNK_BYTES, decode_content=False):
+            while piece := answer.raw.read(most, decode_content=False):
                 while piece and is_packed:
                     # A file may be packed in several parts.
                     inflate = zlib.decompressobj(zlib.MAX_WBITS + 32) if inflate.eof else inflate
@@ -3891,69 +3859,87 @@ class RequestState(Enum):
 class ApiRequest:
     """One request for a conversion, the same in every byte each time it is sent."""
 
-    path: str
-    key: str  # Idempotency-Key
-    url: str = ""  # presigned; empty: the bytes are uploaded
-    first_sent: float = 0.0  # Unix seconds; 0: it is not in the journal yet
-    job_id: str = ""
-    payments: int = 0  # results of it that came and were not stored, each paid for
-    is_doubtful: bool = False  # a request before it, or the same one a day ago, may have been charged as well
-    is_resumed: bool = False  # an earlier run has sent it
-    is_paid: bool = False  # what the API remembers of it is among `payments`
+    row: PendingRequest  # as the journal is to have it; `first_sent` is 0 until it has it
     state: RequestState = RequestState.UNSENT
+    is_resumed: bool = False  # an earlier run has sent it
+    is_paid: bool = False  # what the API remembers of it is among the payments
+    is_old_job: bool = False  # the job that it was answered with had failed before it was sent
 
-    @classmethod
-    def resume(cls, pending: PendingRequest) -> "ApiRequest":
-        """A request that an earlier run has sent, as the journal has it."""
-        _, key, path, url, first_sent, job_id, payments, is_doubtful = pending
-        known = cls(path, key, url, first_sent, job_id, payments, bool(is_doubtful), is_resumed=True)
-        known.is_paid, known.state = payments > 0, RequestState.UNKNOWN
-        return known
-
-    def pending(self, version: str) -> PendingRequest:
-        """The request as the journal is to have it."""
-        named = (version, self.key, self.path, self.url, self.first_sent, self.job_id, self.payments)
-        return PendingRequest(*named, int(self.is_doubtful))
+    def change(self, **columns: Any) -> None:
+        """Change what the journal is to have."""
+        self.row = self.row._replace(**columns)
 
     def mark_paid(self) -> None:
         """Note that its result came; replays of that result cost nothing."""
-        self.payments += not self.is_paid
+        self.change(payments=self.row.payments + (not self.is_paid))
         self.is_paid = True
 
     @property
     def is_forgotten(self) -> bool:
         """Whether the API has no memory of it any more, so that it would be paid for anew."""
-        return bool(self.first_sent) and time.time() - self.first_sent > IDEMPOTENCY_WINDOW_SECONDS
+        return bool(self.row.first_sent) and time.time() - self.row.first_sent > IDEMPOTENCY_WINDOW_SECONDS
 
-    def successor(self) -> "ApiRequest":
-        """The same request under the next key."""
-        base, _, number = self.key.rpartition(":")
-        following = f"{base}:{int(number) + 1}" if number.isdigit() and base else f"{self.key}:2"
-        return ApiRequest(self.path, following, self.url)
+    def following(self, suffix: str = ":2", **columns: Any) -> "ApiRequest":
+        """Another request for the same conversion, under the next key. It is doubtful if this one may be charged."""
+        key = self.row.idempotency_key
+        base, _, number = key.rpartition(":")
+        is_numbered = suffix == ":2" and base and number.isdigit()
+        key = f"{base}:{int(number) + 1}" if is_numbered else key + suffix
+        is_doubtful = self.row.is_doubtful or self.state in {RequestState.UNKNOWN, RequestState.KEY_TAKEN}
+        fresh = PendingRequest(self.row.version, key, self.row.path, self.row.url, 0.0, is_doubtful=int(is_doubtful))
+        return ApiRequest(fresh._replace(**columns))
 
 
-@dataclass
+class RetryPolicy(Retry):
+    """How many transient failures an exchange may have, and how long it waits before the next attempt.
+
+    429, 409 and a connection that cannot be made cost no attempt, but the exchange's deadline holds for them.
+    """
+
+    attempt, wait_seconds = 0, 0.0
+
+    def after(self, again: TryAgain, deadline: float) -> "RetryPolicy":
+        """The policy for the next attempt. Raises the failure if there is none before the deadline (monotonic)."""
+        left = cast(int, self.total) - (not again.is_free)
+        seconds = min(backoff(self.attempt, again.asked, random.random()), again.cap)
+        if left < 0 or time.monotonic() + seconds > deadline:
+            raise again
+        following = self.new(total=left)
+        following.attempt, following.wait_seconds = self.attempt + 1, seconds
+        return following
+
+
+@dataclass(frozen=True)
+class HttpCall:
+    """One HTTP request of whatever kind, and what its error replies mean."""
+
+    address: str
+    rules: Mapping[str, ErrorAction]
+    deadline: float  # monotonic seconds
+    open_body: Callable[[], MultipartBody] | None = None  # None: a question after a request that was sent before
+
+
 class Conversation:
-    """All requests that one object has come to, the last one current. Belongs to one worker."""
+    """All that is said with the API about one object. It says afterwards what has become of each request."""
 
-    source: SourceObject  # as it was seen last
-    requests: list[ApiRequest] = field(default_factory=list)
-    exchanges: int = 0  # HTTP requests of every kind: conversions, polls, downloads
-    throttled: int = 0
-    timeouts: int = 0  # 504s: the conversion takes longer than the API's synchronous call may
-    failed_jobs: int = 0  # that may not fail again
-    successors: int = 0  # of keys that were taken
-    is_url_checked: bool = False  # a refused URL was sent once more, because S3 serves it
-    remaining: int | None = None
-    is_reserved: bool = False  # counted against the cap
-    is_stored: bool = False
-    is_replay: bool = False  # the answer was made for a request of an earlier attempt
-    asked_at: float = 0.0  # Unix seconds; when the current request was first sent in this run
-
-    @classmethod
-    def of(cls, task: Task) -> "Conversation":
-        """The conversation that a task begins with: where an earlier run has left it."""
-        return cls(task.source, [ApiRequest.resume(task.pending)] if task.pending else [])
+    def __init__(self, context: "WorkerContext", session: Session, task: Task) -> None:
+        self._context, self._session, self._stop, self._api = context, session, context.stop, context.settings.api
+        self.task = task  # with its source as it was seen last
+        self.requests: list[ApiRequest] = []  # the last one is current
+        if task.pending:
+            known = ApiRequest(task.pending, RequestState.UNKNOWN, is_resumed=True, is_paid=task.pending.payments > 0)
+            self.requests.append(known)
+        self.exchanges = 0  # HTTP requests of every kind: conversions, polls, downloads
+        self.throttled = 0
+        self.remaining: int | None = None
+        self.is_stored = False
+        self.is_replay = False  # the answer was made for a request of an earlier attempt
+        self._timeouts = 0  # 504s: the conversion takes longer than the API's synchronous call may
+        self._failed_jobs = 0  # that may not fail again
+        self._successors = 0  # of keys that were taken
+        self._is_url_checked = False  # a refused URL was sent once more, because S3 serves it
+        self._is_reserved = False  # counted against the cap
+        self._asked_at = 0.0  # Unix seconds; when the current request was first sent in this run
 
     @property
     def current(self) -> ApiRequest:
@@ -3972,8 +3958,8 @@ class Conversation:
             return None
         for states in ({RequestState.ANSWERED, RequestState.UNKNOWN}, {RequestState.PUT_OFF}):
             for request in reversed(self.requests):
-                if request.state in states and request.first_sent:
-                    return request.pending(self.source.version)
+                if request.state in states and request.row.first_sent:
+                    return request.row
         return None
 
     @property
@@ -3981,108 +3967,29 @@ class Conversation:
         """Whether it is over (stored, or given up after two payments), and a request before the last may be charged."""
         if not self.requests:
             return False
-        is_given_up = self.current.state is RequestState.REJECTED and self.current.payments >= MAX_PAYMENTS
-        return (self.is_stored or is_given_up) and self.current.is_doubtful
-
-
-class TryAgain(Exception):
-    """An exchange came to `failure`, unless another attempt brings more. `is_free`: that uses up none.
-
-    `asked`: the seconds that the server wants the client to wait; `cap`: how many it waits at most.
-    """
-
-    def __init__(
-        self, failure: ObjectFailed, *, is_free: bool = False, asked: float | None = None, cap: float = math.inf
-    ) -> None:
-        super().__init__(failure)
-        self.failure, self.is_free, self.asked, self.cap = failure, is_free, asked, cap
-
-
-class RetryPolicy(Retry):
-    """The one retry policy: how many transient failures an exchange may have, and how long to wait before the next try.
-
-    It never changes; `after` returns the next one. 429, 409 and a connection that cannot be made cost no attempt, but
-    `deadline` (monotonic seconds) holds for them.
-    """
-
-    def __init__(self, total: Any, *, deadline: float, **more: Any) -> None:
-        self.deadline, self.attempt = deadline, more.pop("attempt", 0)
-        self.wait_seconds: float = more.pop("wait_seconds", 0.0)
-        super().__init__(total, **more)
-
-    def new(self, **changes: Any) -> "RetryPolicy":
-        """A copy with some fields replaced; urllib3 does not know this class's own."""
-        own = {"deadline": self.deadline, "attempt": self.attempt, "wait_seconds": self.wait_seconds}
-        return super().new(**{**own, **changes})
-
-    def after(self, again: TryAgain) -> "RetryPolicy":
-        """The policy for the next attempt. Raises the failure if there is none."""
-        left = cast(int, self.total) - (not again.is_free)
-        seconds = min(backoff(self.attempt, again.asked, random.random()), again.cap)
-        if left < 0 or time.monotonic() + seconds > self.deadline:
-            raise again.failure
-        return self.new(total=left, attempt=self.attempt + 1, wait_seconds=seconds)
-
-
-@dataclass(frozen=True)
-class HttpCall:
-    """One HTTP request of whatever kind, and what its error replies mean."""
-
-    method: str
-    address: str
-    rules: Mapping[str, ErrorAction]
-    request: ApiRequest | None = None  # None: a question after one that was sent before
-    open_body: Callable[[], MultipartBody] | None = None
-
-
-class JobFailed(ObjectFailed):
-    """A job of the API's came to nothing. `is_old`: it is older than the request that was answered with it."""
-
-    def __init__(self, code: str, message: str, *, permanent: bool, is_old: bool = False) -> None:
-        super().__init__(code, message, permanent=permanent)
-        self.is_old = is_old
-
-
-class ApiClient:
-    """The API as one worker sees it."""
-
-    def __init__(self, context: "WorkerContext") -> None:
-        self._context, self._api, self._stop = context, context.settings.api, context.stop
-        self._key = ApiKey(self._api)
-        # One connection, because a worker does one thing at a time; download hosts have a session of their own, which
-        # asks the environment for each of them.
-        self._session, self._third_party = (Session(url, 1, self._api.timeout) for url in (self._api.url, ""))
-        for session in (self._session, self._third_party):
-            session.auth = self._key
-            session.headers.update({"User-Agent": f"s3_bulk_convert/{__version__}", "Accept-Encoding": "identity"})
-
-    def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
-        self._third_party.close()
+        request = self.current
+        is_given_up = request.state is RequestState.REJECTED and request.row.payments >= MAX_PAYMENTS
+        return (self.is_stored or is_given_up) and bool(request.row.is_doubtful)
 
     # -- which request -------------------------------------------------------------------------------------------------
 
-    def convert(self, task: Task, source: SourceFacts, conversation: Conversation) -> ConvertedFile:
-        """Have one object converted. Raises ObjectFailed, RunError or StopRequested.
-
-        `conversation` says afterwards, whatever happened, what has become of each request.
-        """
-        first, pair = self._first_request(task, source), (KeyParts.of(source.key).ext.lower(), task.target)
+    def convert(self, source: SourceFacts) -> ConvertedFile:
+        """Have the object converted, as a look has shown it. Raises ObjectFailed, RunError or StopRequested."""
+        first, pair = self._first_request(source), (KeyParts.of(source.key).ext.lower(), self.task.target)
         # What an earlier run has sent of another version, or for another place, can never be asked for again.
-        if conversation.requests and conversation.requests[0].key.partition(":")[0] != first.key:
-            conversation.requests.clear()
+        if self.requests and self.requests[0].row.idempotency_key.partition(":")[0] != first.row.idempotency_key:
+            self.requests.clear()
         unsupported = self._context.api_state.unsupported
-        if pair in unsupported and not conversation.requests:
+        if pair in unsupported and not self.requests:
             raise ObjectFailed("unsupported_route", unsupported[pair], permanent=True, status=422)
-        conversation.requests = conversation.requests or [first]
+        self.requests = self.requests or [first]
         while True:
-            request = conversation.current
+            request = self.current
             try:
-                if request.job_id and request.is_resumed and request.state is RequestState.UNKNOWN:
-                    conversation.is_replay = True
-                    return self._finish_job(task, conversation)
-                return self._post(task, source, conversation)
+                file = self._answer(source)
+                request.state = RequestState.ANSWERED
+                request.mark_paid()
+                return file
             except ObjectFailed as failure:
                 # Some 200s are not the API's, and nobody has paid for them.
                 if failure.status == 200 and failure.code not in {"html_answer", "json_answer", "text_answer"}:
@@ -4091,364 +3998,343 @@ class ApiClient:
                 # Without an extension, the API has gone by the bytes.
                 if failure.code == "unsupported_route" and failure.permanent and pair[0]:
                     unsupported[pair] = failure.message
-                following = self._next_request(task, conversation, failure)
+                following = self._next_request(failure)
                 if following is None:
                     # While another request may have been done, a word on this one settles this one alone.
-                    failure.permanent &= not conversation.is_open
+                    failure.permanent &= not self.is_open
                     raise
             if following is not request:
-                doubtful = request.state in {RequestState.UNKNOWN, RequestState.KEY_TAKEN}
-                following.is_doubtful = request.is_doubtful or doubtful
-                conversation.requests.append(following)
+                self.requests.append(following)
 
-    def _first_request(self, task: Task, source: SourceFacts) -> ApiRequest:
-        above = self._api.jobs_above
+    def _first_request(self, source: SourceFacts) -> ApiRequest:
+        task, context, above = self.task, self._context, self._api.jobs_above
         path = JOBS_PATH if above is not None and source.size > above else CONVERT_PATH
-        place = self._context.matchers[task.job].job.place
-        key = idempotency_key(self._context.bucket.endpoint, self._context.bucket.name, source, task, place)
+        place = context.matchers[task.job].job.place
+        key = idempotency_key(context.bucket.endpoint, context.bucket.name, source, task, place)
         by_url = self._api.transfer != "upload" and not KeyParts.of(task.source.key).has_dot_segments
-        if by_url and not self._context.api_state.uploads:
-            return ApiRequest(path, key, self._context.bucket.presign(task.source.key))
-        return ApiRequest(path, key)
+        url = context.bucket.presign(task.source.key) if by_url and not context.api_state.uploads else ""
+        return ApiRequest(PendingRequest(task.source.version, key, path, url, first_sent=0.0))
 
-    def _next_request(self, task: Task, conversation: Conversation, failure: ObjectFailed) -> ApiRequest | None:
+    def _next_request(self, failure: ObjectFailed) -> ApiRequest | None:
         """The request that may still bring a result after a failure of the current one; None if there is none."""
-        current = conversation.current
+        current = self.current
         if current.state is RequestState.KEY_TAKEN:
-            conversation.successors += 1
-            if conversation.successors <= 2:
-                return current.successor()
+            self._successors += 1
+            if self._successors <= 2:
+                return current.following()
             # Whatever key it comes with, the API says the same: it is about the object, and nothing was charged.
-            for request in conversation.requests:
-                request.state = RequestState.REJECTED if request.state is RequestState.KEY_TAKEN else request.state
-            failure.permanent, current.is_doubtful = True, conversation.requests[0].is_doubtful
+            failure.permanent, current.state = True, RequestState.REJECTED
+            current.change(is_doubtful=self.requests[0].row.is_doubtful)
         # Only the API's word on it lets another body be sent: after anything else, both might be paid for.
-        is_rejected = current.state is RequestState.REJECTED and failure.permanent and not conversation.is_open
+        is_rejected = current.state is RequestState.REJECTED and failure.permanent and not self.is_open
         has_other_cause = failure.code in {"unsupported_route", "file_too_large", "not_stored"}
-        is_about_url = current.url and is_rejected and not has_other_cause
+        is_about_url = current.row.url and is_rejected and not has_other_cause
+        has_failed_job = current.state is RequestState.REJECTED and current.row.job_id
         following = None
         if failure.code == JOB_LOST and current.is_forgotten:
-            current.job_id, following = "", current
+            current.change(job_id="")
+            following = current
         elif failure.code == JOB_LOST:
             # Under its own key the API would tell of the same job. A second one that is lost as well is not replaced.
-            following = None if current.is_doubtful else current.successor()
-        elif isinstance(failure, JobFailed) and self._is_worth_another_job(failure, conversation):
-            following = current.successor()
-        elif self._is_too_slow(failure.status, current, conversation):
-            following = ApiRequest(JOBS_PATH, f"{current.key}:j", current.url)
+            following = None if current.row.is_doubtful else current.following()
+        elif has_failed_job and self._is_worth_another_job(failure):
+            following = current.following()
+        elif self._is_too_slow(failure.status):
+            following = current.following(":j", path=JOBS_PATH)
         elif is_about_url and self._api.transfer != "url":
-            following = ApiRequest(current.path, f"{current.key}:u")
+            following = current.following(":u", url="")
+        elif is_about_url and (self._is_url_checked or has_failed_job):
+            # The URL of an earlier run may have died with its credentials: the next run signs another one.
+            failure.permanent &= not self.requests[0].is_resumed
         elif is_about_url:
-            following = self._request_for_checked_url(task, conversation, failure)
+            # Once more, now that S3 is seen to serve the object: S3 may have been away in between.
+            self._is_url_checked, following = True, current
+            self._context.bucket.look_at_source(self.task.source)
         return following
 
-    def _request_for_checked_url(
-        self, task: Task, conversation: Conversation, failure: ObjectFailed
-    ) -> ApiRequest | None:
-        """A refused URL once more, now that S3 is seen to serve the object: S3 may have been away in between."""
-        if conversation.is_url_checked or isinstance(failure, JobFailed):
-            # The URL of an earlier run may have died with its credentials: the next run signs another one.
-            failure.permanent &= not conversation.requests[0].is_resumed
-            return None
-        conversation.is_url_checked = True
-        self._context.bucket.look_at_source(task.source)
-        return conversation.current
-
-    def _is_too_slow(self, status: int, request: ApiRequest, conversation: Conversation) -> bool:
+    def _is_too_slow(self, status: int) -> bool:
         """Whether the API's call has ended too early, again, and the object may be converted by a job."""
-        may_be_job = request.path == CONVERT_PATH and self._api.jobs_above is not None
-        return status == 504 and may_be_job and conversation.timeouts >= 2  # the first may be a gateway's
+        may_be_job = self.current.row.path == CONVERT_PATH and self._api.jobs_above is not None
+        return status == 504 and may_be_job and self._timeouts >= 2  # the first may be a gateway's
 
-    def _is_worth_another_job(self, failure: JobFailed, conversation: Conversation) -> bool:
+    def _is_worth_another_job(self, failure: ObjectFailed) -> bool:
         """Whether a job failed that another one may not fail as; waits before that one, and uses up an attempt."""
-        if failure.is_old or failure.permanent:
+        if self.current.is_old_job:
             # The answer to an earlier run's request; what is permanent is tried once more if the user wants that.
-            return failure.is_old and (self._context.settings.retry_failed or not failure.permanent)
-        conversation.failed_jobs += 1
-        if conversation.failed_jobs > self._api.retries:
+            return self._context.settings.retry_failed or not failure.permanent
+        self._failed_jobs += 1
+        if failure.permanent or self._failed_jobs > self._api.retries:
             return False
-        self._stop.sleep(backoff(conversation.failed_jobs - 1, None, random.random()))
+        self._stop.sleep(backoff(self._failed_jobs - 1, None, random.random()))
         return True
 
     # -- sending it ----------------------------------------------------------------------------------------------------
 
-    def _post(self, task: Task, source: SourceFacts, conversation: Conversation) -> ConvertedFile:
+    def _answer(self, source: SourceFacts) -> ConvertedFile:
         """Send the current request until it is answered, refused or given up."""
-        request, name = conversation.current, KeyParts.of(task.source.key)
-        self._write_down(task, conversation)
-        conversation.asked_at = time.time()
-        fields = {"target": task.target, "source": name.ext.lower(), "quality": str(task.quality or "")}
-        fields = {field: value for field, value in {**fields, "file_url": request.url}.items() if value}
+        request, name = self.current, KeyParts.of(self.task.source.key)
+        if request.row.job_id and request.state is RequestState.UNKNOWN:
+            self.is_replay = True
+            return self._finish_job()
+        self._write_down()
+        self._asked_at = time.time()
+        fields = {"target": self.task.target, "source": name.ext.lower(), "quality": str(self.task.quality or "")}
+        fields = {field: value for field, value in {**fields, "file_url": request.row.url}.items() if value}
 
         def open_body() -> MultipartBody:
-            if request.url:
-                return MultipartBody(request.key, fields)
-            return MultipartBody(request.key, fields, name.upload_filename, self._context.bucket.open_upload(source))
+            key = request.row.idempotency_key
+            if request.row.url:
+                return MultipartBody(key, fields)
+            return MultipartBody(key, fields, name.upload_filename, self._context.bucket.open_upload(source))
 
-        call = HttpCall("POST", self._api.url + request.path, CONVERSION_RULES, request, open_body)
         deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
-        file = self._exchange(call, conversation, deadline, lambda answer: self._receive(answer, task, conversation))
-        request.state = RequestState.ANSWERED
-        request.mark_paid()
+        call = HttpCall(self._api.url + request.row.path, CONVERSION_RULES, deadline, open_body)
+        file = self._exchange(call, self._receive) or self._finish_job()
+        api_state = self._context.api_state
+        api_state.takes_urls |= bool(request.row.url)
         # A URL of an earlier run may have died with its credentials: that says nothing of the next one.
-        was_refused = any(other.url and not other.is_resumed for other in conversation.requests[-2:-1])
-        if request.url or was_refused:
-            self._context.api_state.mark_url(accepted=bool(request.url))
+        was_refused = any(other.row.url and not other.is_resumed for other in self.requests[-2:-1])
+        api_state.urls_refused += was_refused and not request.row.url
         return file
 
-    def _write_down(self, task: Task, conversation: Conversation) -> None:
+    def _write_down(self) -> None:
         """Make the current request durable before it is sent (I1), and count it against the cap."""
-        request, ledger, is_forgotten = conversation.current, self._context.ledger, conversation.current.is_forgotten
-        if is_forgotten and request.payments >= MAX_PAYMENTS:
+        request, ledger, is_forgotten = self.current, self._context.ledger, self.current.is_forgotten
+        if is_forgotten and request.row.payments >= MAX_PAYMENTS:
             request.state = RequestState.REJECTED
-            said = f"its result was paid for {request.payments} times and could not be stored"
-            raise ObjectFailed("not_stored", said, permanent=True)
-        if not conversation.is_reserved:
+            message = f"its result was paid for {request.row.payments} times and could not be stored"
+            raise ObjectFailed("not_stored", message, permanent=True)
+        if not self._is_reserved:
             ledger.reserve()
-            conversation.is_reserved = True
+            self._is_reserved = True
         if is_forgotten:
             # The URL has died with the key.
-            request.url = request.url and self._context.bucket.presign(task.source.key)
-            request.is_doubtful, request.is_paid, request.state = True, False, RequestState.PUT_OFF
-        if is_forgotten or not request.first_sent:
-            request.first_sent = time.time()
-            ledger.mark_sent(task, request.pending(conversation.source.version))
+            url = request.row.url and self._context.bucket.presign(self.task.source.key)
+            request.change(url=url, is_doubtful=1)
+            request.is_paid, request.state = False, RequestState.PUT_OFF
+        if is_forgotten or not request.row.first_sent:
+            request.change(first_sent=time.time())
+            ledger.mark_sent(self.task, request.row)
 
-    def _exchange(
-        self, call: HttpCall, conversation: Conversation, deadline: float, receive: Callable[[requests.Response], T]
-    ) -> T:
+    def _exchange(self, call: HttpCall, receive: Callable[[requests.Response], T]) -> T:
         """What `receive` makes of the first good answer. Raises ObjectFailed when there will be none."""
-        policy = RetryPolicy(self._api.retries, deadline=deadline)
+        policy = RetryPolicy(self._api.retries)
         while True:
             try:
-                with contextlib.closing(self._send(call, conversation)) as answer:
+                with contextlib.closing(self._send(call)) as answer:
                     return receive(answer)
-            except InvalidResponse as error:
-                again = TryAgain(error)
-                if error.permanent:
-                    raise  # the API repeats its answers, so that asking again brings the same
             except NETWORK_ERRORS as error:
                 again = self._broken(call, error, policy)
-            except TryAgain as refused:
-                again = refused
-            policy = policy.after(again)
-            if again.failure.status == 429 and self._key.is_for(call.address):
+            except TryAgain as failure:
+                if failure.permanent:
+                    raise  # the API repeats its answers, so that asking again brings the same
+                again = failure
+            policy = policy.after(again, call.deadline)
+            if again.status == 429 and self._session.is_own(call.address):
                 self._context.limiter.pause(policy.wait_seconds)
             self._stop.sleep(policy.wait_seconds)
 
-    def _send(self, call: HttpCall, conversation: Conversation) -> requests.Response:
+    def _send(self, call: HttpCall) -> requests.Response:
         """A good answer, unread. Raises TryAgain or ObjectFailed for an error reply, RunError, NETWORK_ERRORS."""
-        is_own, request = self._key.is_for(call.address), call.request
+        is_own = self._session.is_own(call.address)
         if is_own:
             self._context.limiter.acquire(self._stop)
-        conversation.exchanges += 1
-        session = self._session if is_own else self._third_party
-        if request is None or call.open_body is None:
-            answer = session.ask(call.method, call.address)
-        else:
+        self.exchanges += 1
+        if call.open_body:
             with contextlib.closing(call.open_body()) as body:
-                headers = {"Content-Type": body.content_type, "Idempotency-Key": request.key}
-                before, conversation.is_replay = request.state, request.state is RequestState.UNKNOWN
-                # From here on bytes may leave: whatever happens, only what is sure puts the state back.
-                request.state = RequestState.UNKNOWN
-                try:
-                    answer = session.ask(call.method, call.address, data=body, headers=headers)
-                except NETWORK_ERRORS as error:
-                    request.state = before if Trouble.failed_to_connect(error) else request.state
-                    raise
-            if answer.status_code not in {200, 202}:
-                request.state = before  # what the reply means for the request, `_refusal` says
-            self._apply_headers(answer, conversation)
+                answer = self._send_current(call.address, body)
+        else:
+            answer = self._session.ask("GET", call.address)
         if is_own:
             self._context.outage.mark_answered()
         if answer.status_code not in {200, 202}:
             with contextlib.closing(answer):
-                raise self._refusal(call, answer, conversation)
+                raise self._refusal(call, answer)
         return answer
 
-    def _apply_headers(self, answer: requests.Response, conversation: Conversation) -> None:
-        """Take from a reply's headers what concerns all workers."""
+    def _send_current(self, address: str, body: MultipartBody) -> requests.Response:
+        """The answer to the current request, which has told all workers what concerns them. Raises NETWORK_ERRORS."""
+        request = self.current
+        headers = {"Content-Type": body.content_type, "Idempotency-Key": request.row.idempotency_key}
+        before, self.is_replay = request.state, request.state is RequestState.UNKNOWN
+        # From here on bytes may leave: whatever happens, only what is sure puts the state back.
+        request.state = RequestState.UNKNOWN
+        try:
+            answer = self._session.ask("POST", address, data=body, headers=headers)
+        except NETWORK_ERRORS as error:
+            request.state = before if Trouble.failed_to_connect(error) else request.state
+            raise
+        if answer.status_code not in {200, 202}:
+            request.state = before  # what the reply means for the request, `_refusal` says
         self._context.limiter.update_limit(answer.headers, time.time())
         remaining = answer.headers.get("X-CTF-Remaining", "")
         # A replay has the headers of the first answer, which may be a day old.
-        is_stale = conversation.is_replay and ApiReply.is_older(answer.headers, conversation.asked_at)
+        is_stale = self.is_replay and ApiReply.is_older(answer.headers, self._asked_at)
         if answer.status_code == 200 and remaining.isdigit() and not is_stale:
-            conversation.remaining = int(remaining)
-            keep = self._api.keep_remaining
-            if conversation.remaining <= keep:
-                said = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
+            self.remaining, keep = int(remaining), self._api.keep_remaining
+            if self.remaining <= keep:
+                message = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
                 hint = "run it again next month, or lower api.keep_remaining"
                 # Here, and not where outcomes are recorded: by then this worker would have sent the next one.
-                self._stop.request(RunError(said, hint, code="quota"))
+                self._stop.request(RunError(message, hint, code="quota"))
+        return answer
 
-    def _refusal(self, call: HttpCall, answer: requests.Response, conversation: Conversation) -> Exception:
+    def _refusal(self, call: HttpCall, answer: requests.Response) -> Exception:
         """The end of the exchange, or of an attempt, that an error reply is."""
-        status, request, is_own = answer.status_code, call.request, self._key.is_for(call.address)
+        status, is_own = answer.status_code, self._session.is_own(call.address)
         code, message = ApiReply.error(json_body(answer))
         action = ErrorAction.choose(call.rules, status, code)
         if status == 407 and not Trouble.proxy_for(self._api.url):
             action = ErrorAction.FAIL  # where no proxy is named, it is no proxy's word on all requests
         if action is ErrorAction.STOP_RUN:
             return Trouble.refusal_by_api(status, code, message, self._api.url)
+        self.throttled += status == 429 and is_own
         permanent = action in {ErrorAction.REJECT, ErrorAction.NEW_KEY}
-        failure = ObjectFailed(code or f"http_{status}", message, permanent=permanent, status=status)
-        conversation.throttled += status == 429 and is_own
         is_last = permanent or action is ErrorAction.FAIL
-        if request:
-            conversation.timeouts += status == 504
-            if permanent:
-                is_taken = action is ErrorAction.NEW_KEY
-                request.state = RequestState.KEY_TAKEN if is_taken else RequestState.REJECTED
-            elif action is ErrorAction.RETRY or status == 409 or request.state is RequestState.UNKNOWN:
-                # After 5xx or 409 the conversion may still complete.
-                request.state = RequestState.UNKNOWN
-            else:
-                # A 429 is rejected before the key lookup and proves nothing; nor does a refusal in which the API says
-                # no word on this object.
-                request.state = RequestState.PUT_OFF
-            is_last |= self._is_too_slow(status, request, conversation)
+        if call.open_body:
+            self._timeouts += status == 504
+            # After 5xx or 409 the conversion may still complete. A 429 is rejected before the key lookup and proves
+            # nothing; nor does a refusal in which the API says no word on this object.
+            is_unknown = status == 409 or self.current.state is RequestState.UNKNOWN
+            states = {
+                ErrorAction.REJECT: RequestState.REJECTED,
+                ErrorAction.NEW_KEY: RequestState.KEY_TAKEN,
+                ErrorAction.RETRY: RequestState.UNKNOWN,
+            }
+            self.current.state = states.get(action, RequestState.UNKNOWN if is_unknown else RequestState.PUT_OFF)
+            is_last |= self._is_too_slow(status)
+        code = code or f"http_{status}"
         if is_last:
-            return failure
+            return ObjectFailed(code, message, permanent=permanent, status=status)
+        again = TryAgain(code, message, status=status)
         # A download host speaks for nobody but itself.
-        is_free = action is ErrorAction.WAIT and is_own
-        asked = ApiReply.retry_after_seconds(answer.headers.get("Retry-After"), time.time())
-        return TryAgain(failure, is_free=is_free, asked=asked)
+        again.is_free = action is ErrorAction.WAIT and is_own
+        again.asked = ApiReply.retry_after_seconds(answer.headers.get("Retry-After"), time.time())
+        return again
 
     def _broken(self, call: HttpCall, error: Exception, policy: RetryPolicy) -> TryAgain:
         """What to do after a broken exchange: try again, or wait for the network. Raises RunError if in vain."""
-        failure = ObjectFailed("network", f"{type(error).__name__}: {Trouble.connection_problem(error)}")
+        again = TryAgain("network", f"{type(error).__name__}: {Trouble.connection_problem(error)}")
         outage, untrusted = self._context.outage, Trouble.certificate_problem(error)
-        self._context.limiter.mark_first_response()
-        if not self._key.is_for(call.address):
-            if untrusted:
-                raise failure
-            return TryAgain(failure)
+        self._context.limiter.has_answer = True
+        is_own = self._session.is_own(call.address)
+        if untrusted and not is_own:
+            raise ObjectFailed(again.code, again.message)
         if untrusted:
-            raise RunError(
-                f"the API's certificate is not trusted: {untrusted}",
-                "for a private CA, set REQUESTS_CA_BUNDLE to its file; else check api.url and this machine's clock",
-                code="api",
-            )
+            message = f"the API's certificate is not trusted: {untrusted}"
+            hint = "for a private CA, set REQUESTS_CA_BUNDLE to its file; else check api.url and this machine's clock"
+            raise RunError(message, hint, code="api")
         # Before the first answer, TLS that fails is a wrong address as well; after it, a connection that broke.
         is_mute = isinstance(error, requests.exceptions.SSLError) and not outage.has_answered
-        if not (Trouble.failed_to_connect(error) or is_mute):
-            return TryAgain(failure)
+        if not is_own or not (Trouble.failed_to_connect(error) or is_mute):
+            return again
         if outage.should_wait():
-            return TryAgain(failure, is_free=True, cap=OUTAGE_PAUSE_SECONDS)
+            again.is_free, again.cap = True, OUTAGE_PAUSE_SECONDS
+            return again
         # A proxy that says no, or cannot be used at all, will not say yes to the next object.
         is_refused = "Tunnel connection failed: 4" in str(error)
         is_refused |= isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema)
         if is_refused or outage.has_answered or not policy.total:
             raise Trouble.api_unreachable(self._api.url, error)
-        return TryAgain(failure)
+        return again
 
     # -- what comes back -----------------------------------------------------------------------------------------------
 
-    def _receive(self, answer: requests.Response, task: Task, conversation: Conversation) -> ConvertedFile:
-        """The file in a 200, behind its envelope's link, or of the job that a 202 tells of. Raises InvalidResponse."""
+    def _receive(self, answer: requests.Response) -> ConvertedFile | None:
+        """The file in a 200, or behind its envelope's link; None where a 202 tells of a job. Raises InvalidResponse."""
         if answer.status_code == 202:
-            request, location = conversation.current, urllib.parse.urlsplit(answer.headers.get("Location", "")).path
+            request, location = self.current, urllib.parse.urlsplit(answer.headers.get("Location", "")).path
             job_id = str(json_body(answer).get("job_id") or location.rstrip("/").rpartition("/")[2])
             if not job_id:
                 raise InvalidResponse("no_job_id", "the API accepted a job and did not say which")
-            if request.job_id != job_id:
-                request.job_id = job_id
+            if request.row.job_id != job_id:
+                request.change(job_id=job_id)
                 # Known to the journal, it is asked for after a crash, and no large object is sent again.
-                self._context.ledger.mark_sent(task, request.pending(conversation.source.version))
-            answer.close()
-            return self._finish_job(task, conversation)
+                self._context.ledger.mark_sent(self.task, request.row)
+            return None
         # A connection of 1 MB/s needs ten minutes for the largest body.
         deadline = time.monotonic() + max(self._api.timeout, 600)
         is_json = FileType.media_kind(answer.headers.get("Content-Type", "")) == "json"
-        if not is_json or task.target in JSON_FORMATS:
-            return ConvertedFile.receive(answer, task.target, deadline)
-        file = self._download(json_body(answer), task.target, conversation, deadline)
-        if file is None:
-            raise InvalidResponse("json_answer", "the API answered with JSON instead of the file")
-        return file
+        if not is_json or self.task.target in JSON_FORMATS:
+            return ConvertedFile.receive(answer, self.task.target, deadline)
+        without_link = InvalidResponse("json_answer", "the API answered with JSON instead of the file")
+        return self._download(json_body(answer), deadline, without_link)
 
-    def _finish_job(self, task: Task, conversation: Conversation) -> ConvertedFile:
+    def _finish_job(self) -> ConvertedFile:
         """Wait for a job and fetch its result."""
-        request, deadline = conversation.current, time.monotonic() + 6 * 3600
+        deadline = time.monotonic() + 6 * 3600
         # Five polls are half a minute: a new job may not be known everywhere at once.
         polls_left, results_left = 5, 3
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
             self._stop.sleep(pause)
             try:
-                if file := self._poll_job(task, conversation, deadline):
+                if file := self._poll_job(deadline):
                     return file
             except InvalidResponse as bad:
-                is_unknown = bad.code == JOB_LOST
-                polls_left, results_left = polls_left - is_unknown, results_left - (not is_unknown)
-                if bad.permanent or not (polls_left and results_left):
-                    status = 0 if is_unknown else 200
-                    raise ObjectFailed(bad.code, bad.message, permanent=bad.permanent, status=status) from None
+                results_left -= 1
+                if bad.permanent or not results_left:
+                    raise
+            except ObjectFailed as failure:
+                polls_left -= 1
+                if failure.code != JOB_LOST or not polls_left:
+                    raise
             if time.monotonic() > deadline:
                 break
-        raise ObjectFailed("job_not_finished", f"the job {request.job_id} gave no result in time")
+        raise ObjectFailed("job_not_finished", f"the job {self.current.row.job_id} gave no result in time")
 
-    def _poll_job(self, task: Task, conversation: Conversation, deadline: float) -> ConvertedFile | None:
+    def _poll_job(self, deadline: float) -> ConvertedFile | None:
         """The result of a job; None while it runs. An unknown state counts as running (docs/conversions/async).
 
-        Raises JobFailed; InvalidResponse if there is no good result, or the API does not know the job; ObjectFailed.
+        Raises InvalidResponse if there is no good result; ObjectFailed, also if the API does not know the job.
         """
-        job_id = conversation.current.job_id
-        address = f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}"
+        request, job_id = self.current, self.current.row.job_id
+        call = HttpCall(f"{self._api.url}{JOBS_PATH}/{urllib.parse.quote(job_id, safe='')}", POLL_RULES, deadline)
         try:
-            call = HttpCall("GET", address, POLL_RULES)
-            job, now = self._exchange(call, conversation, deadline, lambda a: (json_body(a), a.headers.get("Date", "")))
+            job, now = self._exchange(call, lambda answer: (json_body(answer), answer.headers.get("Date", "")))
         except ObjectFailed as failure:
             # "Unknown" is believed only from the API, and after a while: a job may be known later than its 202.
             if failure.permanent:
-                raise InvalidResponse(JOB_LOST, f"the API does not know the job {job_id}") from None
+                raise ObjectFailed(JOB_LOST, f"the API does not know the job {job_id}") from None
             # Its status answers this question; it must not be taken for an answer to what made the job.
-            said = f"asked for the job {job_id}: {failure.code} {failure.message}".rstrip()
-            raise ObjectFailed("job_not_finished", said) from None
+            message = f"asked for the job {job_id}: {failure.code} {failure.message}".rstrip()
+            raise ObjectFailed("job_not_finished", message) from None
         if job.get("status") == "failed":
-            raise self._job_failure(job, now, conversation)
+            code, message = ApiReply.error(job)
+            if code == "quota_exceeded":
+                raise Trouble.refusal_by_api(429, code, message, self._api.url)
+            request.state = RequestState.REJECTED
+            # By the API's own clock, which tells both times in whole seconds, so that two may be rounding.
+            age = unix_seconds(now) - unix_seconds(str(job.get("created_at")))
+            request.is_old_job = age > time.time() - self._asked_at + 2
+            permanent = code not in {"service_unavailable", "rate_limited"}
+            message = message or "the API says that the job failed"
+            raise ObjectFailed(code or "job_failed", message, permanent=permanent)
         if job.get("status") != "completed":
             return None
-        file = self._download(job, task.target, conversation, deadline)
-        if file is None:
-            raise InvalidResponse("no_link", "the job is completed, and the API does not say where its result is")
-        return file
+        message = "the job is completed, and the API does not say where its result is"
+        return self._download(job, deadline, InvalidResponse("no_link", message))
 
-    def _job_failure(self, job: Mapping[str, Any], now: str, conversation: Conversation) -> JobFailed:
-        """What a failed job means. Its `error` may be an object, a text, or absent. Raises RunError for the quota."""
-        code, message = ApiReply.error(job)
-        if code == "quota_exceeded":
-            raise Trouble.refusal_by_api(429, code, message, self._api.url)
-        conversation.current.state = RequestState.REJECTED
-        # By the API's own clock, which tells both times in whole seconds, so that two may be rounding.
-        age = unix_seconds(now) - unix_seconds(str(job.get("created_at")))
-        is_old = age > time.time() - conversation.asked_at + 2
-        permanent = code not in {"service_unavailable", "rate_limited"}
-        said = message or "the API says that the job failed"
-        return JobFailed(code or "job_failed", said, permanent=permanent, is_old=is_old)
+    def _download(self, told: Mapping[str, Any], deadline: float, without_link: InvalidResponse) -> ConvertedFile:
+        """The file behind the link in an envelope or a job. Pages disagree on the names.
 
-    def _download(
-        self, told: Mapping[str, Any], target: str, conversation: Conversation, deadline: float
-    ) -> ConvertedFile | None:
-        """The file behind the link in an envelope or a job; None if there is no link. Pages disagree on the names.
-
-        Raises InvalidResponse if the link is stale, or the file cut or another one.
+        Raises InvalidResponse if there is no link, or it is stale, or the file is cut or another one.
         """
         result = told.get("result")
         places = [result if isinstance(result, dict) else {}, told]
         links = (str(place[name]) for place in places for name in ("file_url", "download_url") if place.get(name))
         link, size = next(links, ""), places[0].get("size")
         if not link:
-            return None
+            raise without_link
+        # The link may be relative, and may point to another host, which then gets no key.
+        call = HttpCall(urllib.parse.urljoin(self._api.url + "/", link), DOWNLOAD_RULES, deadline)
         try:
-            # The link may be relative, and may point to another host, which then gets no key.
-            call = HttpCall("GET", urllib.parse.urljoin(self._api.url + "/", link), DOWNLOAD_RULES)
-            receive = partial(ConvertedFile.receive, target=target, deadline=deadline)
-            file = self._exchange(call, conversation, deadline, receive)
+            receive = partial(ConvertedFile.receive, target=self.task.target, deadline=deadline)
+            file = self._exchange(call, receive)
+        except InvalidResponse:
+            raise
         except ObjectFailed as failure:
-            if failure.status == 200:
-                raise InvalidResponse(failure.code, failure.message, permanent=failure.permanent) from None
-            said = f"the API's link to the file does not work: {failure.code} {failure.message}".rstrip()
-            raise InvalidResponse("stale_link", said) from None
+            message = f"the API's link to the file does not work: {failure.code} {failure.message}".rstrip()
+            raise InvalidResponse("stale_link", message) from None
         # A whole body of the wrong size is a body of something else.
         if isinstance(size, int) and size != file.size:
             file.body.close()
@@ -4622,13 +4508,13 @@ class WorkerContext:
         self.api_state, self.outage = ApiState(), OutageMonitor("the API")
 
 
-def convert_object(task: Task, context: WorkerContext, client: ApiClient) -> Outcome:
+def convert_object(task: Task, context: WorkerContext, session: Session) -> Outcome:
     """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
-    conversation = Conversation.of(task)
+    conversation = Conversation(context, session, task)
     hide, started = context.settings.hide, time.monotonic()
     outcome = Outcome(task, OutcomeKind.LEFT)
     try:
-        outcome = look_convert_store(task, context, client, conversation)
+        outcome = look_convert_store(task, context, conversation)
     except StopRequested:
         pass
     except ObjectSkipped as skipped:
@@ -4646,7 +4532,7 @@ def convert_object(task: Task, context: WorkerContext, client: ApiClient) -> Out
             outcome = Outcome(task, OutcomeKind.FAILED, "bug", f"{type(error).__name__}: {error}")
     return replace(
         outcome,
-        task=replace(task, source=conversation.source),
+        task=conversation.task,
         code=hide(outcome.code),
         message=hide(outcome.message)[:MESSAGE_CHARACTERS],
         # Whatever happened: what the API may have done, or may remember, is kept.
@@ -4679,7 +4565,7 @@ def task_as_seen(task: Task, source: SourceFacts, context: "WorkerContext | Plan
     return replace(task, source=source.object)
 
 
-def look_convert_store(task: Task, context: WorkerContext, client: ApiClient, conversation: Conversation) -> Outcome:
+def look_convert_store(task: Task, context: WorkerContext, conversation: Conversation) -> Outcome:
     """The steps for one object. Raises ObjectSkipped, ObjectFailed, RunError or StopRequested."""
     # Queued when the run was asked to end: it was never sent.
     if context.stop.is_set:
@@ -4687,16 +4573,16 @@ def look_convert_store(task: Task, context: WorkerContext, client: ApiClient, co
     bucket = context.bucket
     source = bucket.look_at_source(task.source)
     task = task_as_seen(task, source, context)
-    conversation.source = task.source
+    conversation.task = task
     if existing := bucket.look_at_output(task, source):
         conversation.is_stored = True
         return Outcome(task, existing[0], output=existing[1])
     if task.copy:
         output = bucket.copy(task, source)
         return Outcome(task, OutcomeKind.CONVERTED, output=output)
-    file = client.convert(task, source, conversation)
+    file = conversation.convert(source)
     with contextlib.closing(file.body):
-        if conversation.current.url:
+        if conversation.current.row.url:
             # By URL, the API has read whatever lay there: nobody knows which version that was, if it has changed.
             bucket.require_unchanged(source)
         output = bucket.store(task, source, file)
@@ -4706,9 +4592,10 @@ def look_convert_store(task: Task, context: WorkerContext, client: ApiClient, co
 
 def work(tasks: "queue.Queue[Task | None]", context: WorkerContext, tell: Callable[[Message], None]) -> None:
     """Convert tasks until the end marker comes, or the run is to end and nothing is queued."""
-    with contextlib.closing(ApiClient(context)) as client:
+    api = context.settings.api
+    with Session(api.timeout, api.url, api.key) as session:
         while task := next_task(tasks, context.stop):
-            tell(convert_object(task, context, client))
+            tell(convert_object(task, context, session))
 
 
 def next_task(tasks: "queue.Queue[Task | None]", stop: StopFlag) -> Task | None:
@@ -5817,7 +5704,7 @@ class Estimate:
         try:
             if not settings.api.key:
                 raise usage_error("there is no API key", settings.key_problem)
-            estimate.usage = ask_usage(settings.api)
+            estimate.usage = Usage.ask(settings.api)
         except RunError as problem:
             estimate.usage_problem = f"{problem.message}; {problem.hint}"
         return estimate
@@ -6417,7 +6304,7 @@ class Diagnostics:
             self._report("FAIL", "API key", self.settings.key_problem)
             return
         with self._prove("API key", is_needed=True) as proved:
-            usage = ask_usage(api)
+            usage = Usage.ask(api)
             plan = f"accepted, plan {usage.plan}" if usage.plan else "not refused; the API does not name the plan"
             proved.append(plan)
         with self._prove("quota") as proved:

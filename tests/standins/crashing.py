@@ -18,7 +18,7 @@ EFFECTS: dict[str, tuple[Any, str]] = {
     "source-looked-at": (program.Bucket, "look_at_source"),
     "output-looked-at": (program.Bucket, "look_at_output"),
     "request-recorded": (program.Journal, "mark_sent"),
-    "request-sent": (program.ApiClient, "_exchange"),
+    "request-sent": (program.Conversation, "_exchange"),
     "answer-read": (program.ConvertedFile, "receive"),
     "source-looked-at-again": (program.Bucket, "require_unchanged"),
     "output-put": (program.Bucket, "store"),
