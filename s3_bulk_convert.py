@@ -2883,52 +2883,49 @@ class KeyFile:
 
     def _lines(self) -> Iterator[str]:
         """The lines of the file, unpacked if it is gz, without their ends."""
+        number = 0
+        with self._open() as packed:
+            # Not to the file's end: this very run may be appending its failures to it.
+            status = os.fstat(packed.fileno())
+            file, left = packed, status.st_size if stat.S_ISREG(status.st_mode) else sys.maxsize
+            if packed.peek(2)[:2] == b"\x1f\x8b":
+                file, left = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=packed))), sys.maxsize
+            while left > 0 and (line := file.readline(self.LINE_BYTES)):
+                number, left = number + 1, left - len(line)
+                if len(line) == self.LINE_BYTES:
+                    raise self._bad_line(number, "is too long")
+                try:
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError:
+                    raise self._bad_line(number, "is not UTF-8") from None
+                yield text.removesuffix("\n").removesuffix("\r")
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[io.BufferedReader]:
+        """The file, if it is whole by its MD5: of a damaged one, not even the first line is taken."""
+        file: Any
         try:
-            with self._open() as file:
-                self._require_whole(file)
-                if cast(io.BufferedReader, file).peek(2)[:2] == b"\x1f\x8b":
-                    packed = cast(io.RawIOBase, gzip.GzipFile(fileobj=file))
-                    yield from self._text_lines(io.BufferedReader(packed), sys.maxsize)
+            with contextlib.ExitStack() as held:
+                if self.name.startswith("s3://"):
+                    file = held.enter_context(self._bucket.fetched(self.name))
+                elif self.name != "-":
+                    file = held.enter_context(Path(self.name).open("rb"))
+                elif sys.stdin is None:
+                    raise usage_error("stdin is closed", "pipe keys into it, or give a file")
                 else:
-                    # Not to the file's end: this very run may be appending its failures to it.
-                    status = os.fstat(file.fileno())
-                    is_file = stat.S_ISREG(status.st_mode)
-                    yield from self._text_lines(file, status.st_size if is_file else sys.maxsize)
+                    file = sys.stdin.buffer
+                digest = hashlib.md5(usedforsecurity=False)
+                while self._md5 and (block := file.read(CHUNK_BYTES)):
+                    digest.update(block)
+                if self._md5 not in {"", digest.hexdigest()}:
+                    message = f"{self.name} is damaged: its MD5 is not the manifest's"
+                    raise usage_error(message, "copy it again from its bucket")
+                if self._md5:
+                    file.seek(0)
+                yield file
         except (OSError, EOFError, zlib.error) as problem:
             what = getattr(problem, "strerror", None) or problem
             raise usage_error(f"{self.name} cannot be read: {what}", "check that the file is there and whole") from None
-
-    def _open(self) -> contextlib.AbstractContextManager[IO[bytes]]:
-        if self.name == "-":
-            if sys.stdin is None:
-                raise usage_error("stdin is closed", "pipe keys into it, or give a file")
-            return contextlib.nullcontext(sys.stdin.buffer)
-        return self._bucket.fetched(self.name) if self.name.startswith("s3://") else Path(self.name).open("rb")
-
-    def _require_whole(self, file: IO[bytes]) -> None:
-        """Raise RunError if the file has another MD5: of a damaged one, not even the first line is taken."""
-        if not self._md5:
-            return
-        digest = hashlib.md5(usedforsecurity=False)
-        while block := file.read(CHUNK_BYTES):
-            digest.update(block)
-        if digest.hexdigest() != self._md5:
-            message = f"{self.name} is damaged: its MD5 is not the manifest's"
-            raise usage_error(message, "copy it again from its bucket")
-        file.seek(0)
-
-    def _text_lines(self, file: IO[bytes], left: int) -> Iterator[str]:
-        """The lines of the first `left` bytes."""
-        number = 0
-        while left > 0 and (line := file.readline(self.LINE_BYTES)):
-            number, left = number + 1, left - len(line)
-            if len(line) == self.LINE_BYTES:
-                raise self._bad_line(number, "is too long")
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                raise self._bad_line(number, "is not UTF-8") from None
-            yield text.removesuffix("\n").removesuffix("\r")
 
     def _bad_line(self, number: int, what: str) -> RunError:
         return usage_error(f"{self.name}: line {number} {what}", KEYS_HINT)
@@ -2994,7 +2991,7 @@ class KeyFile:
                 # S3 writes a space as + and a plus as %2B. Without "strict", broken UTF-8 would become another key.
                 named = self._object(urllib.parse.unquote_plus(cells["Key"], errors="strict"), rows.line_num)
                 if all(cells.get(column) for column in ("ETag", "Size", "LastModifiedDate")):
-                    version, archived = cells["ETag"].strip('"'), cells.get("StorageClass") in ARCHIVE_CLASSES
+                    version, archived = bare_etag(cells["ETag"]), cells.get("StorageClass") in ARCHIVE_CLASSES
                     named = SourceObject(named.key, version, int(cells["Size"]), cells["LastModifiedDate"], archived)
                 yield named
         except (csv.Error, ValueError) as problem:
