@@ -2637,8 +2637,8 @@ class Bucket:
 
     def require_unchanged(self, source: SourceFacts) -> None:
         """Raise ObjectFailed if a source is not what it was at the first look, or was put there anew."""
-        head = self._head(self.name, source.key) or {}
-        if any(head.get(name) != source.head.get(name) for name in ("ETag", "LastModified", "VersionId")):
+        head, names = self._head(self.name, source.key), ("ETag", "LastModified", "VersionId")
+        if head is None or any(head.get(name) != source.head.get(name) for name in names):
             said = "the object was overwritten or deleted while it was converted: the result is dropped"
             raise ObjectFailed("source_changed", said)
 
