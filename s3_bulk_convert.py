@@ -4630,13 +4630,10 @@ def run_worker(function: Callable[[], None], stop: StopFlag, address: str) -> No
 
 
 class Pace(NamedTuple):
-    """What a process says of the rate, twice a second as a sign of life: what it has sent, and until when nobody may.
+    """What a process says of the rate, and twice a second as a sign of life."""
 
-    In monotonic seconds, which all processes of a machine share.
-    """
-
-    requests: int  # since the last message
-    paused_until: float
+    requests: int  # that it has sent since it last said so
+    paused_until: float  # nobody may send before; in monotonic seconds, which all processes of a machine share
 
 
 class LedgerQuestion(NamedTuple):
@@ -4752,8 +4749,8 @@ class ProcessSupervisor:
     def run(self) -> None:
         """Keep a process at work until everything it was handed is settled, or none stays alive."""
         if sys.platform != "win32":
-            # A process begins with the mask of the thread that starts it: signals are the parent's to handle. It would
-            # be lost where this thread starts the helper of multiprocessing, which runs already.
+            # A process inherits the mask of the thread that starts it, and signals are the parent's to handle. The
+            # helper of multiprocessing has to run before: to start it unblocks them again.
             multiprocessing.resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         while True:
