@@ -322,7 +322,7 @@ class StopFlag:
         self._lock, self._event = threading.RLock(), threading.Event()
         self._on_request = on_request  # a worker process tells its parent
         self.reason: RunError | None = None
-        self.since = 0.0  # monotonic seconds
+        self.signalled_at = math.inf  # monotonic seconds
         self.in_flight: Callable[[], int] = lambda: 0  # how many requests a second signal would cut off
 
     @property
@@ -330,17 +330,12 @@ class StopFlag:
         """Whether the run is to end."""
         return self._event.is_set()
 
-    @property
-    def is_by_signal(self) -> bool:
-        """Whether a signal has asked for it."""
-        return self.reason is not None and self.reason.is_by_signal
-
     def request(self, reason: RunError, *, is_from_parent: bool = False) -> None:
         """Ask the run to end. `is_from_parent`: the parent process knows already."""
         with self._lock:
-            if self.reason and (self.is_by_signal or not reason.is_by_signal):
+            if self.reason and (self.reason.is_by_signal or not reason.is_by_signal):
                 return
-            self.reason, self.since = reason, time.monotonic()
+            self.reason, self.signalled_at = reason, time.monotonic() if reason.is_by_signal else math.inf
             self._event.set()
         # An echo could fill both pipes, and neither process would read.
         if not is_from_parent:
@@ -360,7 +355,7 @@ class StopFlag:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
-        if self.is_by_signal:
+        if self.reason and self.reason.is_by_signal:
             self.exit_at_once(f"ended at once: {self.in_flight()} in flight are asked for again by the next run", code)
         message, hint = f"interrupted by {signal.Signals(number).name}", "run it again: it goes on where this run ended"
         self.request(RunError(message, hint, code, "signal"))
@@ -5070,7 +5065,7 @@ class Report:
         self._settings, self.started, self._started_at = settings, time.monotonic(), time.time()
         self.counts, self.skipped, self.failed = Counter[str](), Counter[str](), Counter[str]()
         self._by_job = {job.name: Counter[str]() for job in settings.jobs}
-        self._latencies: deque[float] = deque(maxlen=10_000)
+        self._latencies: deque[float] = deque(maxlen=10_000)  # the newest: the percentiles are theirs
         self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it
         self._charged_twice = ""  # the first key that the API may have been paid for twice
         self.remaining: int | None = None  # conversions this month
@@ -5454,7 +5449,7 @@ class Recorder:
                 self._stop.request(RunError("run.max_runtime is over", hint, code="time"))
             self._announce_stop()
             self._progress.show()
-            if self._stop.is_by_signal and time.monotonic() - self._stop.since > self._run.shutdown_grace:
+            if time.monotonic() - self._stop.signalled_at > self._run.shutdown_grace:
                 break
         self._settle(list(map(self._with_history, self._streak)))
         return not working
