@@ -2343,10 +2343,7 @@ def error_code(error: Exception) -> str:
 
 @contextlib.contextmanager
 def translate_s3_errors(doing: str, code: str = "", *, is_of_source: bool = False) -> Iterator[None]:
-    """Turn what S3 and boto3 refuse into what it means: RunError, or ObjectFailed with a code.
-
-    Without a code no object is to blame. `is_of_source`: it may also say that a source is gone, changed or archived.
-    """
+    """Turn an error of S3's into RunError or, with a code, ObjectFailed; of a source it may say that it has changed."""
     try:
         yield
     except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
@@ -2487,7 +2484,7 @@ class Bucket:
         return 0
 
     def _wait_while_quiet(self, stop: StopFlag, **_: Any) -> None:
-        # What is in flight when the run is to end is finished without waiting; else not all begin in one moment.
+        # What is in flight when the run is to end is finished without waiting. Not all begin again in one moment.
         with contextlib.suppress(StopRequested):
             if (left := self._quiet_until - time.monotonic()) > 0:
                 stop.sleep(left + random.random() * self._pause)
@@ -2551,10 +2548,7 @@ class Bucket:
         return list_side_by_side(partial(self.read_page, self.name, code=""), prefix, max_parallel)
 
     def read_page(self, bucket: str, prefix: str, code: str = "listing_refused", **where: str) -> Page:
-        """One page of a listing, at StartAfter or ContinuationToken.
-
-        Raises ObjectFailed with the code if it is refused, RunError if there is none or if the listing breaks off.
-        """
+        """One page, at StartAfter or ContinuationToken. Raises RunError; if refused, ObjectFailed with the code."""
         self.pages_asked += 1
         request: Any = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **where, **self._payer}
         # A page that is no whole page is asked for again: what ends early would leave objects out, unnoticed.
@@ -2593,10 +2587,7 @@ class Bucket:
         return self._head(self.output_name, key)
 
     def look_at_source(self, listed: SourceObject) -> SourceFacts:
-        """What there is of a source right now, in the version that was listed, if one was.
-
-        Raises ObjectSkipped if there is nothing to convert, ObjectFailed if it is gone, changed, unreadable; RunError.
-        """
+        """What there is of a source, in the listed version if one was. Raises ObjectSkipped, ObjectFailed, RunError."""
         try:
             head = self._head(self.name, listed.key, "source_unreadable")
         except ObjectFailed as failure:
@@ -2699,20 +2690,14 @@ class Bucket:
             )
 
     def open_source(self, source: SourceFacts) -> tuple[IO[bytes], int]:
-        """A stream over the very version that was looked at, and how many bytes it announces.
-
-        Raises ObjectFailed if it is gone, changed or unreadable, ObjectSkipped if it is archived, RunError.
-        """
+        """A stream over the version that was seen, and its length. Raises ObjectFailed, ObjectSkipped, RunError."""
         condition: Any = {"IfMatch": source.object.if_match} if source.version and source.object.if_match else {}
         with translate_s3_errors(f"reading {printable(source.key)}", "source_unreadable", is_of_source=True):
             reply: Any = self.client.get_object(Bucket=self.name, Key=source.key, **condition, **self._payer)
         return reply["Body"], int(reply.get("ContentLength", source.size))
 
     def open_upload(self, source: SourceFacts) -> tuple[IO[bytes], int]:
-        """The bytes that a source stands for, and how many there are: what S3 keeps packed is unpacked.
-
-        Raises as `open_source`, and ObjectFailed if the bytes cannot be unpacked, or are too many.
-        """
+        """The bytes that a source stands for, unpacked, and how many there are. Raises as `open_source`."""
         body, length = self.open_source(source)
         # Other codings are about the transport (aws-chunked), or no codings at all (identity, utf-8).
         codings = [coding.strip().lower() for coding in source.head.get("ContentEncoding", "").split(",")]
@@ -2816,10 +2801,9 @@ KEYS_HINT = "give keys, one a line in UTF-8; an S3 Inventory in CSV, best its ma
 
 
 def keys_from(source: str, bucket: Bucket, stop: StopFlag) -> Iterator[list[SourceObject]]:
-    """The objects that a file names, in pages; without ETag, size and date where it has only keys.
+    """The objects that a path, `-` or an `s3://` URL names, by pages. Raises StopRequested, RunError.
 
-    `source` is a path, `-` for stdin, or `s3://bucket/key`. Raises RunError, for usage only before the first page;
-    StopRequested.
+    An error is one of usage before the first page only: after it, the run has begun.
     """
     objects, has_begun = KeyFile(source, bucket).objects(), False
     # A failures file names an object once for each failure: the second must not go out while the first does.
