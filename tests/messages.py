@@ -140,16 +140,23 @@ class Reader(ast.NodeVisitor):
             self._names[name] = joined([self._names[name], texts_of(node.value, self._names)])
 
     def visit_If(self, node: ast.If) -> None:
-        """What a branch that goes on has changed holds under its condition; what one that leaves has, is forgotten."""
-        before = dict(self._names)
-        self.generic_visit(node)
-        if node.orelse:
-            return
-        after, self._names = self._names, before
-        if not isinstance(node.body[-1], ast.Raise | ast.Return | ast.Continue):
-            changed = {name: texts for name, texts in after.items() if before.get(name) is not texts}
-            test = ast.unparse(node.test)
-            self._names |= {name: either(test, texts, before.get(name, UNKNOWN)) for name, texts in changed.items()}
+        """What the branches that go on have changed holds under their conditions; what one that leaves has, does not."""
+        self.visit(node.test)
+        before, ends = self._names, list[Names]()
+        for branch in (node.body, node.orelse):
+            self._names = dict(before)
+            for statement in branch:
+                self.visit(statement)
+            leaves = branch and isinstance(branch[-1], ast.Raise | ast.Return | ast.Continue)
+            ends.append({} if leaves else self._names)
+        yes, no = ends[0] or ends[1] or before, ends[1] or ends[0] or before
+        test = ast.unparse(node.test)
+        self._names = {
+            name: yes[name]
+            if yes.get(name) is no.get(name)
+            else either(test, yes.get(name, UNKNOWN), no.get(name, UNKNOWN))
+            for name in {**yes, **no}
+        }
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         """What is wrong with a page of a listing is no problem of the configuration."""

@@ -77,12 +77,13 @@ def test_a_worker_process_that_is_killed_is_replaced_and_nothing_is_paid_twice(
     assert run.summary["converted"] >= 36
 
 
+@pytest.mark.slow
 def test_a_worker_process_that_is_frozen_is_replaced_and_nothing_is_paid_twice(
     start: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:
     expected = fill(bucket, 24)
     strict_api.behaviour.latency = 0.1
-    run = start(*THREE, command=script_with("program.HANG_SECONDS = 4"))
+    run = start(*THREE, command=script_with("program.HANG_SECONDS = 20"))
     wait_until(functools.partial(has_paid, strict_api, 6))
     frozen = min(worker_pids(run))
     os.kill(frozen, signal.SIGSTOP)
