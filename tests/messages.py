@@ -140,7 +140,7 @@ class Reader(ast.NodeVisitor):
             self._names[name] = joined([self._names[name], texts_of(node.value, self._names)])
 
     def visit_If(self, node: ast.If) -> None:
-        """What the branches that go on have changed holds under their conditions; what one that leaves has, does not."""
+        """What a branch that goes on has changed holds under its condition; what one that leaves has, does not."""
         self.visit(node.test)
         before, ends = self._names, list[Names]()
         for branch in (node.body, node.orelse):
