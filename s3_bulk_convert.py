@@ -561,6 +561,7 @@ class FeederFinished(NamedTuple):
 
 
 Message = Outcome | PageCounts | TotalCounted | FeederFinished | None  # None: a worker, or a process of them, has left
+Tasks = queue.Queue[Task | None]  # None: no more will come
 
 
 ########################################################################################################################
@@ -627,12 +628,12 @@ class Read:
         return Read.matching(f"({'|'.join(choices)})", f"one of {', '.join(choices)}", str)
 
     @staticmethod
-    def optional(word: str, reader: Callable[[str], T]) -> Callable[[str], T | None]:
-        """What `reader` reads; `word`, and an empty value, as None."""
+    def optional(word: str, reader: Callable[[str], T], without: Any = None) -> Callable[[str], T]:
+        """What `reader` reads; `word`, and an empty value, as `without`."""
 
-        def read(given: str) -> T | None:
+        def read(given: str) -> T:
             if given.lower() in {word, ""}:
-                return None
+                return cast(T, without)
             try:
                 return reader(given)
             except ValueError as problem:
@@ -712,8 +713,7 @@ class Read:
     percent = matching(
         f"{number}%", "a rate such as 2%", lambda percent: float(percent) / 100 if float(percent) <= 100 else None
     )
-    text_or_none, size_or_none = optional("none", str), optional("none", size)
-    duration_or_none = optional("none", duration)
+    text_or_none = optional("none", str)
 
 
 @dataclass(frozen=True)
@@ -787,11 +787,15 @@ class Shard:
         """How a sentence about the run goes on; empty if there is but one shard."""
         return f" for shard {self}" if self.count > 1 else ""
 
-    def owns(self, text: str) -> bool:
-        """Whether a text belongs to this shard: the slot of a planned output, or the key of what no job wants."""
+    def owner_of(self, text: str) -> "Shard":
+        """The shard that a text belongs to: the slot of a planned output, or the key of what no job wants."""
         # Not `hash`, which differs from process to process. A key may hold anything: half a surrogate pair as well.
         digested = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        return int.from_bytes(digested, "big") % self.count == self.index
+        return Shard(int.from_bytes(digested, "big") % self.count, self.count)
+
+    def owns(self, text: str) -> bool:
+        """Whether a text belongs to this shard."""
+        return self.owner_of(text) == self
 
     def share(self, total: int) -> int:
         """The part of a whole number that falls to this shard; those of all shards add up to it."""
@@ -842,10 +846,14 @@ class ConvertOptions:
         "globs of what to leave out",
         (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae"),  # of macOS, Windows, iOS: nobody's content
     )
-    min_size: int | None = option(Read.size_or_none, "only objects of at least this size", None)
-    max_size: int | None = option(Read.size_or_none, "only objects of at most this size", None)
-    newer_than: float | None = option(Read.duration_or_none, "only objects changed within this time", None)
-    older_than: float | None = option(Read.duration_or_none, "only objects not changed for this time", None)
+    min_size: int = option(Read.optional("none", Read.size, 0), "only objects of at least this size", 0)
+    max_size: float = option(Read.optional("none", Read.size, math.inf), "only objects of at most this size", math.inf)
+    newer_than: float = option(
+        Read.optional("none", Read.duration, math.inf), "only objects changed within this time", math.inf
+    )
+    older_than: float = option(
+        Read.optional("none", Read.duration, -math.inf), "only objects not changed for this time", -math.inf
+    )
     quality: int | None = option(Read.optional("none", Read.integer(1, 100)), "quality, for lossy formats", None)
     same_format: str = option(
         Read.choice("skip", "copy", "convert"), "a source that is in the target format already", "skip"
@@ -906,8 +914,8 @@ class RunOptions:
     processes: int = option(Read.integer(1, 64), "processes that share the workers out among them", 1)
     checkpoint: str = option(str, "SQLite file that remembers what is done", "s3_bulk_convert.sqlite3")
     failures: str = option(str, "file that failures are appended to, a JSON line each", "conversion_failures.jsonl")
-    max_failure_rate: float | None = option(
-        Read.optional("never", Read.percent), "stop when more fail, after 50 finished objects", 0.02
+    max_failure_rate: float = option(
+        Read.optional("never", Read.percent, math.inf), "stop when more fail, after 50 finished objects", 0.02
     )
     skip_existing: bool = option(
         Read.boolean,
@@ -915,7 +923,9 @@ class RunOptions:
         default=True,
     )
     shutdown_grace: float = option(Read.duration, "time for what is in flight after SIGINT or SIGTERM", 30.0)
-    max_runtime: float | None = option(Read.duration_or_none, "take no new objects after this", None)
+    max_runtime: float = option(
+        Read.optional("none", Read.duration, math.inf), "take no new objects after this", math.inf
+    )
     summary: str | None = option(Read.text_or_none, "file for a JSON summary of the run", None)
     metrics: str | None = option(Read.text_or_none, "file for metrics, in Prometheus' text format", None)
     log_every: int = option(Read.integer(1), "a line of progress every so many objects, without a terminal", 100)
@@ -947,18 +957,18 @@ def digest(parts: Sequence[str | int | None]) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(ConvertOptions):
     """One route: which objects, to which format, under which keys."""
 
-    name: str
-    prefix: str
-    output_key: str
-    options: ConvertOptions
+    name: str = "default"
+    prefix: str = ""
+    output_key: str = S3Options.output_key
+    now: float = field(default_factory=time.time, compare=False)  # Unix seconds; ages are counted from there
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of target and options: all that decides what an output is."""
-        return digest([self.options.target, self.options.quality])
+        return digest([self.target, self.quality])
 
     @property
     def place(self) -> str:
@@ -969,6 +979,55 @@ class Job:
     def constant_prefix(self) -> str:
         """What the key of every output begins with."""
         return self.output_key.partition("{")[0]
+
+    def output_of(self, key: str) -> str:
+        """The key that the output of an object is planned to have."""
+        parts = KeyParts.of(key)
+        values = {"key": key, "dir": parts.folder, "name": parts.name, "stem": parts.stem, "ext": parts.ext}
+        values |= {"target": self.target, "job": self.name}
+        # One pass over the template: braces inside a key are a part of the key.
+        return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.output_key)
+
+    def wants(self, source: SourceObject) -> bool:
+        """Whether prefix and globs let an object in; and size and age, unless only its key is known."""
+        key = source.key
+        if not key.startswith(self.prefix) or self._excluded.match(key):
+            return False
+        if not ("*" in self.include or self._included.match(key)):
+            return False
+        if not source.version:
+            return True
+        # Without a limit no date is read: that would take longer than all the rest. By S3's clock, what was written
+        # just now may be from the future: it is new.
+        is_any_age = (self.older_than, self.newer_than) == (-math.inf, math.inf)
+        is_of_age = is_any_age or self.older_than <= self.now - source.modified <= self.newer_than
+        return is_of_age and self.min_size <= source.size <= self.max_size
+
+    @functools.cached_property
+    def _included(self) -> re.Pattern[str]:
+        return self.globs_pattern(self.include)
+
+    @functools.cached_property
+    def _excluded(self) -> re.Pattern[str]:
+        return self.globs_pattern(self.exclude)
+
+    @staticmethod
+    def globs_pattern(globs: Sequence[str]) -> re.Pattern[str]:
+        """Matches keys, without regard to case: any glob with a slash the whole key, or any other the name."""
+        on_key, on_name = (
+            "|".join(fnmatch.translate(glob) for glob in globs if ("/" in glob) is with_slash) or "(?!)"
+            for with_slash in (True, False)
+        )
+        return re.compile(rf"{on_key}|(?s:.*/)?(?![^/]*/)(?:{on_name})", re.IGNORECASE)
+
+    def is_same_format(self, key: str) -> bool:
+        """Whether a key's extension names the target."""
+        return key.lower().endswith(self._same_endings) and KeyParts.of(key).ext != ""
+
+    @functools.cached_property
+    def _same_endings(self) -> tuple[str, ...]:
+        target = FileType.canonical(self.target)
+        return (f".{target}", *(f".{alias}" for alias, name in FORMAT_ALIASES.items() if name == target))
 
 
 @dataclass(frozen=True)
@@ -985,6 +1044,11 @@ class Settings:
     quiet: bool = False
     log_format: str = "text"
     key_problem: str = ""  # why there is no API key, for commands that can do without
+
+    @functools.cached_property
+    def by_name(self) -> Mapping[str, Job]:
+        """The jobs by name, in their order: of two that want one output key, the first keeps it, in every run."""
+        return {job.name: job for job in self.jobs}
 
     def puts_among_sources(self, job: Job) -> bool:
         """Whether a job's outputs lie between the sources, because no prefix of their own sets them apart."""
@@ -1093,12 +1157,10 @@ class SettingsReader:
         # Sorted, so that the first job, which keeps an output key, is the same in every run.
         for section in sorted(self.values.keys() - SECTIONS.keys()) or ["convert"]:
             own = {"prefix": s3.prefix, "output_key": s3.output_key, **self.values["convert"], **self.values[section]}
-            prefix, output_key = own.pop("prefix"), own.pop("output_key")
-            options = ConvertOptions(**own)
             name = "default" if section == "convert" else section.removeprefix("job ").strip()
-            jobs[section] = Job(name, prefix, output_key, options)
+            job = jobs[section] = Job(name=name, **own)
             self.require("target", section, "convert")
-            if options.min_size is not None and options.max_size is not None and options.min_size > options.max_size:
+            if job.min_size > job.max_size:
                 self.problems.append(f"[{section}] min_size is larger than max_size: no object can be converted")
         for section, job in jobs.items() if s3.is_one_bucket else ():
             for other in (job, *jobs.values()):
@@ -1221,15 +1283,6 @@ class KeyParts(NamedTuple):
         stem = re.sub(r"[^A-Za-z0-9._-]+", "_", self.stem)[-60:] or "file"
         # The API would take what stands behind a dot for the format.
         return f"{stem}.{self.ext}" if self.ext else stem.replace(".", "_")
-
-
-def output_key(job: Job, key: str) -> str:
-    """The key that the output of an object is planned to have."""
-    parts = KeyParts.of(key)
-    values = {"key": key, "dir": parts.folder, "name": parts.name, "stem": parts.stem, "ext": parts.ext}
-    values |= {"target": job.options.target, "job": job.name}
-    # One pass over the template: braces inside a key are a part of the key.
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], job.output_key)
 
 
 def idempotency_key(endpoint: str, bucket: str, source: "SourceFacts", task: Task, place: str) -> str:
@@ -1570,18 +1623,20 @@ class Trouble:
         return None
 
     @staticmethod
-    def bug(where: str) -> RunError:
-        """The end of the run for an exception that nobody has foreseen, and that has been logged."""
-        hint = "run it again with -v and report what it prints"
-        return RunError(f"the program has a bug ({where} failed)", hint, code="bug")
-
-    @staticmethod
-    def unexpected(where: str, error: Exception, address: str = "") -> RunError:
-        """The end of the run for any exception: trouble of the environment, or a bug."""
-        if trouble := Trouble.around(error, address):
-            return trouble
-        log.error("%s failed", where, exc_info=error)
-        return Trouble.bug(where)
+    @contextlib.contextmanager
+    def explained(where: str, address: str = "", foreseen: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """Raise RunError for any exception that is not foreseen: trouble of the environment, or a bug."""
+        foreseen += (RunError, StopRequested)
+        try:
+            yield
+        except foreseen:
+            raise
+        except Exception as error:
+            if trouble := Trouble.around(error, address):
+                raise trouble from error
+            log.exception("%s failed", where)
+            hint = "run it again with -v and report what it prints"
+            raise RunError(f"the program has a bug ({where} failed)", hint, code="bug") from error
 
     @staticmethod
     def require_certificates(address: str, *variables: str) -> None:
@@ -1736,12 +1791,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def _find_jobs(self) -> None:
         buckets = (*self._sources, self._output_bucket)
         if not self._read_only:
-            rows = [(*buckets, job.fingerprint, job.place, job.name, job.options.target) for job in self._jobs]
+            rows = [(*buckets, job.fingerprint, job.place, job.name, job.target) for job in self._jobs]
             with self._transaction() as db:
                 db.executemany(f"INSERT OR IGNORE INTO jobs VALUES (NULL{', ?' * 7})", rows)
         where = "endpoint = ? AND bucket = ? AND output_bucket = ? AND replace(output_key, '{target}', target) = ?"
         for job in self._jobs:
-            place = job.place.replace("{target}", job.options.target)
+            place = job.place.replace("{target}", job.target)
             known = self._ask(f"SELECT id, fingerprint, output_key FROM jobs WHERE {where}", *buckets, place)
             own = [job.fingerprint, job.place]
             self._job_ids[job.name] = next((number for number, *made in known if made == own), 0)
@@ -2992,53 +3047,6 @@ SKIP_REASONS = (NOT_MATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, F
 FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
 
 
-class JobMatcher:
-    """A job with its filters made ready. `now` in Unix seconds: ages are counted from there."""
-
-    def __init__(self, job: Job, now: float) -> None:
-        self.job, self._now, options = job, now, job.options
-        self._included = None if "*" in options.include else self.globs_match(options.include)
-        self._excluded = self.globs_match(options.exclude) if options.exclude else None
-        self._sizes = (options.min_size or 0, math.inf if options.max_size is None else options.max_size)
-        # By S3's clock, what was written just now may be from the future: it is new.
-        self._ages = (
-            -math.inf if options.older_than is None else options.older_than,
-            math.inf if options.newer_than is None else options.newer_than,
-        )
-        target = self._target = FileType.canonical(options.target)
-        same = [target, *(alias for alias, name in FORMAT_ALIASES.items() if name == target)]
-        self._same_endings = tuple(f".{ext}" for ext in same)
-
-    def wants(self, source: SourceObject) -> bool:
-        """Whether prefix and globs let an object in; and size and age, unless only its key is known."""
-        key = source.key
-        if not key.startswith(self.job.prefix) or (self._excluded and self._excluded(key)):
-            return False
-        if self._included and not self._included(key):
-            return False
-        if source.version and not self._sizes[0] <= source.size <= self._sizes[1]:
-            return False
-        least, most = self._ages
-        # Without a limit no date is read: that would take longer than all the rest.
-        is_any_age = not source.version or (least, most) == (-math.inf, math.inf)
-        return is_any_age or least <= self._now - source.modified <= most
-
-    @staticmethod
-    def globs_match(patterns: Sequence[str]) -> Callable[[str], object]:
-        """A predicate on keys, without regard to case: any glob with a slash matches the key, or any other the name."""
-
-        def pattern(*, with_slash: bool) -> re.Pattern[str]:
-            globs = [fnmatch.translate(glob) for glob in patterns if ("/" in glob) is with_slash]
-            return re.compile("|".join(globs) or "(?!)", re.IGNORECASE)
-
-        on_key, on_name = pattern(with_slash=True), pattern(with_slash=False)
-        return lambda key: on_name.match(key.rpartition("/")[2]) or on_key.match(key)
-
-    def is_same_format(self, key: str) -> bool:
-        """Whether a key's extension names the target."""
-        return key.lower().endswith(self._same_endings) and FileType.canonical(KeyParts.of(key).ext) == self._target
-
-
 def skip_reason(source: SourceObject) -> str:
     """Why no job takes an object, whatever it wants; empty if one may."""
     if source.key.endswith("/"):
@@ -3053,10 +3061,8 @@ class Planner:
 
     def __init__(self, settings: Settings, bucket: Bucket, journal: Journal, stop: StopFlag) -> None:
         self.settings, self.bucket, self.journal, self._stop = settings, bucket, journal, stop
-        # By name, as the settings have them: of two jobs that want one output key, the first keeps it, in every run.
-        self.matchers = {job.name: JobMatcher(job, time.time()) for job in settings.jobs}
         self._own_prefixes = settings.own_prefixes
-        self._own_endings = (*(f".{job.options.target}" for job in settings.jobs), ".zip", "/")
+        self._own_endings = (*(f".{job.target}" for job in settings.jobs), ".zip", "/")
         self._outputs = OutputLister(bucket)
         self._unmarked_looks = 16  # at keys that look like outputs, for a warning
         self.warnings: dict[str, str] = {}  # by kind: what a person should know
@@ -3106,14 +3112,14 @@ class Planner:
             wanting = () if reason else self._wanting(source)
             if not wanting and shard.owns(source.key):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
-            for matcher in wanting:
+            for job in wanting:
                 # All sources that want one output key meet in one shard: two shards would both write it.
-                if shard.count > 1 and not shard.owns(KeyParts.slot_of(output_key(matcher.job, source.key))):
+                if shard.count > 1 and not shard.owns(KeyParts.slot_of(job.output_of(source.key))):
                     continue
-                if matcher.job.options.same_format == "skip" and matcher.is_same_format(source.key):
-                    decisions.append(Decision(DecisionKind.SKIP, source, matcher.job.name, SAME_FORMAT))
+                if job.same_format == "skip" and job.is_same_format(source.key):
+                    decisions.append(Decision(DecisionKind.SKIP, source, job.name, SAME_FORMAT))
                 else:
-                    selected.append((matcher.job.name, source))
+                    selected.append((job.name, source))
         return decisions + self._decide(selected, is_last=is_last)
 
     def _is_own(self, key: str) -> str:
@@ -3131,15 +3137,15 @@ class Planner:
                 )
         return OWN_OUTPUT
 
-    def _wanting(self, source: SourceObject) -> Sequence[JobMatcher]:
-        wanting = [matcher for matcher in self.matchers.values() if matcher.wants(source)]
+    def _wanting(self, source: SourceObject) -> Iterable[Job]:
+        wanting = [job for job in self.settings.jobs if job.wants(source)]
         if len(wanting) < 2:
             return wanting
         # Of jobs that would make the very same output, the first is enough.
-        outputs = dict[tuple[str, str], JobMatcher]()
-        for matcher in wanting:
-            outputs.setdefault((matcher.job.fingerprint, output_key(matcher.job, source.key)), matcher)
-        return list(outputs.values())
+        outputs = dict[tuple[str, str], Job]()
+        for job in wanting:
+            outputs.setdefault((job.fingerprint, job.output_of(source.key)), job)
+        return outputs.values()
 
     def _decide(self, selected: Sequence[tuple[str, SourceObject]], *, is_last: bool) -> list[Decision]:
         """Decisions for (job, object) by what the journal knows, and by who has their output keys."""
@@ -3168,21 +3174,20 @@ class Planner:
         return [*decisions, *self._dispatch(tasks)]
 
     def _task(self, job: str, source: SourceObject, state: JournalState | None, pending: PendingRequest | None) -> Task:
-        settings, chosen = self.settings, self.matchers[job].job
-        options = chosen.options
+        settings, chosen = self.settings, self.settings.by_name[job]
         # What was sent for another version can never be asked for again. An inventory's version may be a day old.
         is_resumable = pending is not None and (not source.version or pending.version == source.version)
-        others = (matcher for name, matcher in self.matchers.items() if name != job and matcher.wants(source))
+        others = (other for other in settings.jobs if other is not chosen and other.wants(source))
         return Task(
             job=job,
             fingerprint=chosen.fingerprint,
             source=source._replace(version="") if settings.keys_from else source,
-            target=options.target,
-            quality=options.quality,
-            output_key=output_key(chosen, source.key),
-            copy=options.same_format == "copy" and self.matchers[job].is_same_format(source.key),
+            target=chosen.target,
+            quality=chosen.quality,
+            output_key=chosen.output_of(source.key),
+            copy=chosen.same_format == "copy" and chosen.is_same_format(source.key),
             adopts=settings.run.skip_existing and not settings.puts_among_sources(chosen),
-            rivals=tuple((other.job.fingerprint, other.job.name) for other in others),
+            rivals=tuple((other.fingerprint, other.name) for other in others),
             pending=pending if is_resumable else None,
             known=state,
         )
@@ -3215,7 +3220,7 @@ class Planner:
 
     def _placed(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """The tasks with what is known of their output keys: who holds them, and whether something lies there."""
-        here, jobs = self.bucket.name, {name: matcher.job for name, matcher in self.matchers.items()}
+        here, jobs = self.bucket.name, self.settings.by_name
         slots = [self.journal.slot(task.output_key) for task in tasks]
         held = self.journal.holders(slots)
         there = self._outputs.existing([(jobs[task.job].constant_prefix, task.output_key) for task in tasks])
@@ -3985,7 +3990,7 @@ class Conversation:
     def _first_request(self, source: SourceFacts) -> ApiRequest:
         task, context, above = self.task, self._context, self._api.jobs_above
         path = JOBS_PATH if above is not None and source.size > above else CONVERT_PATH
-        place = context.matchers[task.job].job.place
+        place = context.settings.by_name[task.job].place
         key = idempotency_key(context.bucket.endpoint, context.bucket.name, source, task, place)
         by_url = self._api.transfer != "upload" and not KeyParts.of(task.source.key).has_dot_segments
         url = context.bucket.presign(task.source.key) if by_url and not context.api_state.uploads else ""
@@ -4328,51 +4333,45 @@ class Conversation:
 class Feeder:
     """Hands out the tasks of every page, and counts what needs no worker."""
 
-    def __init__(
-        self,
-        context: "WorkerContext",
-        journal: Journal,
-        tasks: "queue.Queue[Task | None]",
-        tell: Callable[[Message], None],
-    ) -> None:
-        self.context, self.journal, self._tasks, self._tell = context, journal, tasks, tell
+    def __init__(self, context: "WorkerContext", journal: Journal) -> None:
+        self.context, self._journal, self._tasks, self._tell = context, journal, context.tasks, context.tell
         self._settings, self._stop = context.settings, context.stop
         self.planner = Planner(context.settings, context.bucket, journal, context.stop)
-        # For TotalCounter: the workers have more than they can do; nothing more will come.
-        self.is_ahead, self.has_finished = threading.Event(), threading.Event()
+        # For `count_total`: the workers have more than they can do; nothing more will come.
+        self.is_ahead, self._has_finished = threading.Event(), threading.Event()
+        self._has_begun = False
 
     def run(self) -> None:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
         reason: RunError | None = None
-        is_complete = has_begun = False
+        is_complete = False
         try:
-            # In this thread, because the main one must hear signals even while S3 does not answer.
-            self.context.bucket.check()
-            for decisions in self.planner.decisions(self._max_parallel):
-                has_begun = True
-                self._feed(decisions)
-                if self._stop.is_set or self.context.ledger.reason:
-                    break
-            else:
-                is_complete = not self._stop.is_set
+            with Trouble.explained("the feeder", self._settings.api.url):
+                is_complete = self._feed_all()
         except RunError as error:
             # What was handed out is finished; only where nothing was begun is it as if nothing had been started.
-            exit_code = ExitCode.STOPPED if has_begun else error.exit_code
+            exit_code = ExitCode.STOPPED if self._has_begun else error.exit_code
             reason = RunError(error.message, error.hint, exit_code, error.code)
         except StopRequested:
             pass
-        except Exception as error:
-            reason = Trouble.around(error, self._settings.api.url)
-            if reason is None:
-                log.exception("the feeder failed")
-                reason = Trouble.bug("the feeder")
         finally:
-            self.has_finished.set()
+            self._has_finished.set()
             self.is_ahead.set()
             self._tell(FeederFinished(reason, is_complete))
             for _ in range(self._settings.run.consumers):
                 with contextlib.suppress(StopRequested):
                     self._put(None)
+
+    def _feed_all(self) -> bool:
+        """Hand out page by page. False if the run was to end before the listing did."""
+        # In this thread, because the main one must hear signals even while S3 does not answer.
+        self.context.bucket.check()
+        for decisions in self.planner.decisions(self._max_parallel):
+            self._has_begun = True
+            self._feed(decisions)
+            if self._stop.is_set or self.context.ledger.reason:
+                return False
+        return not self._stop.is_set
 
     def _max_parallel(self) -> int:
         # While there is work, a page that is read early is only a page that grows old.
@@ -4405,38 +4404,29 @@ class Feeder:
                 if self._stop.is_set:
                     raise StopRequested from None
 
+    def count_total(self) -> None:
+        """Count what the run is to do, over a listing of its own, so that a bar has an end while the feeder is at work.
 
-class TotalCounter(threading.Thread):
-    """Counts what a run is to do, over a listing of its own, so that a bar has an end while the feeder is on its way.
-
-    It never holds up the work: it starts when the workers have more than they can do, reads a page at a time, leaves
-    the processor to others, and nothing waits for it. What this run has converted by then counts as to do.
-    """
-
-    def __init__(self, feeder: Feeder, tell: Callable[[Message], None]) -> None:
-        super().__init__(name="total", daemon=True)
-        self._feeder, self._tell = feeder, tell
-
-    def run(self) -> None:
-        """Count, if there is something to wait for; tell the recorder once it is all counted."""
-        self._feeder.is_ahead.wait()
+        It never holds up the work: it starts when the workers have more than they can do, reads a page at a time,
+        leaves the processor to others, and nothing waits for it. What this run has converted by then counts as to do.
+        """
+        self.is_ahead.wait()
         try:
-            self._count()
+            self._count_total()
         except Exception:
             # Without a total, the run goes on as well.
             log.debug("the total could not be counted", exc_info=True)
 
-    def _count(self) -> None:
-        context, journal = self._feeder.context, self._feeder.journal
-        with Journal(journal.path, context.bucket.endpoint, context.settings, read_only=True) as own:
+    def _count_total(self) -> None:
+        settings, bucket, journal = self._settings, self.context.bucket, self._journal
+        with Journal(journal.path, bucket.endpoint, settings, read_only=True) as own:
             own.horizon = journal.run_id << 32
-            planner = Planner(context.settings, context.bucket, own, context.stop)
-            finished = {DecisionKind.SKIP, DecisionKind.DONE}
+            planner, finished = Planner(settings, bucket, own, self._stop), {DecisionKind.SKIP, DecisionKind.DONE}
             total, began = 0, time.thread_time()
             for decisions in planner.decisions(lambda: 1):
                 total += sum(not each.is_retry and each.kind not in finished for each in decisions)
                 # It takes a tenth of a processor at the most.
-                if self._feeder.has_finished.wait(9 * (time.thread_time() - began)):
+                if self._has_finished.wait(9 * (time.thread_time() - began)):
                     return
                 began = time.thread_time()
             self._tell(TotalCounted(total))
@@ -4446,7 +4436,7 @@ class TotalCounter(threading.Thread):
 # Workers. Look, slot, convert, look, store. A worker leaves when it takes the end marker; when the run is to end, the
 # object in hand is finished first, and a queued one is given back unsent.
 #   - `look_at_output` is the only guard against overwriting (I8), and comes before anything is paid.
-#   - All that is said of an object goes through `convert_object`, which hides secrets.
+#   - All that is said of an object goes through `WorkerContext._convert`, which hides secrets.
 ########################################################################################################################
 
 
@@ -4474,127 +4464,123 @@ class Ledger:
             self._reserved += 1
 
 
-class WorkerContext:
-    """What all workers of a process share."""
-
-    def __init__(self, settings: Settings, stop: StopFlag, bucket: Bucket, ledger: "Ledger | ParentConnection") -> None:
-        self.settings, self.stop, self.bucket, self.ledger = settings, stop, bucket, ledger
-        self.limiter = RateLimiter(settings.api.requests_per_minute, settings.shard.count * settings.run.processes)
-        self.matchers = {job.name: JobMatcher(job, time.time()) for job in settings.jobs}
-        self.api_state, self.outage = ApiState(), OutageMonitor("the API")
-
-
-def convert_object(task: Task, context: WorkerContext, session: Session) -> Outcome:
-    """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
-    conversation = Conversation(context, session, task)
-    hide, started = context.settings.hide, time.monotonic()
-    outcome = Outcome(task, OutcomeKind.LEFT)
-    try:
-        outcome = look_convert_store(task, context, conversation)
-    except StopRequested:
-        pass
-    except ObjectSkipped as skipped:
-        outcome = Outcome(task, OutcomeKind.SKIPPED, str(skipped))
-    except ObjectFailed as failure:
-        outcome = Outcome(task, OutcomeKind.FAILED, failure.code, failure.message, failure.status, failure.permanent)
-    except RunError as error:
-        context.stop.request(RunError(hide(error.message), hide(error.hint), error.exit_code, error.code))
-    except Exception as error:
-        # The environment's trouble is not the object's: no memory, no file handles, no temporary folder.
-        if trouble := Trouble.around(error, context.settings.api.url):
-            context.stop.request(trouble)
-        else:
-            log.exception("a worker failed")
-            outcome = Outcome(task, OutcomeKind.FAILED, "bug", f"{type(error).__name__}: {error}")
-    return replace(
-        outcome,
-        task=conversation.task,
-        code=hide(outcome.code),
-        message=hide(outcome.message)[:MESSAGE_CHARACTERS],
-        # Whatever happened: what the API may have done, or may remember, is kept.
-        pending=None if outcome.permanent and outcome.code != "not_stored" else conversation.pending,
-        seconds=time.monotonic() - started,
-        requests=conversation.exchanges,
-        throttled=conversation.throttled,
-        is_replay=conversation.is_replay and outcome.kind is OutcomeKind.CONVERTED,
-        possible_double_charge=conversation.possible_double_charge,
-        remaining=conversation.remaining,
-    )
-
-
-def task_as_seen(task: Task, source: SourceFacts, context: "WorkerContext | Planner") -> Task:
-    """A task with what a look has shown of its source. Raises ObjectSkipped, ObjectFailed.
+def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, SourceFacts]:
+    """What a look shows of a task's source, and the task with it. Raises ObjectSkipped, ObjectFailed, RunError.
 
     Of a key from a file, only now is it known whether the object is wanted, and whether it is done.
     """
-    known, most = task.known, context.settings.api.max_size
+    source, known, most = bucket.look_at_source(task.source), task.known, settings.api.max_size
     if not task.source.version:
-        if not context.matchers[task.job].wants(source.object):
+        if not settings.by_name[task.job].wants(source.object):
             raise ObjectSkipped(NOT_MATCHED)
         if known and known.version == source.version:
             if known.event in DONE_EVENTS:
                 raise ObjectSkipped(ALREADY_DONE)
-            if known.permanent and not context.settings.retry_failed:
+            if known.permanent and not settings.retry_failed:
                 raise ObjectSkipped(FAILED_BEFORE)
     if source.size > most and not task.copy:
         raise ObjectFailed("too_large", f"{source.size} bytes are more than api.max_size = {most}", permanent=True)
-    return replace(task, source=source.object)
+    return replace(task, source=source.object), source
 
 
-def look_convert_store(task: Task, context: WorkerContext, conversation: Conversation) -> Outcome:
-    """The steps for one object. Raises ObjectSkipped, ObjectFailed, RunError or StopRequested."""
-    # Queued when the run was asked to end: it was never sent.
-    if context.stop.is_set:
-        raise StopRequested
-    bucket = context.bucket
-    source = bucket.look_at_source(task.source)
-    task = task_as_seen(task, source, context)
-    conversation.task = task
-    if existing := bucket.look_at_output(task, source):
-        conversation.is_stored = True
-        return Outcome(task, existing[0], output=existing[1])
-    if task.copy:
-        output = bucket.copy(task, source)
-        return Outcome(task, OutcomeKind.CONVERTED, output=output)
-    file = conversation.convert(source)
-    with contextlib.closing(file.body):
-        if conversation.current.row.url:
-            # By URL, the API has read whatever lay there: nobody knows which version that was, if it has changed.
-            bucket.require_unchanged(source)
-        output = bucket.store(task, source, file)
-    conversation.is_stored = True
-    return Outcome(task, OutcomeKind.CONVERTED, output=output)
+@dataclass
+class WorkerContext:
+    """The workers of a process: what they share, and what each of them does in a thread of its own."""
 
+    settings: Settings
+    stop: StopFlag
+    bucket: Bucket
+    ledger: "Ledger | ParentConnection"
+    tasks: Tasks
+    tell: Callable[[Message], None]  # takes outcomes
+    api_state: ApiState = field(default_factory=ApiState)
 
-def work(tasks: "queue.Queue[Task | None]", context: WorkerContext, tell: Callable[[Message], None]) -> None:
-    """Convert tasks until the end marker comes, or the run is to end and nothing is queued."""
-    api = context.settings.api
-    with Session(api.timeout, api.url, api.key) as session:
-        while task := next_task(tasks, context.stop):
-            tell(convert_object(task, context, session))
+    def __post_init__(self) -> None:
+        parts = self.settings.shard.count * self.settings.run.processes
+        self.limiter = RateLimiter(self.settings.api.requests_per_minute, parts)
+        self.outage = OutageMonitor("the API")
 
-
-def next_task(tasks: "queue.Queue[Task | None]", stop: StopFlag) -> Task | None:
-    """The next task; None for the end marker, or when the run is to end and the queue is empty."""
-    while True:
+    def guard(self, function: Callable[[], None]) -> None:
+        """Do a part of the work in this thread. Trouble ends the run, not only the thread."""
         try:
-            return tasks.get(timeout=0.2)
-        except queue.Empty:
-            if stop.is_set:
-                return None
+            with Trouble.explained("a worker", self.settings.api.url):
+                function()
+        except RunError as error:
+            self.stop.request(error)
 
+    def work(self) -> None:
+        """Convert tasks until the end marker comes, or the run is to end and nothing is queued."""
+        api = self.settings.api
+        with Session(api.timeout, api.url, api.key) as session:
+            while task := self._next_task():
+                self.tell(self._convert(Conversation(self, session, task)))
 
-def run_worker(function: Callable[[], None], stop: StopFlag, address: str) -> None:
-    """Do a part of the work in this thread. Trouble ends the run, not only the thread."""
-    try:
-        function()
-    except RunError as error:
-        stop.request(error)
-    except Exception as error:
-        trouble = Trouble.around(error, address)
-        if trouble is None:
-            log.exception("a worker failed")
-        stop.request(trouble or Trouble.bug("a worker"))
+    def _next_task(self) -> Task | None:
+        while True:
+            try:
+                return self.tasks.get(timeout=0.2)
+            except queue.Empty:
+                if self.stop.is_set:
+                    return None
+
+    def _convert(self, conversation: Conversation) -> Outcome:
+        """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
+        hide, started, task = self.settings.hide, time.monotonic(), conversation.task
+        outcome = Outcome(task, OutcomeKind.LEFT)
+        try:
+            outcome = self._look_convert_store(conversation)
+        except StopRequested:
+            pass
+        except ObjectSkipped as skipped:
+            outcome = replace(outcome, kind=OutcomeKind.SKIPPED, code=str(skipped))
+        except ObjectFailed as failure:
+            words = (failure.code, failure.message, failure.status, failure.permanent)
+            outcome = Outcome(task, OutcomeKind.FAILED, *words)
+        except RunError as error:
+            self.stop.request(RunError(hide(error.message), hide(error.hint), error.exit_code, error.code))
+        except Exception as error:
+            # The environment's trouble is not the object's: no memory, no file handles, no temporary folder.
+            if trouble := Trouble.around(error, self.settings.api.url):
+                self.stop.request(trouble)
+            else:
+                log.exception("a worker failed")
+                outcome = Outcome(task, OutcomeKind.FAILED, "bug", f"{type(error).__name__}: {error}")
+        return replace(
+            outcome,
+            task=conversation.task,
+            code=hide(outcome.code),
+            message=hide(outcome.message)[:MESSAGE_CHARACTERS],
+            # Whatever happened: what the API may have done, or may remember, is kept.
+            pending=None if outcome.permanent and outcome.code != "not_stored" else conversation.pending,
+            seconds=time.monotonic() - started,
+            requests=conversation.exchanges,
+            throttled=conversation.throttled,
+            is_replay=conversation.is_replay and outcome.kind is OutcomeKind.CONVERTED,
+            possible_double_charge=conversation.possible_double_charge,
+            remaining=conversation.remaining,
+        )
+
+    def _look_convert_store(self, conversation: Conversation) -> Outcome:
+        """The steps for one object. Raises ObjectSkipped, ObjectFailed, RunError or StopRequested."""
+        # Queued when the run was asked to end: it was never sent.
+        if self.stop.is_set:
+            raise StopRequested
+        bucket = self.bucket
+        task, source = look(conversation.task, bucket, self.settings)
+        conversation.task = task
+        if existing := bucket.look_at_output(task, source):
+            conversation.is_stored = True
+            return Outcome(task, existing[0], output=existing[1])
+        if task.copy:
+            return Outcome(task, OutcomeKind.CONVERTED, output=bucket.copy(task, source))
+        file = conversation.convert(source)
+        with contextlib.closing(file.body):
+            if conversation.current.row.url:
+                # By URL, the API has read whatever lay there: nobody knows which version that was, if it has changed.
+                bucket.require_unchanged(source)
+            output = bucket.store(task, source, file)
+        conversation.is_stored = True
+        return Outcome(task, OutcomeKind.CONVERTED, output=output)
 
 
 ########################################################################################################################
@@ -4641,8 +4627,7 @@ class ParentConnection:
     def __init__(self, connection: "Connection", settings: Settings, workers: int) -> None:
         self._connection, self._workers, self._sending = connection, workers, threading.Lock()
         stop = StopFlag(self._send)
-        self._context = WorkerContext(settings, stop, Bucket(settings, stop), self)
-        self._tasks: queue.Queue[Task | None] = queue.Queue()
+        self._context = WorkerContext(settings, stop, Bucket(settings, stop), self, queue.Queue(), self._send)
         self._answers = defaultdict[int, queue.SimpleQueue[bool]](queue.SimpleQueue)  # by the thread that waits
 
     @classmethod
@@ -4652,41 +4637,36 @@ class ParentConnection:
             signal.signal(number, signal.SIG_IGN)
         set_up_logging(quiet=settings.quiet, verbose=is_verbose, as_json=settings.log_format == "json")
         parent = cls(connection, settings, workers)
-        parent._start()
+        context, pool = parent._context, ThreadPoolExecutor(workers + 1)
+        try:
+            with Trouble.explained("a worker process", settings.api.url):
+                working = {pool.submit(context.guard, context.work) for _ in range(workers)}
+                pool.submit(parent._show_life, working)
+        except RunError as error:
+            context.stop.request(error)
+            parent._send(None)
         # With the parent dead, nobody is left to write down what comes of it; the next run sends the same requests.
         with contextlib.suppress(EOFError, OSError):
             while True:
                 parent._apply(connection.recv())
         os._exit(ExitCode.STOPPED)
 
-    def reserve(self) -> None:
-        """Take one conversion off the cap. Raises StopRequested where none is left."""
-        self._ask(None, None)
+    def mark_sent(self, task: Task | None = None, request: PendingRequest | None = None) -> None:
+        """Make a request durable before it is sent; without one, take one conversion off the cap.
 
-    def mark_sent(self, task: Task, request: PendingRequest) -> None:
-        """Make a request durable before it is sent. Raises StopRequested if that is not possible."""
-        self._ask(task, request)
-
-    def _ask(self, task: Task | None, request: PendingRequest | None) -> None:
+        Raises StopRequested if that is not possible.
+        """
         thread = threading.get_ident()
         answers = self._answers[thread]
         self._send(LedgerQuestion(thread, task, request))
         if not answers.get():
             raise StopRequested
 
+    reserve = mark_sent
+
     def _send(self, message: object) -> None:
         with self._sending:
             self._connection.send(message)
-
-    def _start(self) -> None:
-        stop, address = self._context.stop, self._context.settings.api.url
-        function, pool = partial(work, self._tasks, self._context, self._send), ThreadPoolExecutor(self._workers + 1)
-        try:
-            workers = {pool.submit(run_worker, function, stop, address) for _ in range(self._workers)}
-            pool.submit(self._show_life, workers)
-        except RuntimeError as error:
-            stop.request(Trouble.unexpected("a worker process", error, address))
-            self._send(None)
 
     def _show_life(self, workers: "set[Future[None]]") -> None:
         limiter, told = self._context.limiter, 0
@@ -4705,10 +4685,10 @@ class ParentConnection:
         elif isinstance(message, RunError):
             self._context.stop.request(message, is_from_parent=True)
         elif isinstance(message, Task):
-            self._tasks.put(message)
+            self._context.tasks.put(message)
         else:
             for _ in range(self._workers):
-                self._tasks.put(None)
+                self._context.tasks.put(None)
 
 
 class ProcessSupervisor:
@@ -4716,10 +4696,8 @@ class ProcessSupervisor:
 
     MAX_DEATHS = 3  # of worker processes, over one object or without any result
 
-    def __init__(
-        self, context: WorkerContext, tasks: "queue.Queue[Task | None]", tell: Callable[[Message], None], workers: int
-    ) -> None:
-        self._context, self._tasks, self._tell, self._workers = context, tasks, tell, workers
+    def __init__(self, context: WorkerContext, workers: int) -> None:
+        self._context, self._tell, self._workers = context, context.tell, workers
         # (job, key) -> the task as it would be sent again. No more than twice the workers, so that none is idle.
         self._held: dict[tuple[str, str], Task] = {}
         self._idle_deaths = 0  # in a row, without one outcome in between
@@ -4783,7 +4761,7 @@ class ProcessSupervisor:
         task = None
         if not (self._is_fed or self._context.stop.is_set):
             with contextlib.suppress(queue.Empty):
-                task = self._tasks.get_nowait()
+                task = self._context.tasks.get_nowait()
                 self._is_fed = task is None
         return task
 
@@ -4847,17 +4825,6 @@ def running_process(settings: Settings, workers: int) -> Iterator[tuple[Any, "Co
         # Its death shows as the end of the pipe, because nobody else holds the other end any more.
         yield process, ours
     process.join()
-
-
-def workforce(
-    context: WorkerContext, tasks: "queue.Queue[Task | None]", tell: Callable[[Message], None]
-) -> Sequence[Callable[[], None]]:
-    """What takes tasks off the queue, each to be run in a thread: the workers, or what stands for a process of them."""
-    run = context.settings.run
-    if run.processes == 1:
-        return [partial(work, tasks, context, tell)] * run.workers
-    parts = [Shard(part, run.processes).share(run.workers) for part in range(run.processes)]
-    return [ProcessSupervisor(context, tasks, tell, part).run for part in parts]
 
 
 ########################################################################################################################
@@ -5151,7 +5118,7 @@ class Report:
     def summary(self) -> dict[str, Any]:
         """The run as `run.summary` has it; times in seconds, sizes in bytes."""
         seconds, settings, reason = time.monotonic() - self.started, self._settings, self.reason
-        jobs = {job.name: {"target": job.options.target, **self._by_job[job.name]} for job in settings.jobs}
+        jobs = {job.name: {"target": job.target, **self._by_job[job.name]} for job in settings.jobs}
         counted, done = self.counts, self.counts["converted"]
         return {
             "version": __version__,
@@ -5412,7 +5379,7 @@ class Recorder:
         # Failures in a row for one reason, not yet settled: the next outcome says whether they speak of all objects.
         self._streak: list[Outcome] = []
 
-    def record(self, messages: "queue.Queue[Message]") -> bool:
+    def record(self, messages: queue.Queue[Message]) -> bool:
         """Settle all that comes until every worker has left. False if some had to be abandoned after the grace."""
         # The feeder may outlive the workers, and waits for room for its messages.
         working = self._run.consumers + 1
@@ -5427,8 +5394,7 @@ class Recorder:
                 else:
                     self._report.apply(message)
             self._settle(settled)
-            limit = self._run.max_runtime
-            if limit is not None and time.monotonic() - self._report.started > limit:
+            if time.monotonic() - self._report.started > self._run.max_runtime:
                 hint = "run it again: it goes on where this run ended"
                 self._stop.request(RunError("run.max_runtime is over", hint, code="time"))
             self._announce_stop()
@@ -5439,7 +5405,7 @@ class Recorder:
         return not working
 
     @staticmethod
-    def _next_batch(messages: "queue.Queue[Message]") -> list[Message]:
+    def _next_batch(messages: queue.Queue[Message]) -> list[Message]:
         """The messages of a moment, after waiting for the first of them: they are committed together."""
         batch: list[Message] = []
         # Not for ever: a signal, a time limit and a bar want attention while the API is silent.
@@ -5501,7 +5467,7 @@ class Recorder:
         costly = Counter({code: count for code, count in self._report.failed.items() if code not in FREE_FAILURES})
         most, failed = self._run.max_failure_rate, costly.total()
         tried = self._report.counts["converted"] + failed
-        if most is not None and tried >= FAILURES_BEFORE_RATE_COUNTS and failed > most * tried:
+        if tried >= FAILURES_BEFORE_RATE_COUNTS and failed > most * tried:
             reasons = ", ".join(f"{code} {count}" for code, count in costly.most_common(3))
             message = f"{failed} of {tried} failed ({reasons}), more than run.max_failure_rate = {100 * most:.3g}%"
             hint = f"see {self._run.failures}; then run it again, or raise run.max_failure_rate"
@@ -5545,25 +5511,27 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         journal.begin_run(time.time())
         # What is imported is never garbage: looking at it again and again would cost a third of reading a page.
         gc.freeze()
-        tasks: queue.Queue[Task | None] = queue.Queue(2 * settings.run.workers)
-        messages: queue.Queue[Message] = queue.Queue(8 * settings.run.workers)
+        workers, processes = settings.run.workers, settings.run.processes
+        tasks, messages = Tasks(2 * workers), queue.Queue[Message](8 * workers)
         ledger = Ledger(journal, settings)
-        context = WorkerContext(settings, stop, bucket, ledger)
+        context = WorkerContext(settings, stop, bucket, ledger, tasks, messages.put)
         report = Report(settings)
         progress = Progress(settings, report)
         stop.in_flight = lambda: report.in_flight
         progress.announce(journal)
-        feeder = Feeder(context, journal, tasks, messages.put)
+        feeder = Feeder(context, journal)
+        consumers = [context.work] * workers
+        if processes > 1:
+            parts = [Shard(part, processes).share(workers) for part in range(processes)]
+            consumers = [ProcessSupervisor(context, part).run for part in parts]
         # The feeder is one more thread. The pool's own queue has no bound, so each thread runs one loop for its life.
         pool = ThreadPoolExecutor(settings.run.consumers + 1)
         try:
-            for function in workforce(context, tasks, messages.put):
-                submitted = pool.submit(run_worker, function, stop, settings.api.url)
-                submitted.add_done_callback(lambda _: messages.put(None))
             if not (settings.quiet or settings.keys_from):
-                TotalCounter(feeder, messages.put).start()
-            # The last one: where the system has not enough threads, nothing has been listed or sent.
-            pool.submit(run_worker, feeder.run, stop, settings.api.url).add_done_callback(lambda _: messages.put(None))
+                threading.Thread(target=feeder.count_total, name="total", daemon=True).start()
+            # The feeder comes last: where the system has not enough threads, nothing has been listed or sent.
+            for function in (*consumers, feeder.run):
+                pool.submit(context.guard, function).add_done_callback(lambda _: messages.put(None))
         except RuntimeError:
             for _ in range(settings.run.consumers):
                 tasks.put(None)
@@ -5588,7 +5556,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
 
 def describe(settings: Settings) -> str:
     """What a run is about, in a few words."""
-    routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.options.target}" for job in settings.jobs)
+    routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.target}" for job in settings.jobs)
     return ", ".join(dict.fromkeys(routes)) + settings.shard.named
 
 
@@ -5620,8 +5588,7 @@ def predict(decision: Decision, planner: Planner) -> Decision:
     if task is None or decision.kind is DecisionKind.FAIL:
         return decision
     try:
-        source = bucket.look_at_source(task.source)
-        task = task_as_seen(task, source, planner)
+        task, source = look(task, bucket, planner.settings)
         existing = bucket.look_at_output(task, source)
     except ObjectSkipped as skipped:
         kind = DecisionKind.DONE if str(skipped) == ALREADY_DONE else DecisionKind.SKIP
@@ -5747,7 +5714,7 @@ class Estimate:
         by_code = sum((job["failed"] for job in self._jobs.values()), Counter[str]())
         failures = sum(count for code, count in by_code.items() if code not in FREE_FAILURES)
         tried, most = conversions + failures, self.settings.run.max_failure_rate
-        if most is not None and failures > most * tried and tried >= FAILURES_BEFORE_RATE_COUNTS:
+        if tried >= FAILURES_BEFORE_RATE_COUNTS and failures > most * tried:
             yield f"{failures} of {tried} would fail, more than run.max_failure_rate: the run would stop early"
 
     def lines(self) -> Iterator[str]:
@@ -5901,8 +5868,7 @@ class Why:
             # An object that fails in every run has a row of each.
             rows = journal.history(self._key, 10)
             for row in rows:
-                ran = Job(row["name"], "", row["place"], ConvertOptions(target=row["target"]))
-                planned = output_key(ran, self._key)
+                planned = Job(row["target"], name=row["name"], output_key=row["place"]).output_of(self._key)
                 row["output_key"] = row["output_key"] or f"{row['output_bucket']}/{planned}"
             yield from self._checkpoint_lines(journal, rows)
             planner = Planner(settings, bucket, journal, StopFlag()) if bucket and not trouble else None
@@ -5913,7 +5879,7 @@ class Why:
             yield f"in the bucket  {facts}"
             stored = {KeyParts.slot_of(row["output_key"]) for row in rows if row["event"] in DONE_EVENTS}
             for job in settings.jobs:
-                planned = output_key(job, self._key)
+                planned = job.output_of(self._key)
                 slot = journal.slot(planned)
                 _, holder = journal.holders([slot]).get(slot, ("", self._key if slot in stored else ""))
                 found = list(self._found(planner.bucket, planned, source)) if planner else []
@@ -5966,30 +5932,29 @@ class Why:
             meant = self._key.lstrip("/")
             is_near = meant not in {"", self._key} and planner.bucket.find(meant)
             return f"do nothing: it is not in the bucket{f'; did you mean {printable(meant)}?' if is_near else ''}"
-        jobs = {name: matcher.job for name, matcher in planner.matchers.items()}
+        jobs = self._settings.by_name
         # Jobs that would make the very same output have one decision; what no job is asked about has that of "".
-        outputs = {name: (job.fingerprint, output_key(job, self._key)) for name, job in jobs.items()}
+        outputs = {name: (job.fingerprint, job.output_of(self._key)) for name, job in jobs.items()}
         decided = planner.plan([source], is_last=True)
         decisions = {outputs.get(each.job): predict(each, planner) for each in decided}
         steps = {
-            name: self._step(matcher, source, decisions.get(outputs[name]) or decisions.get(None))
-            for name, matcher in planner.matchers.items()
+            name: self._step(job, source, decisions.get(outputs[name]) or decisions.get(None))
+            for name, job in jobs.items()
         }
         return "; ".join(step if len(steps) == 1 else f"{step} (job {name})" for name, step in steps.items())
 
-    def _step(self, matcher: JobMatcher, source: SourceObject, decision: Decision | None) -> str:
+    def _step(self, job: Job, source: SourceObject, decision: Decision | None) -> str:
         """What one job would do. `decision`: None if the object is another shard's."""
-        if not self._key.startswith(matcher.job.prefix):
-            return f"not list it, for its key does not begin with {matcher.job.prefix}"
-        if not matcher.wants(source):
+        if not self._key.startswith(job.prefix):
+            return f"not list it, for its key does not begin with {job.prefix}"
+        if not job.wants(source):
             return NEXT_STEPS[NOT_MATCHED]
         if decision is None:
-            slot, count = KeyParts.slot_of(output_key(matcher.job, self._key)), self._settings.shard.count
-            owner = next(shard for shard in (Shard(index, count) for index in range(count)) if shard.owns(slot))
+            owner = self._settings.shard.owner_of(KeyParts.slot_of(job.output_of(self._key)))
             return f"leave it: it belongs to shard {owner}"
         reason, message = decision.reason, printable(decision.message)
         step = NEXT_STEPS.get(reason) or NEXT_STEPS[decision.kind.value]
-        return step.format(reason=reason, message=message, target=matcher.job.options.target)
+        return step.format(reason=reason, message=message, target=job.target)
 
 
 ########################################################################################################################
@@ -6050,13 +6015,13 @@ class Diagnostics:
         """
         proved: list[str] = []
         try:
-            yield proved
+            with Trouble.explained(what, foreseen=(ObjectFailed, ObjectSkipped)):
+                yield proved
         except (ObjectFailed, ObjectSkipped) as failure:
             self._report("FAIL", what, f"{getattr(failure, 'message', failure)}; {needs}".rstrip("; "))
-        except (RunError, OSError, RuntimeError) as error:
-            trouble = error if isinstance(error, RunError) else Trouble.unexpected(what, error)
+        except RunError as error:
             verdict = "WARN" if isinstance(error, CheckWarning) else "FAIL"
-            self._report(verdict, what, f"{trouble.message}; {trouble.hint}")
+            self._report(verdict, what, f"{error.message}; {error.hint}")
             if is_needed and verdict == "FAIL":
                 raise CheckWarning("not tried", "correct what failed first") from None
         else:
@@ -6197,11 +6162,10 @@ class Diagnostics:
 
     def _compare_jobs(self, sources: Sequence[SourceObject]) -> None:
         """Raise CheckWarning if two jobs want one output key for the same object, as far as it can be told."""
-        matchers = [JobMatcher(job, time.time()) for job in self.settings.jobs]
         for source in sources:
             takers: dict[str, str] = {}
-            for job in (matcher.job for matcher in matchers if matcher.wants(source)):
-                planned = output_key(job, source.key)
+            for job in (each for each in self.settings.jobs if each.wants(source)):
+                planned = job.output_of(source.key)
                 first = takers.setdefault(KeyParts.slot_of(planned), job.name)
                 if first != job.name:
                     hint = "one of them fails for such objects (output_collision): exclude them in one, or put {job} "
@@ -6239,7 +6203,7 @@ class Diagnostics:
             bucket.read_page(name, prefix, StartAfter=prefix)
         # The key is drawn: neither an object of yours nor the probe of another check is ever overwritten.
         key = f"{prefix}.s3_bulk_convert-check-{os.urandom(8).hex()}"
-        task = Task("check", "", SourceObject(key), self.settings.jobs[0].options.target, None, key)
+        task = Task("check", "", SourceObject(key), self.settings.jobs[0].target, None, key)
         needs = f"allow s3:PutObject on {name}/{prefix}* (with s3.acl s3:PutObjectAcl, with a KMS key "
         needs += "kms:GenerateDataKey), and check s3.storage_class, s3.sse, s3.acl"
         with (
@@ -6499,14 +6463,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().read(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
-        try:
+        with Trouble.explained("the program"):
             return run_command(arguments)
-        except ObjectFailed as failure:
-            raise RunError(failure.message, S3_HINTS["AccessDenied"]) from None
-        except RunError:
-            raise
-        except Exception as error:
-            raise Trouble.unexpected("the program", error) from error
     except RunError as error:
         fields = log_fields("error", hint=error.hint, exit_code=int(error.exit_code))
         log.error("%s", error.message, exc_info=arguments.verbose, extra=fields)

@@ -99,7 +99,7 @@ def test_the_example_runs_with_bucket_and_key_alone(tmp_path: Path) -> None:
     path = tmp_path / "config.ini"
     path.write_text(EXAMPLE, encoding="utf-8")
     settings = program.load_settings(path, {"CTF_API_KEY": "k"}, [])
-    assert (settings.s3.bucket, settings.jobs[0].options.target) == ("my-bucket", "jpg")
+    assert (settings.s3.bucket, settings.jobs[0].target) == ("my-bucket", "jpg")
 
 
 @pytest.mark.parametrize(("section", "option"), OPTIONS, ids=lambda value: str(getattr(value, "name", value)))

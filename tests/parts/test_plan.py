@@ -140,8 +140,8 @@ def feeder(
     bucket: FakeBucket, journal: Journal, wanted: program.Settings, tasks: queue.Queue[Task | None], fed: Fed
 ) -> program.Feeder:
     """A feeder and what its workers would share."""
-    context = program.WorkerContext(wanted, program.StopFlag(), bucket, program.Ledger(journal, wanted))
-    return program.Feeder(context, journal, tasks, fed.tell)
+    ledger = program.Ledger(journal, wanted)
+    return program.Feeder(program.WorkerContext(wanted, program.StopFlag(), bucket, ledger, tasks, fed.tell), journal)
 
 
 def feed(bucket: FakeBucket, path: Path, wanted: program.Settings | None = None, kind: type[Journal] = Journal) -> Fed:
@@ -213,7 +213,7 @@ def test_an_object_that_is_from_the_future_by_s3_s_clock_is_new(
     seconds_old: int, option: str, *, is_wanted: bool
 ) -> None:
     (job,) = settings(f"convert.{option}").jobs
-    assert program.JobMatcher(job, NOW + seconds_old).wants(source("a.png")) is is_wanted
+    assert replace(job, now=NOW + seconds_old).wants(source("a.png")) is is_wanted
 
 
 def test_an_object_that_two_jobs_want_is_decided_twice_and_listed_once(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def problems(path: Path, content: str | bytes = COMPLETE, *flags: str) -> list[s
         ("convert.max_size", "1.5GB", 1_500_000_000),
         ("convert.max_size", "2 MiB", 2 << 20),
         ("convert.max_size", "5GiB", 5 << 30),
-        ("convert.max_size", "None", None),
+        ("convert.max_size", "None", math.inf),
         ("convert.newer_than", "150s", 150.0),
         ("convert.newer_than", "10m", 600.0),
         ("convert.older_than", "2 h", 7200.0),
@@ -111,15 +112,15 @@ def problems(path: Path, content: str | bytes = COMPLETE, *flags: str) -> list[s
         ("run.max_failure_rate", "2%", 0.02),
         ("run.max_failure_rate", "0.5 %", 0.005),
         ("run.max_failure_rate", "100%", 1.0),
-        ("run.max_failure_rate", "never", None),
+        ("run.max_failure_rate", "never", math.inf),
         ("run.skip_existing", "no", False),
-        ("run.max_runtime", "none", None),
+        ("run.max_runtime", "none", math.inf),
     ],
 )
 def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: object) -> None:
     section, _, name = option.partition(".")
     settings = load(ini, COMPLETE, None, "--set", f"{option}={given}")
-    part: Any = settings.jobs[0].options if section == "convert" else getattr(settings, section)
+    part: Any = settings.jobs[0] if section == "convert" else getattr(settings, section)
     assert getattr(part, name) == expected
 
 
@@ -233,7 +234,7 @@ def test_a_wrong_value_of_any_option_is_named_once(ini: Path, option: str) -> No
         ("run.max_failure_rate", 0.02),
         ("run.skip_existing", True),
         ("run.shutdown_grace", 30.0),
-        ("run.max_runtime", None),
+        ("run.max_runtime", math.inf),
         ("run.summary", None),
         ("run.log_every", 100),
     ],
@@ -278,7 +279,7 @@ def test_the_environment_alone_is_enough() -> None:
         "my-bucket",
     )
     assert (settings.api.key, settings.run.workers) == (SECRET, 10)
-    assert [(job.name, job.prefix, job.options.target) for job in settings.jobs] == [("default", "uploads/", "jpg")]
+    assert [(job.name, job.prefix, job.target) for job in settings.jobs] == [("default", "uploads/", "jpg")]
 
 
 def test_config_ini_in_the_working_directory_is_read_without_being_asked_for(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_the_short_flags_set_the_options_that_people_change_most(ini: Path) -> N
     flags = ["--bucket", "B", "--prefix", "P/", "--target", "png", "--limit", "7"]
     settings = load(ini, COMPLETE, None, *flags)
     assert (settings.s3.bucket, settings.s3.prefix, settings.api.max_conversions) == ("B", "P/", 7)
-    assert settings.jobs[0].options.target == "png"
+    assert settings.jobs[0].target == "png"
 
 
 @pytest.mark.parametrize("assignment", ["workers=3", "run.workers", "run workers=3", "=", ".x=1", "run.=1"])
@@ -493,7 +494,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(ini: Path) -> None:
 
 def test_a_value_may_go_on_over_several_lines(ini: Path) -> None:
     content = COMPLETE.replace("target = jpg\n", "target = jpg\ninclude =\n    *.heic\n    *.png\n")
-    assert load(ini, content).jobs[0].options.include == ("*.heic", "*.png")
+    assert load(ini, content).jobs[0].include == ("*.heic", "*.png")
 
 
 ########################################################################
@@ -505,11 +506,11 @@ TWO_JOBS = COMPLETE + "[job photos]\ninclude = *.heic\nprefix = p/\n[job documen
 
 def test_each_job_overrides_what_all_share(ini: Path) -> None:
     documents, photos = load(ini, TWO_JOBS.replace("jpg\n", "jpg\nmin_size = 1KB\n")).jobs
-    assert (documents.name, documents.prefix, documents.options.target) == ("documents", "", "pdf")
-    assert (documents.options.include, documents.options.quality) == (("*",), 50)
-    assert (photos.name, photos.prefix, photos.options.target) == ("photos", "p/", "jpg")
-    assert (photos.options.include, photos.options.quality) == (("*.heic",), None)
-    assert photos.options.min_size == documents.options.min_size == 1000
+    assert (documents.name, documents.prefix, documents.target) == ("documents", "", "pdf")
+    assert (documents.include, documents.quality) == (("*",), 50)
+    assert (photos.name, photos.prefix, photos.target) == ("photos", "p/", "jpg")
+    assert (photos.include, photos.quality) == (("*.heic",), None)
+    assert photos.min_size == documents.min_size == 1000
 
 
 def test_a_job_that_overrides_nothing_is_a_job_all_the_same(ini: Path) -> None:
@@ -528,7 +529,7 @@ def test_a_wrong_value_in_a_job_is_named_with_the_job(ini: Path) -> None:
 
 def test_a_job_can_be_changed_from_the_command_line(ini: Path) -> None:
     photos = load(ini, TWO_JOBS, None, "--set", "job photos.target=png").jobs[1]
-    assert (photos.name, photos.options.target, photos.options.include) == ("photos", "png", ("*.heic",))
+    assert (photos.name, photos.target, photos.include) == ("photos", "png", ("*.heic",))
 
 
 def test_the_fingerprint_of_a_job_is_of_what_it_makes_not_of_its_name_nor_of_where_that_lies(ini: Path) -> None:
