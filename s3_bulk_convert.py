@@ -5509,8 +5509,10 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         bucket = Bucket(settings, stop)
         journal = held.enter_context(Journal(checkpoint, bucket.endpoint, settings))
         journal.begin_run(time.time())
-        # What is imported is never garbage: looking at it again and again would cost a third of reading a page.
+        # What is imported is never garbage, and what a page is made of is in no cycle: to look for garbage in it again
+        # and again would cost a third of reading it.
         gc.freeze()
+        gc.set_threshold(50_000)
         workers, processes = settings.run.workers, settings.run.processes
         tasks, messages = Tasks(2 * workers), queue.Queue[Message](8 * workers)
         ledger = Ledger(journal, settings)
