@@ -574,8 +574,8 @@ Tasks = queue.Queue[Task | None]  # None: no more will come
 
 T = TypeVar("T")
 QUOTED = r"""(["']).*\1"""  # as other programs want values
-UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-UNITS |= {"s": 1, "m": 60, "h": 3600, "d": 86400}
+UNITS: dict[str, float] = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+UNITS |= {"s": 1, "m": 60, "h": 3600, "d": 86400, "%": 0.01}
 
 
 class OptionSpec(NamedTuple):
@@ -710,9 +710,7 @@ class Read:
     duration = matching(number + times, "a duration such as 150s, 10m, 2h or 7d", amount)
     longer_than_0 = "a duration of more than 0, such as 150s, 10m, 2h or 7d"
     positive_duration = matching("(?=.*[1-9])" + number + times, longer_than_0, amount)
-    percent = matching(
-        f"{number}%", "a rate such as 2%", lambda percent: float(percent) / 100 if float(percent) <= 100 else None
-    )
+    percent = matching(r"(\d{1,2}(?:\.\d+)?|100(?:\.0+)?)\s*(%)", "a rate such as 2%", amount)
     text_or_none = optional("none", str)
 
 
@@ -1119,35 +1117,30 @@ class SettingsReader:
 
     def __init__(self, given: Sequence[RawOption]) -> None:
         # Of two values the later one counts, and what is overridden is not judged.
-        self._given = {(entry.section, entry.name): entry for entry in given}
+        self.given = {(entry.section, entry.name): entry for entry in given}
         self.problems: list[str] = []
         self.values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-        for entry in self._given.values():
-            self._read(entry)
-
-    def _read(self, entry: RawOption) -> None:
-        section = "job NAME" if entry.section.startswith("job ") else entry.section
-        specs = SPECS.get(section)
-        if specs is None:
-            self.problems.append(f"[{section}] is not a section{did_you_mean(section, SPECS)}")
-            return
-        values = self.values.setdefault(entry.section, {})
-        if entry.name and entry.name not in specs:
-            elsewhere = next((other for other in SPECS if entry.name in SPECS[other]), None)
-            meant = f"; did you mean [{elsewhere}] {entry.name}?" if elsewhere else did_you_mean(entry.name, specs)
-            self.problems.append(f"{entry.named} is not an option{meant}")
-        elif entry.name:
-            try:
-                values[entry.name] = specs[entry.name].reader(entry.value)
-            except ValueError as expected:
-                advice = "; comments stand on lines of their own" if re.search(r"\s[;#]", entry.value) else ""
-                if re.fullmatch(QUOTED, entry.value, re.DOTALL):
-                    advice = "; take the quotes away"
-                self.problems.append(f"{entry.named} = {entry.value}: {expected}{advice}")
+        for section, name, value, named in self.given.values():
+            kind = "job NAME" if section.startswith("job ") else section
+            if kind not in SPECS:
+                self.problems.append(f"[{section}] is not a section{did_you_mean(section, SPECS)}")
+                continue
+            values, specs = self.values.setdefault(section, {}), SPECS[kind]
+            if name and name not in specs:
+                elsewhere = next((other for other in SPECS if name in SPECS[other]), None)
+                meant = f"; did you mean [{elsewhere}] {name}?" if elsewhere else did_you_mean(name, specs)
+                self.problems.append(f"{named} is not an option{meant}")
+            elif name:
+                try:
+                    values[name] = specs[name].reader(value)
+                except ValueError as expected:
+                    comment = "; comments stand on lines of their own" if re.search(r"\s[;#]", value) else ""
+                    advice = "; take the quotes away" if re.fullmatch(QUOTED, value, re.DOTALL) else comment
+                    self.problems.append(f"{named} = {value}: {expected}{advice}")
 
     def require(self, name: str, *sections: str) -> None:
         """Note it where an option is given in none of some sections, or is empty."""
-        given = (self._given.get((section, name)) for section in sections)
+        given = (self.given.get((section, name)) for section in sections)
         if not any(entry and entry.value for entry in given):
             self.problems.append(f"[{sections[0]}] {name} is missing")
 
@@ -1184,12 +1177,6 @@ class SettingsReader:
         if run.processes > run.workers:
             shared = f"more than the {run.workers} workers that they share"
             self.problems.append(f"[run] processes = {run.processes}: {shared}")
-
-    def named_problems(self) -> list[str]:
-        """The problems, each once and under the place where its option was given: a variable, a flag, the INI file."""
-        named = {f"[{section}] {name}": entry.named for (section, name), entry in self._given.items()}
-        split = (problem.partition(" = ") for problem in self.problems)
-        return list(dict.fromkeys(named.get(option, option) + equals + rest for option, equals, rest in split))
 
 
 def load_settings(
@@ -1228,7 +1215,10 @@ def load_settings(
     except ValueError as expected:
         problems.append(f"--shard = {shard_flag}: {expected}")
     if problems:
-        told = reader.named_problems()
+        # Each once, and under the place where its option was given: a variable, a flag, the INI file.
+        named = {f"[{section}] {name}": entry.named for (section, name), entry in reader.given.items()}
+        split = (problem.partition(" = ") for problem in problems)
+        told = list(dict.fromkeys(named.get(option, option) + equals + rest for option, equals, rest in split))
         in_file = ini and any(problem.startswith("[") for problem in told)
         lines = "".join(f"\n  - {problem}" for problem in told)
         look = "compare it with config.example.ini" if in_file else "see --help and config.example.ini"
@@ -5017,8 +5007,7 @@ class Report:
         self.counts, self.skipped, self.failed = Counter[str](), Counter[str](), Counter[str]()
         self._by_job = {job.name: Counter[str]() for job in settings.jobs}
         self._latencies: deque[float] = deque(maxlen=10_000)  # the newest: the percentiles are theirs
-        self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it
-        self._charged_twice = ""  # the first key that the API may have been paid for twice
+        self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it; "": the first doubt of a charge
         self.remaining: int | None = None  # conversions this month
         self.total: int | None = None  # what `eligible` will come to, if a second pass has said so
         self.reason: RunError | None = None  # why the run ended before its work did
@@ -5043,7 +5032,7 @@ class Report:
         numbers = {"requests": outcome.requests, "throttled": outcome.throttled, "replays": outcome.is_replay}
         self.counts.update(numbers | {"possible_double_charges": outcome.possible_double_charge})
         if outcome.possible_double_charge:
-            self._charged_twice = self._charged_twice or task.source.key
+            self.examples.setdefault("", outcome)
         # Answers come out of order: the smallest number is the newest.
         if outcome.remaining is not None and (self.remaining is None or outcome.remaining < self.remaining):
             self.remaining = outcome.remaining
@@ -5097,10 +5086,8 @@ class Report:
 
     def percentile(self, percent: int) -> float | None:
         """Seconds within which so many percent of the newest conversions were done; None before the first."""
-        known = list(self._latencies)
-        if len(known) > 1:
-            known = [statistics.quantiles(known, n=100, method="inclusive")[percent - 1]]
-        return round(known[0], 3) if known else None
+        known = sorted(self._latencies)
+        return round(known[len(known) * percent // 100], 3) if known else None
 
     def close_accounts(self, reason: RunError | None, *, is_drained: bool) -> None:
         """Give every listed object its count. `is_drained`: every worker has left; else what it held is left to do."""
@@ -5197,7 +5184,8 @@ class Report:
         yield "requests", f"{found['requests']} ({found['throttled']} throttled, {replays})"
         if found["possible_double_charges"]:
             twice = pluralize(found["possible_double_charges"], "conversion")
-            yield "warning", f"{twice} may have been charged twice, for example {printable(self._charged_twice)}"
+            example = self.examples[""]
+            yield "warning", f"{twice} may have been charged twice, for example {printable(example.task.source.key)}"
             why = "the API has seen the request before, from a run that this checkpoint does not know"
             yield "", f"{why}; compare with your account's usage page"
         if found["remaining"] is not None:
@@ -5422,30 +5410,29 @@ class Recorder:
         is_own_fault = has_failed and (outcome.permanent or outcome.code in FREE_FAILURES)
         if is_own_fault or not (has_failed or outcome.kind is OutcomeKind.CONVERTED):
             return [outcome]  # it says nothing of the API, nor of writing to S3
-        held, self._streak = self._streak, []
+        settled = list[Outcome]()
+        if self._streak and not (has_failed and outcome.code == self._streak[0].code):
+            settled, self._streak = list(map(self._with_history, self._streak)), []
         if not has_failed:
-            return [*map(self._with_history, held), outcome]
-        if held and held[0].code != outcome.code:
-            self._streak = [outcome]
-            return list(map(self._with_history, held))
-        held.append(outcome)
-        if len(held) < 10:
-            self._streak = held
-            return []
-        said = f"{len(held)} objects in a row failed for the same reason: {outcome.code} {printable(outcome.message)}"
-        self._stop.request(RunError(said.rstrip(), hint_for(outcome.code), code="same_failure"))
-        # The next run tries them after all others, so that they hold up nothing; this one does not count against them.
-        return [replace(each, runs_failed=self._runs_failed(each)) for each in held]
+            return [*settled, outcome]
+        self._streak.append(outcome)
+        if len(self._streak) < 10:
+            return settled
+        reason = f"{outcome.code} {printable(outcome.message)}".rstrip()
+        said = f"{len(self._streak)} objects in a row failed for the same reason: {reason}"
+        self._stop.request(RunError(said, hint_for(outcome.code), code="same_failure"))
+        settled, self._streak = [self._with_history(each, counts=False) for each in self._streak], []
+        return settled
 
     @staticmethod
-    def _runs_failed(outcome: Outcome) -> int:
-        known = outcome.task.known
-        return known.runs_failed if known and known.version == outcome.task.source.version else 0
+    def _with_history(outcome: Outcome, *, counts: bool = True) -> Outcome:
+        """A failure that knows in how many runs its version has failed: after five, it has failed permanently.
 
-    def _with_history(self, outcome: Outcome) -> Outcome:
-        """A failure that knows in how many runs its version has failed: after five, it has failed permanently."""
-        runs = 1 + self._runs_failed(outcome)
-        if runs < 5:
+        `counts`: whether this run is one of them. If not, the next one still tries it after all others.
+        """
+        known = outcome.task.known
+        runs = counts + (known.runs_failed if known and known.version == outcome.task.source.version else 0)
+        if runs < 5 or not counts:
             return replace(outcome, runs_failed=runs)
         said = f"failed in {runs} runs, at last with {outcome.code}: {outcome.message}"
         return replace(outcome, code="gave_up", message=said, permanent=True, runs_failed=runs, pending=None)
@@ -5754,8 +5741,7 @@ class Estimate:
 
 def local_date(seconds: float) -> str:
     """A time (Unix seconds) in the local zone, with how long ago that is."""
-    local = datetime.fromtimestamp(seconds).astimezone().isoformat(sep=" ", timespec="seconds")
-    return f"{local} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
+    return f"{iso_time(seconds).replace('T', ' ')} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
 
 
 class Status:
@@ -5966,10 +5952,9 @@ class Why:
 
 
 def print_line(line: str) -> None:
-    """Print a line at once, in the characters that the terminal has. Raises RunError if it cannot be written."""
-    encoding = sys.stdout.encoding or "utf-8"
+    """Print a line at once. Raises RunError if it cannot be written."""
     try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        print(line, flush=True)
     except BrokenPipeError:
         pass  # who does not read on wants no more
     except OSError as problem:
@@ -5985,7 +5970,7 @@ class Diagnostics:
     """All that `--check` proves, with a line of `OK`, `WARN` or `FAIL` for each proof."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.results = settings, list[tuple[str, str, str]]()  # verdict, of what, and its words
+        self.settings, self._verdicts = settings, Counter[str]()
 
     def run(self) -> ExitCode:
         """Prove everything, what is nearest first."""
@@ -5998,14 +5983,14 @@ class Diagnostics:
             self._check_s3()
         with contextlib.suppress(CheckWarning):
             self._check_api()
-        verdicts = Counter(verdict for verdict, *_ in self.results)
-        named = ("FAIL", "WARN") if verdicts["FAIL"] else ("OK", "WARN")
-        counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in named if verdicts[verdict])
-        print_line(f"{'not ready' if verdicts['FAIL'] else 'ready'}: {counts}")
-        return ExitCode.USAGE if verdicts["FAIL"] else ExitCode.DONE
+        has_failed = self._verdicts["FAIL"] > 0
+        counts = [(self._verdicts[verdict], verdict) for verdict in ("FAIL" if has_failed else "OK", "WARN")]
+        told = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
+        print_line(f"{'not ready' if has_failed else 'ready'}: {told}")
+        return ExitCode.USAGE if has_failed else ExitCode.DONE
 
     def _report(self, verdict: str, what: str, said: str) -> None:
-        self.results.append((verdict, what, said))
+        self._verdicts[verdict] += 1
         if not (self.settings.quiet and verdict == "OK"):
             print_line(self.settings.hide(f"{verdict:<4} {what}: {said}"))
 
@@ -6122,7 +6107,6 @@ class Diagnostics:
             ahead = unix_seconds(answer.headers.get("Date", "")) - time.time()
             if math.isnan(ahead):
                 proved.append("it does not tell the time")
-                return
             differs = f"it is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this machine's clock"
             # Amazon allows 15 minutes; a clock that is off by 5 is not kept by anybody.
             if abs(ahead) > 300:
@@ -6383,9 +6367,7 @@ class ConsoleHandler(logging.Handler):
         message, trace = record.getMessage(), "".join(told(error)) if error else ""
         if self._as_json:
             standard = {"ts": when, "level": record.levelname.lower(), "event": event, "message": message}
-            # What stands first in every line is never replaced by a field of the same name.
-            extra = {**fields, **({"traceback": trace} if trace else {})}
-            return json.dumps(without_secrets({**standard, **extra, **standard}))
+            return json.dumps(without_secrets(standard | fields | ({"traceback": trace} if trace else {})))
         if event == "error":
             return redact(f"{trace}error: {message}\nhint: {fields['hint']}")
         return redact(f"{when} {message}" + (f"\n{trace.rstrip()}" if trace else ""))
@@ -6395,12 +6377,11 @@ def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
     """Send this program's messages to stderr; other libraries' only with -v."""
     # One handler for all: a library's message must not tear the progress bar either.
     handler = ConsoleHandler(verbose=verbose, as_json=as_json)
-    logging.basicConfig(level=logging.WARNING if not verbose else logging.INFO, handlers=[handler], force=True)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
     # urllib3 warns at each retry, with the path of the request; the summary has the counts.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
-    if not verbose:
-        # What comes of credentials that cannot be had is said where they are needed, once and with its remedy.
-        logging.getLogger("botocore.credentials").setLevel(logging.ERROR)
+    # What comes of credentials that cannot be had is said where they are needed, once and with its remedy.
+    logging.getLogger("botocore.credentials").setLevel(logging.NOTSET if verbose else logging.ERROR)
     log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
@@ -6462,6 +6443,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A daemon's parent may have closed them.
     sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+    # A key may have characters that the terminal has not.
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     arguments = build_parser().read(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:
