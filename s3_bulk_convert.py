@@ -427,7 +427,13 @@ class SourceObject(NamedTuple):
     @property
     def if_match(self) -> str:
         """The condition under which a request is about this very version; empty where the server gives no ETag."""
-        return "" if "@" in self.version else f'"{self.version}"'
+        return f'"{self.version}"' if self.version and "@" not in self.version else ""
+
+    def is_version_of(self, listed: "SourceObject") -> bool:
+        """Whether a HEAD has shown the version that a listing has. They may round times differently."""
+        if "@" in listed.version or "@" in self.version:
+            return listed.size == self.size and abs(listed.modified - self.modified) < 2
+        return listed.version == self.version
 
 
 class PendingRequest(NamedTuple):
@@ -1275,11 +1281,12 @@ class KeyParts(NamedTuple):
         return f"{stem}.{self.ext}" if self.ext else stem.replace(".", "_")
 
 
-def idempotency_key(endpoint: str, bucket: str, source: "SourceFacts", task: Task, place: str) -> str:
+def idempotency_key(endpoint: str, bucket: str, task: Task, place: str) -> str:
     """The API's key for one conversion (docs/idempotency): another object, version, option or place has another.
 
     The time counts as well: what was overwritten and put back while the API fetched it must not be replayed.
     """
+    source = task.source
     version = (source.key, source.version, source.size, int(source.modified))
     return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place])
 
@@ -2135,6 +2142,9 @@ CONTROL_CHARACTER = re.compile(
 )
 
 
+Head = Mapping[str, Any]  # what S3 answers to a HEAD, as boto3 has it
+
+
 def bare_etag(etag: str | None) -> str:
     """An ETag without quotes and without the mark of a weak one; empty if there is none."""
     return (etag or "").removeprefix("W/").strip('"')
@@ -2334,28 +2344,6 @@ SOURCE_CHANGES = {
         ("PreconditionFailed", "412"), ("source_changed", "the object was overwritten after it was listed")
     ),
 }
-
-
-class SourceFacts(NamedTuple):
-    """What S3 says of a source when a worker looks, right before it pays."""
-
-    key: str
-    version: str
-    size: int  # bytes, as they lie there
-    modified: float  # Unix seconds
-    head: Mapping[str, Any]
-
-    @property
-    def object(self) -> SourceObject:
-        """The same as a listing would have it."""
-        when = datetime.fromtimestamp(self.modified, timezone.utc).isoformat()
-        return SourceObject(self.key, self.version, self.size, when)
-
-    def is_version_of(self, listed: SourceObject) -> bool:
-        """Whether this is the version that a listing has shown. Listings and HEADs may round times differently."""
-        if "@" in listed.version or "@" in self.version:
-            return listed.size == self.size and abs(listed.modified - self.modified) < 2
-        return listed.version == self.version
 
 
 def taken_key(output_key: str, holder: str) -> str:
@@ -2615,7 +2603,7 @@ class Bucket:
 
     # -- looks ---------------------------------------------------------------------------------------------------------
 
-    def _head(self, bucket: str, key: str, code: str = "look_failed") -> Any:
+    def head(self, bucket: str, key: str, code: str = "look_failed") -> Head | None:
         """What a HEAD says; None for an object that is not there. Raises ObjectFailed with the code, RunError."""
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)
@@ -2627,33 +2615,29 @@ class Bucket:
             doing = f"looking at s3://{bucket}/{printable(key)}"
             raise s3_failure(error, doing, code if is_refusal else "look_failed") from None
 
-    def head_output(self, key: str) -> Any:
-        """What a HEAD says of an output key; None if nothing lies there. Raises ObjectFailed, RunError."""
-        return self._head(self.output_name, key)
-
-    def look_at_source(self, listed: SourceObject) -> SourceFacts:
-        """What there is of a source, in the listed version if one was. Raises ObjectSkipped, ObjectFailed, RunError."""
+    def look_at_source(self, listed: SourceObject) -> tuple[SourceObject, Head]:
+        """A source as it lies there, in the listed version if one was. Raises ObjectSkipped, ObjectFailed, RunError."""
         try:
-            head = self._head(self.name, listed.key, "source_unreadable")
+            head = self.head(self.name, listed.key, "source_unreadable")
         except ObjectFailed as failure:
             # A HEAD's refusal has no body: a GET says why. To who may not list, S3 refuses what does not exist, too.
             if failure.code == "source_unreadable":
-                self.open_source(SourceFacts(listed.key, "", 0, 0.0, {}))[0].close()
+                self.open_source(SourceObject(listed.key))[0].close()
             raise
         if head is None:
             raise ObjectFailed("source_gone", "there is no object with this key")
+        size, written = head.get("ContentLength"), head.get("LastModified")
+        modified = written.astimezone(timezone.utc).isoformat() if written else None
         if listed.version:
-            written = datetime.fromtimestamp(listed.modified, timezone.utc)
-            head = {"ContentLength": listed.size, "LastModified": written, **head}
-        if not {"ContentLength", "LastModified"} <= head.keys():
+            size, modified = listed.size if size is None else size, modified or listed.last_modified
+        if size is None or modified is None:
             raise RunError(
                 f"S3 does not say how long and how old an object of {self.name} is (Content-Length, Last-Modified)",
                 "go around the proxy or gateway that hides it, or leave out --keys-from, and run it again",
                 code="s3",
             )
-        size, modified = head["ContentLength"], head["LastModified"].timestamp()
-        version = bare_etag(head.get("ETag")) or f"{size}@{modified:.0f}"
-        seen = SourceFacts(listed.key, version, size, modified, head)
+        version = bare_etag(head.get("ETag")) or f"{size}@{unix_seconds(modified):.0f}"
+        seen = SourceObject(listed.key, version, size, modified)
         if listed.version and not seen.is_version_of(listed):
             raise ObjectFailed(*SOURCE_CHANGES["412"])
         # Intelligent-Tiering says in a header of its own that an object cannot be read before it is restored.
@@ -2664,62 +2648,60 @@ class Bucket:
             raise ObjectSkipped(OWN_OUTPUT)
         if not size:
             raise ObjectSkipped(EMPTY)
-        return seen
+        return seen, head
 
-    def require_unchanged(self, source: SourceFacts) -> None:
+    def require_unchanged(self, source: SourceObject, seen: Head) -> None:
         """Raise ObjectFailed if a source is not what it was at the first look, or was put there anew."""
-        head, names = self._head(self.name, source.key), ("ETag", "LastModified", "VersionId")
-        if head is None or any(head.get(name) != source.head.get(name) for name in names):
+        head, names = self.head(self.name, source.key), ("ETag", "LastModified", "VersionId")
+        if head is None or any(head.get(name) != seen.get(name) for name in names):
             said = "the object was overwritten or deleted while it was converted: the result is dropped"
             raise ObjectFailed("source_changed", said)
 
-    def look_at_output(self, task: Task, source: SourceFacts) -> tuple[OutcomeKind, StoredOutput] | None:
+    def look_at_output(self, task: Task) -> tuple[OutcomeKind, StoredOutput] | None:
         """The output that makes a conversion needless, FOUND or ADOPTED; None where a task may write its own.
 
-        Raises ObjectFailed if the key is another object's, or if S3 does not say what lies there; RunError.
+        The task has its source as it was seen. Raises ObjectFailed if the key is another object's, or if S3 does not
+        say what lies there; RunError.
         """
-        collision = ""
         for key in (task.output_key, f"{task.output_key}.zip") if task.look else ():
-            head = self.head_output(key)
-            if head is None:
-                continue
-            kind, collision = self._judge(task, source, key, head)
-            if kind:
+            head = self.head(self.output_name, key)
+            if head is not None and (kind := self._judge(task, key, head)):
                 return kind, StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", 0))
-            if collision:
-                break
         if task.holder:
-            collision = taken_key(task.output_key, task.holder)
-        if collision:
-            raise ObjectFailed("output_collision", collision)
+            raise ObjectFailed("output_collision", taken_key(task.output_key, task.holder))
         return None
 
-    def _judge(self, task: Task, source: SourceFacts, key: str, head: Any) -> tuple[OutcomeKind | None, str]:
-        """Whether an object counts as a task's output; if not, why it must not be replaced ("": it may)."""
-        metadata = head["Metadata"]
+    def _judge(self, task: Task, key: str, head: Head) -> OutcomeKind | None:
+        """What an object counts as for a task; None if the task may replace it. Raises ObjectFailed if it must not."""
+        metadata, source = head["Metadata"], task.source
         if not is_own_metadata(metadata):
             # The published recipe's outputs carry no mark.
             is_newer = "LastModified" in head and head["LastModified"].timestamp() > source.modified
             if is_newer and task.adopts and not task.holder:
-                return OutcomeKind.ADOPTED, ""
-            return None, f"{key} exists and is no output of this object; put outputs under a prefix of their own"
+                return OutcomeKind.ADOPTED
+            said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
+            raise ObjectFailed("output_collision", said)
         bucket, fingerprint = urllib.parse.unquote(metadata.get("source-bucket", "?")), metadata.get("job-fingerprint")
         is_of_key = source_key_metadata(source.key).items() <= metadata.items()
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
         is_same = is_of_key and metadata["source-etag"] == source.version and fingerprint == task.fingerprint
         if is_same and self._settings.run.skip_existing:
-            return OutcomeKind.FOUND, ""
+            return OutcomeKind.FOUND
+        maker = dict(task.rivals).get(str(fingerprint)) if fingerprint != task.fingerprint else None
         if not is_of_key or bucket != self.name:
             owner = urllib.parse.unquote(metadata.get("source-key", "another object"))
-            return None, taken_key(key, printable(owner if bucket == self.name else f"s3://{bucket}/{owner}"))
-        # What another job has made is replaced only where that job does not want the object any more.
-        maker = dict(task.rivals).get(str(fingerprint)) if fingerprint != task.fingerprint else None
-        return None, "" if maker is None else taken_key(key, f"[job {maker}]")
+            owner = printable(owner if bucket == self.name else f"s3://{bucket}/{owner}")
+        elif maker:
+            # What another job has made is replaced only where that job does not want the object any more.
+            owner = f"[job {maker}]"
+        else:
+            return None
+        raise ObjectFailed("output_collision", taken_key(key, owner))
 
     def is_no_source(self, key: str) -> bool | None:
         """Whether nothing is there, or an output of this program, so that it wants no output key; None: unknown."""
         try:
-            head = self._head(self.name, key)
+            head = self.head(self.name, key)
         except ObjectFailed:
             return None
         return head is None or is_own_metadata(head["Metadata"])
@@ -2734,18 +2716,18 @@ class Bucket:
                 "get_object", Params=request, ExpiresIn=IDEMPOTENCY_WINDOW_SECONDS
             )
 
-    def open_source(self, source: SourceFacts) -> tuple[IO[bytes], int]:
+    def open_source(self, source: SourceObject) -> tuple[IO[bytes], int]:
         """A stream over the version that was seen, and its length. Raises ObjectFailed, ObjectSkipped, RunError."""
-        condition: Any = {"IfMatch": source.object.if_match} if source.version and source.object.if_match else {}
+        condition: Any = {"IfMatch": source.if_match} if source.if_match else {}
         with translate_s3_errors(f"reading {printable(source.key)}", "source_unreadable", is_of_source=True):
             reply: Any = self.client.get_object(Bucket=self.name, Key=source.key, **condition, **self._payer)
         return reply["Body"], int(reply.get("ContentLength", source.size))
 
-    def open_upload(self, source: SourceFacts) -> tuple[IO[bytes], int]:
+    def open_upload(self, source: SourceObject, head: Head) -> tuple[IO[bytes], int]:
         """The bytes that a source stands for, unpacked, and how many there are. Raises as `open_source`."""
         body, length = self.open_source(source)
         # Other codings are about the transport (aws-chunked), or no codings at all (identity, utf-8).
-        codings = [coding.strip().lower() for coding in source.head.get("ContentEncoding", "").split(",")]
+        codings = [coding.strip().lower() for coding in head.get("ContentEncoding", "").split(",")]
         known = {"br", "compress", "deflate", "gzip", "zstd"}
         packing = ", ".join(coding for coding in codings if coding.removeprefix("x-") in known)
         if not packing:
@@ -2784,41 +2766,41 @@ class Bucket:
             copy.seek(0)
             yield copy
 
-    def store(self, task: Task, source: SourceFacts, file: "ConvertedFile") -> StoredOutput:
+    def store(self, task: Task, file: "ConvertedFile") -> StoredOutput:
         """Put an answer into the output bucket. A broken transfer leaves nothing. Raises ObjectFailed, RunError."""
         key = task.output_key + file.suffix
-        extra = {**self.output_arguments(task, source), "ContentType": file.media_type}
+        extra = {**self.output_arguments(task), "ContentType": file.media_type}
         with translate_s3_errors(f"writing {printable(key)}", "store_failed"):
             if file.size > MULTIPART_BYTES:
                 parts = TransferConfig(use_threads=False, multipart_chunksize=5 << 20)
                 self.client.upload_fileobj(file.body, self.output_name, key, ExtraArgs=extra, Config=parts)
-                reply = self._head(self.output_name, key, "store_failed") or {}
+                reply = self.head(self.output_name, key, "store_failed") or {}
             else:
                 reply = self.client.put_object(Bucket=self.output_name, Key=key, Body=file.body, **extra)
         return StoredOutput(key, bare_etag(reply.get("ETag")), file.size)
 
-    def copy(self, task: Task, source: SourceFacts) -> StoredOutput:
+    def copy(self, task: Task, seen: Head) -> StoredOutput:
         """Copy an object that is in the target format already, within S3, in the version that was looked at."""
-        key, extra = task.output_key, self.output_arguments(task, source)
+        key, source, extra = task.output_key, task.source, self.output_arguments(task)
         # MetadataDirective=REPLACE drops all that is not named again. Of what is not ASCII, boto3 makes a request that
         # S3 refuses.
         names = ("ContentType", "ContentEncoding", "ContentDisposition", "ContentLanguage", "CacheControl")
-        said = {name: value for name in names if (value := source.head.get(name)) and value.isascii()}
+        said = {name: value for name in names if (value := seen.get(name)) and value.isascii()}
         if FileType.plain_type(said.get("ContentType", "")) in GENERIC_TYPES:
             said["ContentType"] = FileType.media_type_of(task.target)
-        own = {name: value for name, value in source.head["Metadata"].items() if value and value.isascii()}
+        own = {name: value for name, value in seen["Metadata"].items() if value and value.isascii()}
         extra = {**said, **extra, "Metadata": {**own, **extra["Metadata"]}, "MetadataDirective": "REPLACE"}
-        if source.object.if_match:
-            extra["CopySourceIfMatch"] = source.object.if_match
+        if source.if_match:
+            extra["CopySourceIfMatch"] = source.if_match
         with translate_s3_errors(f"writing {printable(key)}", "store_failed", is_of_source=True):
             parts, place = TransferConfig(use_threads=False), {"Bucket": self.name, "Key": source.key}
             self.client.copy(cast(Any, place), self.output_name, key, ExtraArgs=extra, Config=parts)
-        head = self._head(self.output_name, key, "store_failed") or {}
+        head = self.head(self.output_name, key, "store_failed") or {}
         return StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", source.size))
 
-    def output_arguments(self, task: Task, source: SourceFacts) -> dict[str, Any]:
+    def output_arguments(self, task: Task) -> dict[str, Any]:
         """How an output is to be written, and what it says of itself."""
-        options = self._settings.s3
+        options, source = self._settings.s3, task.source
         named = {
             "StorageClass": options.storage_class,
             "ServerSideEncryption": options.sse,
@@ -3944,9 +3926,9 @@ class Conversation:
 
     # -- which request -------------------------------------------------------------------------------------------------
 
-    def convert(self, source: SourceFacts) -> ConvertedFile:
+    def convert(self, head: Head) -> ConvertedFile:
         """Have the object converted, as a look has shown it. Raises ObjectFailed, RunError or StopRequested."""
-        first, pair = self._first_request(source), (KeyParts.of(source.key).ext.lower(), self.task.target)
+        first, pair = self._first_request(), (KeyParts.of(self.task.source.key).ext.lower(), self.task.target)
         # What an earlier run has sent of another version, or for another place, can never be asked for again.
         if self.requests and self.requests[0].row.idempotency_key.partition(":")[0] != first.row.idempotency_key:
             self.requests.clear()
@@ -3957,7 +3939,7 @@ class Conversation:
         while True:
             request = self.current
             try:
-                file = self._answer(source)
+                file = self._answer(head)
                 request.state = RequestState.ANSWERED
                 request.mark_paid()
                 return file
@@ -3977,11 +3959,11 @@ class Conversation:
             if following is not request:
                 self.requests.append(following)
 
-    def _first_request(self, source: SourceFacts) -> ApiRequest:
+    def _first_request(self) -> ApiRequest:
         task, context, above = self.task, self._context, self._api.jobs_above
-        path = JOBS_PATH if above is not None and source.size > above else CONVERT_PATH
+        path = JOBS_PATH if above is not None and task.source.size > above else CONVERT_PATH
         place = context.settings.by_name[task.job].place
-        key = idempotency_key(context.bucket.endpoint, context.bucket.name, source, task, place)
+        key = idempotency_key(context.bucket.endpoint, context.bucket.name, task, place)
         by_url = self._api.transfer != "upload" and not KeyParts.of(task.source.key).has_dot_segments
         url = context.bucket.presign(task.source.key) if by_url and not context.api_state.uploads else ""
         return ApiRequest(PendingRequest(task.source.version, key, path, url, first_sent=0.0))
@@ -4041,7 +4023,7 @@ class Conversation:
 
     # -- sending it ----------------------------------------------------------------------------------------------------
 
-    def _answer(self, source: SourceFacts) -> ConvertedFile:
+    def _answer(self, head: Head) -> ConvertedFile:
         """Send the current request until it is answered, refused or given up."""
         request, name = self.current, KeyParts.of(self.task.source.key)
         if request.row.job_id and request.state is RequestState.UNKNOWN:
@@ -4056,7 +4038,9 @@ class Conversation:
             key = request.row.idempotency_key
             if request.row.url:
                 return MultipartBody(key, fields)
-            return MultipartBody(key, fields, name.upload_filename, self._context.bucket.open_upload(source))
+            return MultipartBody(
+                key, fields, name.upload_filename, self._context.bucket.open_upload(self.task.source, head)
+            )
 
         deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
         call = HttpCall(self._api.url + request.row.path, CONVERSION_RULES, deadline, open_body)
@@ -4454,14 +4438,14 @@ class Ledger:
             self._reserved += 1
 
 
-def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, SourceFacts]:
-    """What a look shows of a task's source, and the task with it. Raises ObjectSkipped, ObjectFailed, RunError.
+def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
+    """A task with its source as it lies there, and what the HEAD says. Raises ObjectSkipped, ObjectFailed, RunError.
 
     Of a key from a file, only now is it known whether the object is wanted, and whether it is done.
     """
-    source, known, most = bucket.look_at_source(task.source), task.known, settings.api.max_size
+    (source, head), known, most = bucket.look_at_source(task.source), task.known, settings.api.max_size
     if not task.source.version:
-        if not settings.by_name[task.job].wants(source.object):
+        if not settings.by_name[task.job].wants(source):
             raise ObjectSkipped(NOT_MATCHED)
         if known and known.version == source.version:
             if known.event in DONE_EVENTS:
@@ -4470,7 +4454,7 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, SourceFa
                 raise ObjectSkipped(FAILED_BEFORE)
     if source.size > most and not task.copy:
         raise ObjectFailed("too_large", f"{source.size} bytes are more than api.max_size = {most}", permanent=True)
-    return replace(task, source=source.object), source
+    return replace(task, source=source), head
 
 
 @dataclass
@@ -4556,19 +4540,19 @@ class WorkerContext:
         if self.stop.is_set:
             raise StopRequested
         bucket = self.bucket
-        task, source = look(conversation.task, bucket, self.settings)
+        task, head = look(conversation.task, bucket, self.settings)
         conversation.task = task
-        if existing := bucket.look_at_output(task, source):
+        if existing := bucket.look_at_output(task):
             conversation.is_stored = True
             return Outcome(task, existing[0], output=existing[1])
         if task.copy:
-            return Outcome(task, OutcomeKind.CONVERTED, output=bucket.copy(task, source))
-        file = conversation.convert(source)
+            return Outcome(task, OutcomeKind.CONVERTED, output=bucket.copy(task, head))
+        file = conversation.convert(head)
         with contextlib.closing(file.body):
             if conversation.current.row.url:
                 # By URL, the API has read whatever lay there: nobody knows which version that was, if it has changed.
-                bucket.require_unchanged(source)
-            output = bucket.store(task, source, file)
+                bucket.require_unchanged(task.source, head)
+            output = bucket.store(task, file)
         conversation.is_stored = True
         return Outcome(task, OutcomeKind.CONVERTED, output=output)
 
@@ -5577,8 +5561,8 @@ def predict(decision: Decision, planner: Planner) -> Decision:
     if task is None or decision.kind is DecisionKind.FAIL:
         return decision
     try:
-        task, source = look(task, bucket, planner.settings)
-        existing = bucket.look_at_output(task, source)
+        task, _ = look(task, bucket, planner.settings)
+        existing = bucket.look_at_output(task)
     except ObjectSkipped as skipped:
         kind = DecisionKind.DONE if str(skipped) == ALREADY_DONE else DecisionKind.SKIP
         return decision._replace(kind=kind, reason=str(skipped))
@@ -5900,7 +5884,7 @@ class Why:
         """What lies under an output key: the key of its source, if that is known, and words."""
         for made in (planned, f"{planned}.zip"):
             try:
-                head = bucket.head_output(made)
+                head = bucket.head(bucket.output_name, made)
             except ObjectFailed as failure:
                 yield "", f"it cannot be told: {printable(failure.message)}"
                 continue
@@ -6168,7 +6152,7 @@ class Diagnostics:
             return
         needs = f"allow s3:GetObject on {bucket.name} (and kms:Decrypt on its key)"
         with self._prove("read", f"s3://{bucket.name}/{printable(source.key)}", needs=needs):
-            bucket.open_source(bucket.look_at_source(source))[0].close()
+            bucket.open_source(bucket.look_at_source(source)[0])[0].close()
         if self.settings.api.transfer == "upload":
             return
         with (
@@ -6196,7 +6180,7 @@ class Diagnostics:
             self._prove(f"write {where}", needs=needs) as proved,
             translate_s3_errors(f"writing to {name}", "store_failed"),
         ):
-            arguments = bucket.output_arguments(task, SourceFacts(key, "", 0, 0.0, {}))
+            arguments = bucket.output_arguments(task)
             written: Any = bucket.client.put_object(Bucket=name, Key=key, Body=b"", **arguments)
             proved.append("with the options of the outputs")
         if not proved:
@@ -6204,7 +6188,7 @@ class Diagnostics:
         with self._prove(f"look at {where}", "an output says what it was made of"):
             head = None
             with contextlib.suppress(ObjectFailed):
-                head = bucket.head_output(key)
+                head = bucket.head(bucket.output_name, key)
             if head is None or not is_own_metadata(head["Metadata"]):
                 hint = f"allow s3:GetObject on {name}, or what lies there can never be found"
                 raise CheckWarning("the metadata of an output cannot be read", hint)

@@ -111,10 +111,10 @@ def test_credentials_that_are_lost_stop_the_run_and_are_no_bug(
         raise error
 
     monkeypatch.setattr(credentials_of(here), "get_frozen_credentials", lost)
-    source = program.SourceFacts("a.png", "e", 1, 0.0, {})
+    source = program.SourceObject("a.png", "e", 1)
     for use in (
         lambda: here.presign("a.png"),
-        lambda: here.look_at_source(source.object),
+        lambda: here.look_at_source(source),
         lambda: here.open_source(source),
     ):
         with pytest.raises(program.RunError, match="S3 could not be reached for ") as stopped:

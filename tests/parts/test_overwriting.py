@@ -10,7 +10,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 import s3_bulk_convert as program
-from s3_bulk_convert import OutcomeKind, SourceFacts, SourceObject, Task
+from s3_bulk_convert import OutcomeKind, SourceObject, Task
 from tests.parts.test_looking import settings
 
 ADOPTED, FOUND = OutcomeKind.ADOPTED, OutcomeKind.FOUND
@@ -34,15 +34,15 @@ class Heads(program.Bucket):
         raise ClientError({"Error": {"Code": self._answer}, "ResponseMetadata": status}, "HeadObject")
 
 
-SOURCE = SourceFacts("k.png", "e", 1, 100.0, {})
-TASK = Task("j", "f", SourceObject("k.png", "e", 1), "jpg", None, "k.jpg", look=True, rivals=(("g", "another"),))
+SOURCE = SourceObject("k.png", "e", 1, "1970-01-01T00:01:40Z")
+TASK = Task("j", "f", SOURCE, "jpg", None, "k.jpg", look=True, rivals=(("g", "another"),))
 OURS = {"source-key": "k.png", "source-etag": "e", "source-bucket": "in", "job": "j", "job-fingerprint": "f"}
 
 
 def look(bucket: Heads, task: Task) -> str:
     """What a look at the output key shows."""
     try:
-        found = bucket.look_at_output(task, SOURCE)
+        found = bucket.look_at_output(task)
     except program.ObjectFailed as failure:
         return failure.code
     return found[0] if found else FREE
@@ -94,17 +94,17 @@ def test_a_key_that_somebody_else_holds_is_free_for_no_task_but_what_is_found_co
     ]
     unseen = replace(held, look=False)
     with pytest.raises(program.ObjectFailed, match=r"k\.jpg: belongs to somebody"):
-        Heads(OURS).look_at_output(unseen, SOURCE)
+        Heads(OURS).look_at_output(unseen)
 
 
 @pytest.mark.parametrize("answer", ["400", "403", "500", "503"])
 def test_what_s3_does_not_say_is_never_taken_for_absent(answer: str) -> None:
     bucket = Heads(answer)
     with pytest.raises(program.ObjectFailed, match=answer) as failed:
-        bucket.look_at_output(TASK, SOURCE)
+        bucket.look_at_output(TASK)
     assert (failed.value.code, failed.value.permanent) == ("look_failed", False)
     with pytest.raises(program.ObjectFailed, match=answer):
-        bucket.require_unchanged(SOURCE)
+        bucket.require_unchanged(SOURCE, {})
     # Neither is a key given free by it, nor is somebody warned of what may well be an output.
     assert bucket.is_no_source("k.png") is None
 

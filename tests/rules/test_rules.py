@@ -19,6 +19,7 @@ from s3_bulk_convert import ErrorAction
 
 NOW = 1_790_000_000.0
 LISTED = "2026-09-21T14:13:20.000Z"  # the same moment, as S3 writes it
+LATER = "2026-09-21T14:13:21.000Z"
 SOURCE = program.SourceObject("photos/a.heic", "0cc175b9c0f1b6a831c399e269772661", 1234, LISTED)
 DEFAULT_TEMPLATE = "converted/{dir}{stem}.{target}"
 KEYS = st.text(
@@ -188,20 +189,19 @@ def test_every_upload_name_is_plain_and_tells_the_same_format(key: str) -> None:
 ########################################################################
 
 
-FACTS = program.SourceFacts("photos/a.heic", "0cc175b9c0f1b6a831c399e269772661", 1234, NOW, {})
 PLACE = "converted/{dir}{stem}.{target}"
 
 
 def made_key(
     endpoint: str = "https://s3",
     bucket: str = "bucket",
-    source: program.SourceFacts = FACTS,
+    source: program.SourceObject = SOURCE,
     made: tuple[str, int | None] = ("jpg", None),
     place: str = PLACE,
 ) -> str:
     """The idempotency key of a conversion; all that is not given is as usual."""
-    task = program.Task("default", "", SOURCE, *made, "converted/photos/a.jpg")
-    return program.idempotency_key(endpoint, bucket, source, task, place)
+    task = program.Task("default", "", source, *made, "converted/photos/a.jpg")
+    return program.idempotency_key(endpoint, bucket, task, place)
 
 
 def test_the_idempotency_key_of_a_version_never_changes() -> None:
@@ -214,14 +214,16 @@ def test_the_idempotency_key_of_a_version_never_changes() -> None:
     [
         pytest.param(made_key(endpoint="https://minio"), id="endpoint"),
         pytest.param(made_key(bucket="other"), id="bucket"),
-        pytest.param(made_key(source=FACTS._replace(key="photos/b.heic")), id="key"),
-        pytest.param(made_key(source=FACTS._replace(version="f" * 32)), id="version"),
-        pytest.param(made_key(source=FACTS._replace(size=1235)), id="size"),
-        pytest.param(made_key(source=FACTS._replace(modified=NOW + 1)), id="time: put back while the API fetched it"),
+        pytest.param(made_key(source=SOURCE._replace(key="photos/b.heic")), id="key"),
+        pytest.param(made_key(source=SOURCE._replace(version="f" * 32)), id="version"),
+        pytest.param(made_key(source=SOURCE._replace(size=1235)), id="size"),
+        pytest.param(
+            made_key(source=SOURCE._replace(last_modified=LATER)), id="time: put back while the API fetched it"
+        ),
         pytest.param(made_key(made=("png", None)), id="target"),
         pytest.param(made_key(made=("jpg", 80)), id="quality"),
         pytest.param(made_key(place="elsewhere/{key}.{target}"), id="place"),
-        pytest.param(made_key(bucket="bucketphotos", source=FACTS._replace(key="/a.heic")), id="border"),
+        pytest.param(made_key(bucket="bucketphotos", source=SOURCE._replace(key="/a.heic")), id="border"),
     ],
 )
 def test_each_component_changes_the_idempotency_key(other: str) -> None:
@@ -230,7 +232,7 @@ def test_each_component_changes_the_idempotency_key(other: str) -> None:
 
 @given(KEYS, st.text(max_size=40), st.integers(0, 5 * 10**9), st.none() | st.integers(1, 100))
 def test_every_idempotency_key_is_one_that_the_api_takes(key: str, etag: str, size: int, quality: int | None) -> None:
-    made = made_key(source=FACTS._replace(key=key, version=etag, size=size), made=("jpg", quality))
+    made = made_key(source=SOURCE._replace(key=key, version=etag, size=size), made=("jpg", quality))
     # Successors get a few characters more, of 128.
     assert re.fullmatch(r"[A-Za-z0-9._:+/-]{1,100}", made)
 
