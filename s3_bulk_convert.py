@@ -150,6 +150,7 @@ ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is
 MAX_PAYMENTS = 2  # for a result that cannot be stored
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
+PACKED_BYTES = 4 * 1024  # may become a thousand times as many
 MULTIPART_BYTES = (
     100 * 10**6
 )  # a larger output is put in parts, each in memory twice: so they are small; one PUT is streamed
@@ -2738,13 +2739,14 @@ class Bucket:
             if packing.removeprefix("x-") != "gzip":
                 raise ObjectFailed("source_unreadable", f"{said} here; store it as it is, or in gzip", permanent=True)
             # Nobody knows before how many bytes there are.
-            plain, unpacked = on_failure.enter_context(temporary_file()), gzip.GzipFile(fileobj=body)
+            plain = on_failure.enter_context(temporary_file())
+            pieces = inflate(iter(partial(body.read, PACKED_BYTES), b""))
             try:
-                while size <= most and (piece := unpacked.read(CHUNK_BYTES)):
+                while size <= most and (piece := next(pieces, None)) is not None:
                     size += plain.write(piece)
             except BotoCoreError as error:
                 raise ObjectFailed("network", f"reading the source broke off: {type(error).__name__}") from None
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            except (EOFError, zlib.error) as error:
                 # One that ends early may have been cut on the way.
                 is_damaged = not isinstance(error, EOFError)
                 raise ObjectFailed("source_unreadable", f"{said}: {error}", permanent=is_damaged) from None
@@ -2768,8 +2770,8 @@ class Bucket:
 
     def store(self, task: Task, file: "ConvertedFile") -> StoredOutput:
         """Put an answer into the output bucket. A broken transfer leaves nothing. Raises ObjectFailed, RunError."""
-        key = task.output_key + file.suffix
-        extra = {**self.output_arguments(task), "ContentType": file.media_type}
+        key = task.output_key + file.type.suffix
+        extra = {**self.output_arguments(task), "ContentType": file.type.media_type}
         with translate_s3_errors(f"writing {printable(key)}", "store_failed"):
             if file.size > MULTIPART_BYTES:
                 parts = TransferConfig(use_threads=False, multipart_chunksize=5 << 20)
@@ -3295,7 +3297,6 @@ class _Arriving(io.RawIOBase):
         self.connection, self._bytes = connection, connection.makefile("rb", buffering=0)
         self._timeout = connection.gettimeout() or WAIT_DEADLINE_SECONDS
         self.is_over = False
-        self.has_surplus = False  # more has come than the answer, as far as it is known when that has been read
         self.give_time(0.0)
 
     def give_time(self, seconds_per_byte: float) -> None:
@@ -3321,29 +3322,14 @@ class _Arriving(io.RawIOBase):
         super().close()
 
 
-class _AnswerBuffer(io.BufferedReader):
-    """What has been read ahead of an answer. If more has come than the answer, its connection is not used again."""
-
-    def close(self) -> None:
-        if not self.closed:
-            arriving = cast(_Arriving, self.raw)
-            arriving.is_over = True
-            arriving.has_surplus = bool(self.peek(1))
-            if arriving.has_surplus:
-                # TLS within TLS, through a proxy, has no such thing in urllib3.
-                with contextlib.suppress(OSError, AttributeError):
-                    arriving.connection.shutdown(socket.SHUT_RDWR)
-        super().close()
-
-
 class _Reply(http.client.HTTPResponse):
     """An answer as http.client reads it, without what it gets wrong."""
 
     def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
         super().__init__(sock, *arguments, **named)
         self.fp.close()
-        self.arriving = _Arriving(sock)
-        self.fp = _AnswerBuffer(self.arriving)
+        self.arriving, self.has_surplus = _Arriving(sock), False
+        self.fp = io.BufferedReader(self.arriving)
 
     def begin(self, **named: Any) -> None:
         super().begin(**named)
@@ -3364,6 +3350,16 @@ class _Reply(http.client.HTTPResponse):
             # http.client has not understood a list.
             self.length = int(length) if self.length is None and not self.chunked else self.length
         self.arriving.give_time(1 / 1_000)  # seconds per byte: what is slower than a modem drips
+
+    def _close_conn(self) -> None:
+        # The answer is over. If more has come than that, its connection is not used again.
+        self.arriving.is_over = True
+        self.has_surplus = bool(self.fp.peek(1))
+        if self.has_surplus:
+            # TLS within TLS, through a proxy, has no such thing in urllib3.
+            with contextlib.suppress(OSError, AttributeError):
+                self.arriving.connection.shutdown(socket.SHUT_RDWR)
+        super()._close_conn()  # type: ignore[misc]
 
 
 class _Adapter(HTTPAdapter):
@@ -3658,16 +3654,16 @@ class Usage:
 
 
 class MultipartBody:
-    """The multipart body of a request: form fields, then the file, streamed and counted.
+    """The multipart body of a request: form fields that are not empty, then the file, streamed and counted.
 
     The boundary is derived from the idempotency key, so that a request that is sent again is the same to the byte.
     """
 
-    def __init__(
-        self, key: str, fields: Mapping[str, str], filename: str = "", file: tuple[IO[bytes], int] | None = None
-    ) -> None:
-        # The API goes by the file's name; the usual type is another on a machine with other tables.
-        parts: Any = {**fields, **({"file": (filename, b"", "application/octet-stream")} if file else {})}
+    def __init__(self, key: str, fields: Mapping[str, str], filename: str, file: tuple[IO[bytes], int] | None) -> None:
+        parts: dict[str, Any] = {name: value for name, value in fields.items() if value}
+        if file:
+            # The API goes by the file's name; the usual type is another on a machine with other tables.
+            parts["file"] = (filename, b"", "application/octet-stream")
         boundary = "s3bc-" + key.replace(":", "-")
         form, self.content_type = encode_multipart_formdata(parts, boundary)
         # The file is the last part and stands here with no bytes: they go before the closing boundary.
@@ -3706,8 +3702,7 @@ class ConvertedFile:
 
     body: IO[bytes]
     size: int  # bytes
-    media_type: str
-    suffix: str = ""  # ".zip" for an archive of pages
+    type: FileType
 
     @classmethod
     def receive(cls, answer: requests.Response, target: str, deadline: float) -> "ConvertedFile":
@@ -3731,14 +3726,14 @@ class ConvertedFile:
             # Where neither length nor chunks say where the body ends, or more has come than they say, a cut one looks
             # like a whole one.
             is_told = length.isdigit() or answer.headers.get("Transfer-Encoding", "").lower() == "chunked"
-            is_told &= not cast(_Reply, answer.raw._original_response).arriving.has_surplus
+            is_told &= not cast(_Reply, answer.raw._original_response).has_surplus
             kinds = (FileType.canonical(target), "zip")
             if not (is_told or any(FileType.is_whole_file(kind, size, head, tail) for kind in kinds)):
                 raise InvalidResponse("no_length", "the answer does not say where it ends")
             disposition = answer.headers.get("Content-Disposition", "")
             found = FileType.identify(target, answer.headers.get("Content-Type", ""), disposition, head)
             on_failure.pop_all()
-        return cls(body, size, found.media_type, found.suffix)
+        return cls(body, size, found)
 
     @staticmethod
     def _pieces(answer: requests.Response, deadline: float) -> Iterator[bytes]:
@@ -3747,27 +3742,35 @@ class ConvertedFile:
         is_packed = coding in {"gzip", "x-gzip", "deflate"}  # those that can be told by how they begin
         if not (is_packed or coding in {"", "identity"}):
             raise InvalidResponse("packed_answer", f"the answer is packed as {coding}, which nobody asked for")
-        inflate = zlib.decompressobj(zlib.MAX_WBITS + 32)  # tells gzip and deflate by the head
-        # A few packed bytes may become a thousand times as many.
-        most = CHUNK_BYTES // 64 if is_packed else CHUNK_BYTES
-        try:
-            while piece := answer.raw.read(most, decode_content=False):
-                while piece and is_packed:
-                    # A file may be packed in several parts.
-                    inflate = zlib.decompressobj(zlib.MAX_WBITS + 32) if inflate.eof else inflate
-                    yield inflate.decompress(piece)
-                    piece = inflate.unused_data
+
+        def arriving() -> Iterator[bytes]:
+            while piece := answer.raw.read(PACKED_BYTES if is_packed else CHUNK_BYTES, decode_content=False):
                 yield piece
                 if time.monotonic() > deadline:
                     raise InvalidResponse("slow_answer", "the answer did not end in time")
-            if is_packed and not inflate.eof:
-                raise zlib.error("it ends early")
-        except zlib.error as error:
+
+        try:
+            yield from inflate(arriving()) if is_packed else arriving()
+        except (EOFError, zlib.error) as error:
             raise InvalidResponse("cut_answer", f"the answer cannot be unpacked: {error}") from None
         except urllib3.exceptions.ReadTimeoutError:
             raise InvalidResponse("slow_answer", "the answer did not end in time") from None
         except NETWORK_ERRORS as error:
             raise InvalidResponse("cut_answer", f"the answer broke off: {type(error).__name__}") from None
+
+
+def inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What gzip or deflate has packed, told apart by how it begins. Raises EOFError if it ends early, zlib.error."""
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS + 32)
+    for piece in pieces:
+        packed = piece
+        # A file may be packed in several parts, and end in zeros.
+        while packed := packed.lstrip(b"\0") if unpacker.eof else packed:
+            unpacker = zlib.decompressobj(zlib.MAX_WBITS + 32) if unpacker.eof else unpacker
+            yield unpacker.decompress(packed)
+            packed = unpacker.unused_data
+    if not unpacker.eof:
+        raise EOFError("it ends early")
 
 
 @contextlib.contextmanager
@@ -3889,7 +3892,6 @@ class Conversation:
         self.is_replay = False  # the answer was made for a request of an earlier attempt
         self._timeouts = 0  # 504s: the conversion takes longer than the API's synchronous call may
         self._failed_jobs = 0  # that may not fail again
-        self._successors = 0  # of keys that were taken
         self._is_url_checked = False  # a refused URL was sent once more, because S3 serves it
         self._is_reserved = False  # counted against the cap
         self._asked_at = 0.0  # Unix seconds; when the current request was first sent in this run
@@ -3972,8 +3974,7 @@ class Conversation:
         """The request that may still bring a result after a failure of the current one; None if there is none."""
         current = self.current
         if current.state is RequestState.KEY_TAKEN:
-            self._successors += 1
-            if self._successors <= 2:
+            if sum(request.state is RequestState.KEY_TAKEN for request in self.requests) <= 2:
                 return current.following()
             # Whatever key it comes with, the API says the same: it is about the object, and nothing was charged.
             failure.permanent, current.state = True, RequestState.REJECTED
@@ -4025,31 +4026,27 @@ class Conversation:
 
     def _answer(self, head: Head) -> ConvertedFile:
         """Send the current request until it is answered, refused or given up."""
-        request, name = self.current, KeyParts.of(self.task.source.key)
+        request, task = self.current, self.task
         if request.row.job_id and request.state is RequestState.UNKNOWN:
             self.is_replay = True
             return self._finish_job()
         self._write_down()
         self._asked_at = time.time()
-        fields = {"target": self.task.target, "source": name.ext.lower(), "quality": str(self.task.quality or "")}
-        fields = {field: value for field, value in {**fields, "file_url": request.row.url}.items() if value}
+        name, url, quality = KeyParts.of(task.source.key), request.row.url, str(task.quality or "")
+        fields = {"target": task.target, "source": name.ext.lower(), "quality": quality, "file_url": url}
 
         def open_body() -> MultipartBody:
-            key = request.row.idempotency_key
-            if request.row.url:
-                return MultipartBody(key, fields)
-            return MultipartBody(
-                key, fields, name.upload_filename, self._context.bucket.open_upload(self.task.source, head)
-            )
+            file = None if url else self._context.bucket.open_upload(task.source, head)
+            return MultipartBody(request.row.idempotency_key, fields, name.upload_filename, file)
 
         deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
         call = HttpCall(self._api.url + request.row.path, CONVERSION_RULES, deadline, open_body)
         file = self._exchange(call, self._receive) or self._finish_job()
         api_state = self._context.api_state
-        api_state.takes_urls |= bool(request.row.url)
+        api_state.takes_urls |= bool(url)
         # A URL of an earlier run may have died with its credentials: that says nothing of the next one.
         was_refused = any(other.row.url and not other.is_resumed for other in self.requests[-2:-1])
-        api_state.urls_refused += was_refused and not request.row.url
+        api_state.urls_refused += was_refused and not url
         return file
 
     def _write_down(self) -> None:
