@@ -2013,8 +2013,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def _records(self, query: str, *values: object) -> list[dict[str, Any]]:
         with self._locked():
             cursor = self._db.execute(query, values)
-            names = [column[0] for column in cursor.description]
-            return [dict(zip(names, row, strict=True)) for row in cursor]
+            cursor.row_factory = sqlite3.Row
+            return [dict(row) for row in cursor]
 
     def latencies(self) -> list[float]:
         """How many seconds conversions took, of some of them."""
@@ -3366,21 +3366,14 @@ class _Adapter(HTTPAdapter):
     """Makes connections whose answers are read as _Reply does, and which wait as long to send as to receive."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
         super().__init__(pool_connections=4, pool_maxsize=1)
-
-    def init_poolmanager(self, *arguments: Any, **named: Any) -> None:
-        super().init_poolmanager(*arguments, **named)
-        self._change_connections(self.poolmanager)
+        self._seconds = seconds
+        self._changed(self.poolmanager)
 
     def proxy_manager_for(self, proxy: Any, **named: Any) -> Any:
-        is_known = proxy in self.proxy_manager
-        manager = super().proxy_manager_for(proxy, **named)
-        if not is_known:
-            self._change_connections(manager)
-        return manager
+        return self._changed(super().proxy_manager_for(proxy, **named))
 
-    def _change_connections(self, manager: Any) -> None:
+    def _changed(self, manager: Any) -> Any:
         def connect(connection: Any) -> None:
             cast(Any, super(type(connection), connection)).connect()
             # urllib3 would send with the timeout for connecting.
@@ -3388,10 +3381,13 @@ class _Adapter(HTTPAdapter):
 
         changes, pools = {"response_class": _Reply, "connect": connect}, {}
         for scheme, pool in manager.pool_classes_by_scheme.items():
+            if pool.ConnectionCls.response_class is _Reply:
+                return manager  # requests keeps one for each proxy
             # Their names are in messages.
             connection_class = type(pool.ConnectionCls.__name__, (pool.ConnectionCls,), changes)
             pools[scheme] = type(pool.__name__, (pool,), {"ConnectionCls": connection_class})
         manager.pool_classes_by_scheme = pools
+        return manager
 
 
 class Session(requests.Session):
@@ -3893,8 +3889,8 @@ class Conversation:
         self._timeouts = 0  # 504s: the conversion takes longer than the API's synchronous call may
         self._failed_jobs = 0  # that may not fail again
         self._is_url_checked = False  # a refused URL was sent once more, because S3 serves it
-        self._is_reserved = False  # counted against the cap
-        self._asked_at = 0.0  # Unix seconds; when the current request was first sent in this run
+        # Unix seconds; when the current request was first sent in this run. From then on it counts against the cap.
+        self._asked_at = 0.0
 
     @property
     def current(self) -> ApiRequest:
@@ -4031,7 +4027,6 @@ class Conversation:
             self.is_replay = True
             return self._finish_job()
         self._write_down()
-        self._asked_at = time.time()
         name, url, quality = KeyParts.of(task.source.key), request.row.url, str(task.quality or "")
         fields = {"target": task.target, "source": name.ext.lower(), "quality": quality, "file_url": url}
 
@@ -4056,9 +4051,8 @@ class Conversation:
             request.state = RequestState.REJECTED
             message = f"its result was paid for {request.row.payments} times and could not be stored"
             raise ObjectFailed("not_stored", message, permanent=True)
-        if not self._is_reserved:
+        if not self._asked_at:
             ledger.reserve()
-            self._is_reserved = True
         if is_forgotten:
             # The URL has died with the key.
             url = request.row.url and self._context.bucket.presign(self.task.source.key)
@@ -4067,6 +4061,7 @@ class Conversation:
         if is_forgotten or not request.row.first_sent:
             request.change(first_sent=time.time())
             ledger.mark_sent(self.task, request.row)
+        self._asked_at = time.time()
 
     def _exchange(self, call: HttpCall, receive: Callable[[requests.Response], T]) -> T:
         """What `receive` makes of the first good answer. Raises ObjectFailed when there will be none."""
