@@ -592,8 +592,10 @@ class OptionSpec(NamedTuple):
     purpose: str
 
 
-def option(reader: Callable[[str], Any], purpose: str, default: T) -> T:
-    """Declare a field of a section as an option."""
+def option(reader: Callable[[str], Any], purpose: str, default: T, **words: Any) -> T:
+    """Declare a field of a section as an option. `words`: what a word stands for, and an empty value with it."""
+    for word, value in words.items():
+        reader = Read.optional(word, reader, value)
     return field(default=default, metadata={"spec": OptionSpec(reader, purpose)})
 
 
@@ -623,11 +625,8 @@ class Read:
     def integer(least: int, most: float = math.inf) -> Callable[[str], int]:
         """Whole numbers from `least` to `most`."""
         bounds = f"of {least} or more" if most == math.inf else f"from {least} to {most}"
-        return Read.matching(
-            r"(\d{1,12})",
-            f"a whole number {bounds}",
-            lambda digits: int(digits) if least <= int(digits) <= most else None,
-        )
+        expected = f"a whole number {bounds}"
+        return Read.matching(r"(\d{1,12})", expected, lambda given: int(given) if least <= int(given) <= most else None)
 
     @staticmethod
     def choice(*choices: str) -> Callable[[str], str]:
@@ -635,12 +634,12 @@ class Read:
         return Read.matching(f"({'|'.join(choices)})", f"one of {', '.join(choices)}", str)
 
     @staticmethod
-    def optional(word: str, reader: Callable[[str], T], without: Any = None) -> Callable[[str], T]:
+    def optional(word: str, reader: Callable[[str], T], without: T) -> Callable[[str], T]:
         """What `reader` reads; `word`, and an empty value, as `without`."""
 
         def read(given: str) -> T:
             if given.lower() in {word, ""}:
-                return cast(T, without)
+                return without
             try:
                 return reader(given)
             except ValueError as problem:
@@ -718,7 +717,6 @@ class Read:
     longer_than_0 = "a duration of more than 0, such as 150s, 10m, 2h or 7d"
     positive_duration = matching("(?=.*[1-9])" + number + times, longer_than_0, amount)
     percent = matching(r"(\d{1,2}(?:\.\d+)?|100(?:\.0+)?)\s*(%)", "a rate such as 2%", amount)
-    text_or_none = optional("none", str)
 
 
 @dataclass(frozen=True)
@@ -824,14 +822,14 @@ class S3Options:
         "key of an output; fields {key} {dir} {name} {stem} {ext} {target} {job}",
         "converted/{dir}{stem}.{target}",
     )
-    endpoint_url: str | None = option(Read.optional("none", Read.url), "any S3-compatible store", None)
-    region: str | None = option(Read.text_or_none, "region, if boto3 does not know it", None)
-    profile: str | None = option(Read.text_or_none, "profile of the AWS configuration", None)
-    storage_class: str | None = option(Read.text_or_none, "storage class of outputs", None)
-    sse: str | None = option(Read.text_or_none, "server-side encryption: AES256 or aws:kms", None)
-    sse_kms_key_id: str | None = option(Read.text_or_none, "key for aws:kms", None)
-    acl: str | None = option(Read.text_or_none, "canned ACL of outputs", None)
-    cache_control: str | None = option(Read.text_or_none, "Cache-Control of outputs", None)
+    endpoint_url: str | None = option(Read.url, "any S3-compatible store", None, none=None)
+    region: str | None = option(str, "region, if boto3 does not know it", None, none=None)
+    profile: str | None = option(str, "profile of the AWS configuration", None, none=None)
+    storage_class: str | None = option(str, "storage class of outputs", None, none=None)
+    sse: str | None = option(str, "server-side encryption: AES256 or aws:kms", None, none=None)
+    sse_kms_key_id: str | None = option(str, "key for aws:kms", None, none=None)
+    acl: str | None = option(str, "canned ACL of outputs", None, none=None)
+    cache_control: str | None = option(str, "Cache-Control of outputs", None, none=None)
     requester_pays: bool = option(Read.boolean, "the requester pays for S3 requests", default=False)
 
     @property
@@ -851,15 +849,11 @@ class ConvertOptions:
         "globs of what to leave out",
         (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae"),  # of macOS, Windows, iOS: nobody's content
     )
-    min_size: int = option(Read.optional("none", Read.size, 0), "only objects of at least this size", 0)
-    max_size: float = option(Read.optional("none", Read.size, math.inf), "only objects of at most this size", math.inf)
-    newer_than: float = option(
-        Read.optional("none", Read.duration, math.inf), "only objects changed within this time", math.inf
-    )
-    older_than: float = option(
-        Read.optional("none", Read.duration, -math.inf), "only objects not changed for this time", -math.inf
-    )
-    quality: int | None = option(Read.optional("none", Read.integer(1, 100)), "quality, for lossy formats", None)
+    min_size: int = option(Read.size, "only objects of at least this size", 0, none=0)
+    max_size: float = option(Read.size, "only objects of at most this size", math.inf, none=math.inf)
+    newer_than: float = option(Read.duration, "only objects changed within this time", math.inf, none=math.inf)
+    older_than: float = option(Read.duration, "only objects not changed for this time", -math.inf, none=-math.inf)
+    quality: int | None = option(Read.integer(1, 100), "quality, for lossy formats", None, none=None)
     same_format: str = option(
         Read.choice("skip", "copy", "convert"), "a source that is in the target format already", "skip"
     )
@@ -878,17 +872,15 @@ class ApiOptions:
         "auto",
     )
     requests_per_minute: int | None = option(
-        Read.optional("auto", Read.integer(1)), "cap on the rate; auto: what the API allows", None
+        Read.integer(1), "cap on the rate; auto: what the API allows", None, auto=None
     )
     max_conversions: int | None = option(
-        Read.optional("none", Read.integer(1)), "conversions to ask for in one run, failed ones included", None
+        Read.integer(1), "conversions to ask for in one run, failed ones included", None, none=None
     )
     keep_remaining: int = option(Read.integer(0), "stop when the month has so many conversions left", 0)
     timeout: float = option(Read.positive_duration, "how long to wait for an answer", 150.0)
     retries: int = option(Read.integer(0, 20), "transient failures that one object may have", 5)
-    jobs_above: int | None = option(
-        Read.optional("never", Read.size), "larger objects go through /v1/jobs", 100 * 10**6
-    )
+    jobs_above: int | None = option(Read.size, "larger objects go through /v1/jobs", 100 * 10**6, never=None)
     max_size: int = option(Read.size, "larger objects are not sent", 5 * 10**9)
 
     def read_key(self) -> tuple[str, str]:
@@ -920,7 +912,7 @@ class RunOptions:
     checkpoint: str = option(str, "SQLite file that remembers what is done", "s3_bulk_convert.sqlite3")
     failures: str = option(str, "file that failures are appended to, a JSON line each", "conversion_failures.jsonl")
     max_failure_rate: float = option(
-        Read.optional("never", Read.percent, math.inf), "stop when more fail, after 50 finished objects", 0.02
+        Read.percent, "stop when more fail, after 50 finished objects", 0.02, never=math.inf
     )
     skip_existing: bool = option(
         Read.boolean,
@@ -928,11 +920,9 @@ class RunOptions:
         default=True,
     )
     shutdown_grace: float = option(Read.duration, "time for what is in flight after SIGINT or SIGTERM", 30.0)
-    max_runtime: float = option(
-        Read.optional("none", Read.duration, math.inf), "take no new objects after this", math.inf
-    )
-    summary: str | None = option(Read.text_or_none, "file for a JSON summary of the run", None)
-    metrics: str | None = option(Read.text_or_none, "file for metrics, in Prometheus' text format", None)
+    max_runtime: float = option(Read.duration, "take no new objects after this", math.inf, none=math.inf)
+    summary: str | None = option(str, "file for a JSON summary of the run", None, none=None)
+    metrics: str | None = option(str, "file for metrics, in Prometheus' text format", None, none=None)
     log_every: int = option(Read.integer(1), "a line of progress every so many objects, without a terminal", 100)
 
     @property
