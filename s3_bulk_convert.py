@@ -5710,50 +5710,28 @@ def local_date(seconds: float) -> str:
     return f"{iso_time(seconds).replace('T', ' ')} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
 
 
-class Status:
-    """What `--status` says: all that the checkpoint knows, of this configuration's jobs and of others."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings, self._path = settings, Path(settings.run.checkpoint)
-
-    def document(self) -> dict[str, Any]:
-        """All of it as JSON has it; times in Unix seconds. Raises RunError if there is no checkpoint."""
-        holder = RunLock(self._path).holder()
-        with Journal(self._path, "", self._settings, read_only=True) as journal:
-            if not journal.is_there:
-                raise usage_error(f"there is no checkpoint {self._path}", self._where_else())
-            size, written = journal.size_and_time()
-            return {
-                "checkpoint": str(self._path),
-                "bytes": size,
-                "at_work": holder,
-                "last_run": journal.last_run(),
-                "last_activity": written,
-                "jobs": list(journal.counts()),
-            }
-
-    def _where_else(self) -> str:
-        stem, ending = os.path.splitext(self._path.name)
-        for path in sorted(self._path.parent.glob("*")):
-            if found := re.fullmatch(rf"{re.escape(stem)}\.(\d+)-of-(\d+){re.escape(ending)}", path.name):
-                return f"{path.name} is here: give --shard {found[1]}/{found[2]}"
-        return "start it where the runs are started, or set run.checkpoint"
-
-    def lines(self) -> Iterator[str]:
-        """All of it in words."""
-        found = self.document()
-        holder, last = found["at_work"], found["last_run"]
-        yield f"checkpoint     {found['checkpoint']}, {human_bytes(found['bytes'])}"
-        yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
-        if last and not holder:
-            began, ended, code = last
-            how = f"ended {local_date(ended)} with exit code {code}" if ended else "did not come to its end"
-            yield f"last run       began {local_date(began)}, {how}"
-        yield f"last activity  {local_date(found['last_activity'])}"
-        for job in found["jobs"]:
-            yield from self._job_lines(job, is_at_work=bool(holder))
-
-    def _job_lines(self, job: Mapping[str, Any], *, is_at_work: bool) -> Iterator[str]:
+def status_lines(settings: Settings) -> Iterator[str]:
+    """What `--status` says: all that the checkpoint knows, of these jobs and of others. Raises RunError."""
+    path = Path(settings.run.checkpoint)
+    holder = RunLock(path).holder()
+    with Journal(path, "", settings, read_only=True) as journal:
+        if not journal.is_there:
+            stem, ending = map(re.escape, os.path.splitext(path.name))
+            names = sorted(other.name for other in path.parent.glob("*"))
+            shards = (re.fullmatch(rf"{stem}\.(\d+)-of-(\d+){ending}", name) for name in names)
+            hint = "start it where the runs are started, or set run.checkpoint"
+            if found := next(filter(None, shards), None):
+                hint = f"{found[0]} is here: give --shard {found[1]}/{found[2]}"
+            raise usage_error(f"there is no checkpoint {path}", hint)
+        (size, written), last, jobs = journal.size_and_time(), journal.last_run(), list(journal.counts())
+    yield f"checkpoint     {path}, {human_bytes(size)}"
+    yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
+    if last and not holder:
+        began, ended, code = last
+        how = f"ended {local_date(ended)} with exit code {code}" if ended else "did not come to its end"
+        yield f"last run       began {local_date(began)}, {how}"
+    yield f"last activity  {local_date(written)}"
+    for job in jobs:
         ours = job["configured_as"]
         named = f"job {ours}" if ours else f"{job['job']}, no job of this configuration"
         yield ""
@@ -5766,11 +5744,10 @@ class Status:
             by_code = Counter(job[state])
             listed = ", ".join(f"{code} {count}" for code, count in by_code.most_common())
             yield f"  failed       {by_code.total()} {words}{listed and f': {listed}'}"
+        is_interrupted = job["in_flight"] and not holder
+        step = ", asked for again by the next run" if is_interrupted else ""
         oldest = f", the oldest since {local_date(job['oldest_sent_at'])}" if job["oldest_sent_at"] else ""
-        if is_at_work or not job["in_flight"]:
-            yield f"  in flight    {job['in_flight']}{oldest}"
-        else:
-            yield f"  interrupted  {job['in_flight']}, asked for again by the next run{oldest}"
+        yield f"  {'interrupted' if is_interrupted else 'in flight':<11}  {job['in_flight']}{step}{oldest}"
         if job["possible_double_charges"]:
             twice = pluralize(job["possible_double_charges"], "conversion")
             yield f"  warning      {twice} may have been charged twice"
@@ -6398,7 +6375,7 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
         is_json = settings.log_format == "json"
         lines = iter([json.dumps(without_secrets(estimate.document()))]) if is_json else estimate.lines()
     else:
-        lines = Status(settings).lines() if command == "status" else Why(settings, arguments.why).lines()
+        lines = status_lines(settings) if command == "status" else Why(settings, arguments.why).lines()
     for line in lines:
         print_line(settings.hide(line))
     return ExitCode.DONE
