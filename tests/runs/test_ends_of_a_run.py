@@ -83,7 +83,8 @@ def test_only_the_second_signal_to_a_run_that_drains_ends_it_at_once(
     wait_until_said(run, "interrupted by SIGTERM; waiting for what is in flight for up to 30 s")
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(10).exit_code == 143
-    assert run.err.endswith("\nended at once: 1 in flight are asked for again by the next run\n")
+    # The one that hangs, and perhaps one that a worker has just given back unsent.
+    assert re.search(r"\nended at once: [12] in flight are asked for again by the next run\n$", run.err)
     assert run.summary == {}
     release.set()
     assert_all_promises_are_kept(run_cli(), api, bucket, expected)
