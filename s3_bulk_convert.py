@@ -548,26 +548,16 @@ class Outcome:
     runs_failed: int = 0  # in a row, this one included
 
 
-class PageCounts(NamedTuple):
-    """Counts for one page by (job, counter). Job `""`: objects that no job wants."""
+class FeederUpdate(NamedTuple):
+    """What the feeder has found out, a part at a time."""
 
-    counts: Mapping[tuple[str, str], int]
-
-
-class TotalCounted(NamedTuple):
-    """A second pass over the listing has ended: how many objects this run is to try."""
-
-    total: int
+    counts: Mapping[tuple[str, str], int] = {}  # of one page, by (job, counter); job "": objects that no job wants
+    total: int | None = None  # how many objects this run is to try, as a second pass over the listing has counted them
+    reason: RunError | None = None  # why no more is handed out, if that is not all there is
+    is_complete: bool = False  # the listing was read to its end, and all of it is handed out
 
 
-class FeederFinished(NamedTuple):
-    """The feeder has handed out all it will. `reason` says why, if that is not all there is."""
-
-    reason: RunError | None
-    is_complete: bool = False  # the listing was read to its end
-
-
-Message = Outcome | PageCounts | TotalCounted | FeederFinished | None  # None: a worker, or a process of them, has left
+Message = Outcome | FeederUpdate | None  # None: a worker, or a process of them, has left
 Tasks = queue.Queue[Task | None]  # None: no more will come
 
 
@@ -1758,14 +1748,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return
         # It holds presigned URLs. SQLite gives -wal and -shm the mode of the database when it makes them.
         for path in () if self._read_only else self._files:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 if stat.S_IMODE(path.stat().st_mode) != 0o600:
-                    path.chmod(0o600)
-            except FileNotFoundError:
-                continue
-            except PermissionError:
-                hint = "start this program as that user, or set run.checkpoint to another path"
-                raise usage_error(f"the checkpoint {path} belongs to another user", hint) from None
+                    self.set_mode(path, 0o600)
         self._db.executescript("""
             PRAGMA journal_mode = WAL;  -- without shared memory SQLite stays with the rollback journal: as safe
             PRAGMA synchronous = FULL;  -- a commit that a power cut can undo is a request that nobody knows of
@@ -1775,6 +1760,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         if is_new:
             numbers = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {JOURNAL_VERSION};"
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} {numbers} COMMIT")
+
+    @staticmethod
+    def set_mode(path: Path, mode: int) -> None:
+        """Set the mode of a checkpoint's file. Raises RunError where another user owns it."""
+        try:
+            path.chmod(mode)
+        except PermissionError:
+            hint = "start this program as that user, or set run.checkpoint to another path"
+            raise usage_error(f"the checkpoint {path} belongs to another user", hint) from None
 
     def _find_jobs(self) -> None:
         buckets = (*self._sources, self._output_bucket)
@@ -4313,7 +4307,7 @@ class Feeder:
         finally:
             self._has_finished.set()
             self.is_ahead.set()
-            self._tell(FeederFinished(reason, is_complete))
+            self._tell(FeederUpdate(reason=reason, is_complete=is_complete))
             for _ in range(self._settings.run.consumers):
                 with contextlib.suppress(StopRequested):
                     self._put(None)
@@ -4340,7 +4334,7 @@ class Feeder:
             if decision.reason and not decision.task:
                 counts[decision.job, decision.reason] += 1
         # Together with the failures, so that a page that is half handed out has all its objects in the accounts.
-        self._tell(PageCounts(dict(counts)))
+        self._tell(FeederUpdate(counts))
         for decision in decisions:
             if decision.task and decision.kind is DecisionKind.FAIL:
                 task, code = decision.task, decision.reason
@@ -4385,7 +4379,7 @@ class Feeder:
                 if self._has_finished.wait(9 * (time.thread_time() - began)):
                     return
                 began = time.thread_time()
-            self._tell(TotalCounted(total))
+            self._tell(FeederUpdate(total=total))
 
 
 ########################################################################################################################
@@ -4950,6 +4944,20 @@ class OutputFile:
         with open(number, "w", encoding="utf-8") as file:
             file.write(text)
 
+    def require_writable(self) -> None:
+        """Raise RunError if it cannot be appended to; make no file."""
+        path = self.path
+        try:
+            # Not even for a moment: another run may be making the same file, and an empty one would say "no failures".
+            if not path.exists():
+                tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+            # To open a pipe is to wait for its reader, or to tell that reader that this was all.
+            elif not path.is_fifo() and self.number_of_open_file(path) is None:
+                path.open("ab").close()
+        except OSError as problem:
+            message = f"{self._option} = {path} cannot be written: {problem.strerror}"
+            raise usage_error(message, f"set {self._option} to another path") from None
+
     @staticmethod
     def number_of_open_file(path: Path) -> int | None:
         """The number under which a shell has opened a file for this process, as /dev/stdout is 1; None if it has not.
@@ -4980,15 +4988,13 @@ class Report:
         self.announced: RunError | None = None  # why it is to end, once that was said
         self.is_complete = False  # everything there is was listed and handed out
 
-    def apply(self, message: PageCounts | TotalCounted | FeederFinished) -> None:
+    def apply(self, update: FeederUpdate) -> None:
         """Take over what the feeder has to say."""
-        if isinstance(message, PageCounts):
-            for (job, name), number in message.counts.items():
-                self._count(job, name, number)
-        elif isinstance(message, TotalCounted):
-            self.total = message.total
-        else:
-            self.reason, self.is_complete = self.reason or message.reason, message.is_complete
+        for (job, name), number in update.counts.items():
+            self._count(job, name, number)
+        self.total = self.total if update.total is None else update.total
+        self.reason = self.reason or update.reason
+        self.is_complete |= update.is_complete
 
     def add(self, outcome: Outcome) -> None:
         """Count one outcome."""
@@ -5455,7 +5461,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     """Convert what there is to convert. Raises RunError if nothing could be started."""
     checkpoint = Path(settings.run.checkpoint)
     for name in ("failures", "summary", "metrics"):
-        require_writable(getattr(settings.run, name), f"run.{name}")
+        OutputFile(f"run.{name}", getattr(settings.run, name)).require_writable()
     Trouble.require_certificates(settings.api.url, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     with contextlib.ExitStack() as held:
         held.enter_context(RunLock(checkpoint))
@@ -5513,21 +5519,6 @@ def describe(settings: Settings) -> str:
     """What a run is about, in a few words."""
     routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.target}" for job in settings.jobs)
     return ", ".join(dict.fromkeys(routes)) + settings.shard.named
-
-
-def require_writable(name: str | None, option: str) -> None:
-    """Raise RunError if a file, where one is named, cannot be appended to; make none."""
-    path = Path(name or os.devnull)
-    try:
-        # Not even for a moment: another run may be making the same file, and an empty one would say "no failures".
-        if not path.exists():
-            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
-        # To open a pipe is to wait for its reader, or to tell that reader that this was all.
-        elif not path.is_fifo() and OutputFile.number_of_open_file(path) is None:
-            path.open("ab").close()
-    except OSError as problem:
-        message = f"{option} = {path} cannot be written: {problem.strerror}"
-        raise usage_error(message, f"set {option} to another path") from None
 
 
 ########################################################################################################################
@@ -5983,14 +5974,10 @@ class Diagnostics:
         with self._prove("run.checkpoint") as proved:
             # Before SQLite opens it: to close a file is to give up this process's SQLite locks on it.
             for written in (checkpoint, lock.path, checkpoint.with_name(checkpoint.name + "-wal")):
-                require_writable(str(written), "run.checkpoint")
+                OutputFile("run.checkpoint", str(written)).require_writable()
             if os.name == "posix" and checkpoint.exists():
-                try:
-                    # A run sets the mode, which only the owner may do.
-                    checkpoint.chmod(stat.S_IMODE(checkpoint.stat().st_mode))
-                except PermissionError:
-                    hint = "start this program as that user, or set run.checkpoint to another path"
-                    raise usage_error(f"the checkpoint {checkpoint} belongs to another user", hint) from None
+                # A run sets the mode, which only the owner may do.
+                Journal.set_mode(checkpoint, stat.S_IMODE(checkpoint.stat().st_mode))
             with Journal(checkpoint, "", settings, read_only=True) as journal:
                 absent = "" if journal.is_there else "; it does not exist yet"
             proved.append(f"{checkpoint} can be written{absent}")
@@ -6007,7 +5994,7 @@ class Diagnostics:
         for name in ("failures", "summary", "metrics"):
             if path := getattr(settings.run, name):
                 with self._prove(f"run.{name}", f"{path} can be written"):
-                    require_writable(path, f"run.{name}")
+                    OutputFile(f"run.{name}", path).require_writable()
         # CTF_API_KEY comes before the file, which need not be there then.
         key_file = Path(settings.api.key_file).expanduser()
         if settings.api.key_file and not settings.key_problem:

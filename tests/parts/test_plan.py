@@ -21,12 +21,11 @@ import s3_bulk_convert as program
 from s3_bulk_convert import (
     Decision,
     DecisionKind,
-    FeederFinished,
+    FeederUpdate,
     Journal,
     JournalState,
     Outcome,
     OutcomeKind,
-    PageCounts,
     PendingRequest,
     RunError,
     SourceObject,
@@ -79,16 +78,16 @@ class Fed:
     tasks: list[Task] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    ended: list[FeederFinished] = field(default_factory=list)
+    ended: list[FeederUpdate] = field(default_factory=list)
     end_markers: int = 0
 
     def tell(self, message: program.Message) -> None:
         """Take a message as the recorder would."""
-        if isinstance(message, PageCounts):
+        if isinstance(message, FeederUpdate):
             for (_, name), count in message.counts.items():
                 self.counts[name] += count
-        elif isinstance(message, FeederFinished):
-            self.ended.append(message)
+            # Whatever is planned of a page is counted: only the last word counts nothing.
+            self.ended += [message] * (not message.counts)
         elif isinstance(message, Outcome):
             self.outcomes.append(message)
 
@@ -271,7 +270,7 @@ def test_what_failed_last_time_comes_after_all_that_was_never_tried(path: Path) 
     fed = feed(FakeBucket([*pages_of("a.png", "b.png"), *pages_of("c.png", "d.png")]), path)
     assert fed.keys == ["b.png", "d.png", "a.png", "c.png"]
     assert (fed.counts["listed"], fed.counts["retried"]) == (4, 2)
-    assert fed.ended == [FeederFinished(None, is_complete=True)]
+    assert fed.ended == [FeederUpdate(is_complete=True)]
 
 
 def test_a_failure_that_says_nothing_of_the_api_is_not_postponed(path: Path) -> None:
@@ -473,7 +472,7 @@ def test_blocked_workers_keep_the_listing_from_being_read(path: Path) -> None:
     fed.take(tasks)
     # Nobody empties the queue any more: workers see the flag, and need no marker.
     assert (thread.is_alive(), bucket.pages_read, len(fed.tasks)) == (False, 2, 4)
-    assert fed.ended == [FeederFinished(None)]
+    assert fed.ended == [FeederUpdate()]
 
 
 def test_nothing_grows_with_the_bucket(path: Path) -> None:
@@ -519,7 +518,7 @@ def test_a_stopped_feeder_hands_out_no_further_page(path: Path, keys: list[str])
         feeding.run()
     fed.take(tasks)
     assert (bucket.pages_read, fed.keys, fed.end_markers) == (len(keys[:1]), keys[:1], 2)
-    assert fed.ended == [FeederFinished(None)]
+    assert fed.ended == [FeederUpdate()]
 
 
 def broken_after(page: list[list[SourceObject]], error: Exception) -> Iterator[list[SourceObject]]:
@@ -579,7 +578,7 @@ def test_the_cap_ends_the_listing_only_when_one_more_is_wanted(path: Path, *, is
         feeding.run()
     fed.take(tasks)
     assert (bucket.pages_read, fed.end_markers) == (1 if is_exhausted else 3, 2)
-    assert fed.ended == [FeederFinished(None, is_complete=not is_exhausted)]
+    assert fed.ended == [FeederUpdate(is_complete=not is_exhausted)]
     assert isinstance(ledger, program.Ledger)
     said = ledger.reason.message if ledger.reason else ""
     assert said == ("the cap of 2 conversions is reached" if is_exhausted else "")

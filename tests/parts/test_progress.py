@@ -29,7 +29,7 @@ class Shown:
 
     def list(self, **counts: int) -> None:
         """Count what the feeder has counted on a page."""
-        self.report.apply(program.PageCounts({("default", name): count for name, count in counts.items()}))
+        self.report.apply(program.FeederUpdate({("default", name): count for name, count in counts.items()}))
 
     def over(self, seconds: int, each: int) -> None:
         """Let time pass, and so many objects be converted each second."""
@@ -73,7 +73,7 @@ def test_rate_and_eta_are_those_of_the_last_minute(shown: Shown, caplog: Any) ->
 def test_a_counted_total_takes_the_place_of_the_estimate(shown: Shown) -> None:
     shown.list(listed=10, already_done=4)
     assert shown.report.expected == 6
-    shown.report.apply(program.TotalCounted(50))
+    shown.report.apply(program.FeederUpdate(total=50))
     assert shown.report.expected == 50
-    shown.report.apply(program.FeederFinished(None, is_complete=True))
+    shown.report.apply(program.FeederUpdate(is_complete=True))
     assert shown.report.expected == 6
