@@ -370,6 +370,11 @@ class StopFlag:
         os._exit(code)
 
 
+def log_event(event: str, message: str, *, level: int = logging.WARNING, **fields: Any) -> None:
+    """Log a message; as JSON it has the kind of thing that happened, and its numbers."""
+    log.log(level, "%s", message, extra={"event": event, "fields": fields})
+
+
 class OutageMonitor:
     """Whether the API, or S3, can be reached, as all threads of a process find out together.
 
@@ -390,8 +395,7 @@ class OutageMonitor:
             with self._lock:
                 was_missed, self._missed_since = self._missed_since is not None, None
             if was_missed:
-                fields = log_fields("outage", name=self._name, is_over=True)
-                log.warning("%s can be reached again", self._name, extra=fields)
+                log_event("outage", f"{self._name} can be reached again", name=self._name, is_over=True)
 
     def should_wait(self) -> bool:
         """Note that it cannot be reached, or has asked to be left alone; whether to wait for it."""
@@ -399,8 +403,8 @@ class OutageMonitor:
             is_new, now = self._missed_since is None, time.monotonic()
             since = self._missed_since = self._missed_since or now
         if is_new and self.has_answered:
-            fields = log_fields("outage", name=self._name, is_over=False)
-            log.warning("%s cannot be reached; waiting up to %d s for it", self._name, OUTAGE_SECONDS, extra=fields)
+            message = f"{self._name} cannot be reached; waiting up to {OUTAGE_SECONDS} s for it"
+            log_event("outage", message, name=self._name, is_over=False)
         return self.has_answered and now - since < OUTAGE_SECONDS
 
 
@@ -5164,11 +5168,6 @@ class Report:
             yield "quota", f"{pluralize(found['remaining'], 'conversion')} left"
 
 
-def log_fields(event: str, **fields: Any) -> dict[str, Any]:
-    """What a log record says in JSON beside its message: the kind of thing that happened, and its numbers."""
-    return {"event": event, "fields": fields}
-
-
 class Progress:
     """What is seen from outside while a run is at work: a bar on a terminal, lines elsewhere, and the metrics file."""
 
@@ -5201,13 +5200,13 @@ class Progress:
     def announce(self, journal: Journal) -> None:
         """Say what is about to be done."""
         settings = self._settings
-        about, workers = describe(settings), settings.run.workers
-        fields = {"bucket": settings.s3.bucket, "jobs": [job.name for job in settings.jobs], "workers": workers}
-        log.info("converting %s with %d workers", about, workers, extra=log_fields("start", **fields))
+        jobs, workers = [job.name for job in settings.jobs], settings.run.workers
+        message = f"converting {describe(settings)} with {workers} workers"
+        log_event("start", message, level=logging.INFO, bucket=settings.s3.bucket, jobs=jobs, workers=workers)
         if settings.retry_failed:
             count = sum(sum(each["failed_for_good"].values()) for each in journal.counts() if each["configured_as"])
             message = f"--retry-failed: {pluralize(count, 'object')} that failed for good will be tried again"
-            log.info("%s", message, extra=log_fields("retry", count=count))
+            log_event("retry", message, level=logging.INFO, count=count)
 
     def show(self) -> None:
         """Bring what is shown up to date. Called several times a second, whether or not anything has come."""
@@ -5225,7 +5224,7 @@ class Progress:
         elif report.finished >= self._said + step or now - self._said_at >= LINE_SECONDS:
             self._said, self._said_at = report.finished - report.finished % step, now
             numbers = self._numbers()
-            log.info("%s", ", ".join(self._words(numbers)), extra=log_fields("progress", **numbers))
+            log_event("progress", ", ".join(self._words(numbers)), level=logging.INFO, **numbers)
         if now >= self._metrics_due:
             self._metrics_due = now + 15  # seconds, as often as Prometheus asks by default
             self._write_metrics(is_running=True)
@@ -5448,8 +5447,7 @@ class Recorder:
         self._report.announced = reason
         grace = f" for up to {self._run.shutdown_grace:.0f} s; once more ends it at once"
         message = f"{reason.message}; waiting for what is in flight{grace if reason.is_by_signal else ''}"
-        fields = {"because": reason.message, "hint": reason.hint, "exit_code": int(reason.exit_code)}
-        log.warning("%s", message, extra=log_fields("stop", **fields))
+        log_event("stop", message, because=reason.message, hint=reason.hint, exit_code=int(reason.exit_code))
 
 
 ########################################################################################################################
@@ -5510,7 +5508,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
             has_seen_all = not (report.reason or settings.keys_from)
             journal.end_run(time.time(), report.exit_code, has_seen_all=has_seen_all)
         for kind, warning in feeder.planner.warnings.items():
-            log.warning("%s", warning, extra=log_fields("warning", kind=kind))
+            log_event("warning", warning, kind=kind)
         OutputFile("run.summary", settings.run.summary).replace(json.dumps(report.summary(), indent=2) + "\n")
         return report
 
@@ -6320,9 +6318,9 @@ def finish(report: Report, settings: Settings) -> ExitCode:
     if settings.log_format == "json":
         for code, count in report.failed.most_common():
             key, said = report.examples[code].task.source.key, report.examples[code].message
-            fields = log_fields("failures", code=code, count=count, key=key, said=said, remedy=hint_for(code))
-            log.warning("%d failed: %s", count, code, extra=fields)
-        log.info("%s", report.line(), extra=log_fields("summary", **report.summary()))
+            message, remedy = f"{count} failed: {code}", hint_for(code)
+            log_event("failures", message, code=code, count=count, key=key, said=said, remedy=remedy)
+        log_event("summary", report.line(), level=logging.INFO, **report.summary())
         text = json.dumps(without_secrets(report.summary()))
     elif settings.quiet and report.exit_code is ExitCode.DONE:
         text = f"{iso_time(time.time())} {report.line()}"
@@ -6381,8 +6379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Trouble.explained("the program"):
             return run_command(arguments)
     except RunError as error:
-        fields = log_fields("error", hint=error.hint, exit_code=int(error.exit_code))
-        log.error("%s", error.message, exc_info=arguments.verbose, extra=fields)
+        fields = {"hint": error.hint, "exit_code": int(error.exit_code)}
+        log.error("%s", error.message, exc_info=arguments.verbose, extra={"event": "error", "fields": fields})
         return error.exit_code
 
 

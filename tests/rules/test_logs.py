@@ -9,7 +9,7 @@ import s3_bulk_convert as program
 def test_a_secret_breaks_no_line_and_is_in_none() -> None:
     secret = 'see "https://example.com/a?X-Amz-Signature=0123456789abcdef" and ctf_sk_test_1\nor'
     record = logging.LogRecord("s3_bulk_convert", logging.INFO, "", 0, "%s", (secret,), None)
-    record.__dict__.update(program.log_fields("error", hint=secret, exit_code=2))
+    record.__dict__.update(event="error", fields={"hint": secret, "exit_code": 2})
     said = program.ConsoleHandler(verbose=False, as_json=True).format(record)
     assert "\n" not in said
     hidden = 'see "https://example.com/a?..." and ctf_...\nor'
