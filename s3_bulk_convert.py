@@ -491,8 +491,6 @@ class Task:
     output_key: str  # as planned; an archive of pages gets ".zip" behind it
     copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
     look: bool = False  # something may lie under the output key
-    adopts: bool = False  # an unmarked output that is newer than its source counts as done
-    rivals: tuple[tuple[str, str], ...] = ()  # (fingerprint, name) of other jobs that want the same source
     holder: str = ""  # who has the output key: then this object's output can only be found there, never made
     pending: PendingRequest | None = None
     known: JournalState | None = None
@@ -2662,11 +2660,12 @@ class Bucket:
 
     def _judge(self, task: Task, key: str, head: Head) -> OutcomeKind | None:
         """What an object counts as for a task; None if the task may replace it. Raises ObjectFailed if it must not."""
-        metadata, source = head["Metadata"], task.source
+        metadata, source, settings = head["Metadata"], task.source, self._settings
         if not is_own_metadata(metadata):
-            # The published recipe's outputs carry no mark.
+            # The published recipe's outputs carry no mark. Between the sources, nothing tells them from a source.
             is_newer = "LastModified" in head and head["LastModified"].timestamp() > source.modified
-            if is_newer and task.adopts and not task.holder:
+            may_adopt = settings.run.skip_existing and not settings.puts_among_sources(settings.by_name[task.job])
+            if is_newer and may_adopt and not task.holder:
                 return OutcomeKind.ADOPTED
             said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
             raise ObjectFailed("output_collision", said)
@@ -2674,13 +2673,13 @@ class Bucket:
         is_of_key = source_key_metadata(source.key).items() <= metadata.items()
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
         is_same = is_of_key and metadata["source-etag"] == source.version and fingerprint == task.fingerprint
-        if is_same and self._settings.run.skip_existing:
+        if is_same and settings.run.skip_existing:
             return OutcomeKind.FOUND
-        maker = dict(task.rivals).get(str(fingerprint)) if fingerprint != task.fingerprint else None
+        makers = (job.name for job in settings.jobs if job.fingerprint == fingerprint and job.wants(source))
         if not is_of_key or bucket != self.name:
             owner = urllib.parse.unquote(metadata.get("source-key", "another object"))
             owner = printable(owner if bucket == self.name else f"s3://{bucket}/{owner}")
-        elif maker:
+        elif fingerprint != task.fingerprint and (maker := next(makers, None)):
             # What another job has made is replaced only where that job does not want the object any more.
             owner = f"[job {maker}]"
         else:
@@ -3139,7 +3138,6 @@ class Planner:
         settings, chosen = self.settings, self.settings.by_name[job]
         # What was sent for another version can never be asked for again. An inventory's version may be a day old.
         is_resumable = pending is not None and (not source.version or pending.version == source.version)
-        others = (other for other in settings.jobs if other is not chosen and other.wants(source))
         return Task(
             job=job,
             fingerprint=chosen.fingerprint,
@@ -3148,8 +3146,6 @@ class Planner:
             quality=chosen.quality,
             output_key=chosen.output_of(source.key),
             copy=chosen.same_format == "copy" and chosen.is_same_format(source.key),
-            adopts=settings.run.skip_existing and not settings.puts_among_sources(chosen),
-            rivals=tuple((other.fingerprint, other.name) for other in others),
             pending=pending if is_resumable else None,
             known=state,
         )
@@ -3551,23 +3547,6 @@ class RateLimiter:
         return self._extra * math.pow(0.5, max(0.0, now - self._slowed_at) / half_life)
 
 
-@dataclass
-class ApiState:
-    """What the workers of a process learn of the API together.
-
-    Written without a lock: a refusal that is counted too late costs one more attempt, nothing else.
-    """
-
-    takes_urls: bool = False  # it has taken one
-    urls_refused: int = 0  # of objects whose bytes it took then
-    unsupported: dict[tuple[str, str], str] = field(default_factory=dict)  # (source format, target) -> the API's words
-
-    @property
-    def uploads(self) -> bool:
-        """Whether to upload from now on. Once a URL was taken, refusals are about their object."""
-        return not self.takes_urls and self.urls_refused >= 3
-
-
 @dataclass(frozen=True)
 class Usage:
     """What `/v1/usage` says; None for whatever it does not say. Its fields are documented nowhere."""
@@ -3918,7 +3897,7 @@ class Conversation:
         # What an earlier run has sent of another version, or for another place, can never be asked for again.
         if self.requests and self.requests[0].row.idempotency_key.partition(":")[0] != first.row.idempotency_key:
             self.requests.clear()
-        unsupported = self._context.api_state.unsupported
+        unsupported = self._context.unsupported
         if pair in unsupported and not self.requests:
             raise ObjectFailed("unsupported_route", unsupported[pair], permanent=True, status=422)
         self.requests = self.requests or [first]
@@ -3951,7 +3930,9 @@ class Conversation:
         place = context.settings.by_name[task.job].place
         key = idempotency_key(context.bucket.endpoint, context.bucket.name, task, place)
         by_url = self._api.transfer != "upload" and not KeyParts.of(task.source.key).has_dot_segments
-        url = context.bucket.presign(task.source.key) if by_url and not context.api_state.uploads else ""
+        # Once a URL was taken, refusals are about their object.
+        by_url &= context.takes_urls or context.urls_refused < 3
+        url = context.bucket.presign(task.source.key) if by_url else ""
         return ApiRequest(PendingRequest(task.source.version, key, path, url, first_sent=0.0))
 
     def _next_request(self, failure: ObjectFailed) -> ApiRequest | None:
@@ -4025,11 +4006,11 @@ class Conversation:
         deadline = time.monotonic() + WAIT_DEADLINE_SECONDS
         call = HttpCall(self._api.url + request.row.path, CONVERSION_RULES, deadline, open_body)
         file = self._exchange(call, self._receive) or self._finish_job()
-        api_state = self._context.api_state
-        api_state.takes_urls |= bool(url)
+        context = self._context
+        context.takes_urls |= bool(url)
         # A URL of an earlier run may have died with its credentials: that says nothing of the next one.
         was_refused = any(other.row.url and not other.is_resumed for other in self.requests[-2:-1])
-        api_state.urls_refused += was_refused and not url
+        context.urls_refused += was_refused and not url
         return file
 
     def _write_down(self) -> None:
@@ -4320,16 +4301,14 @@ class Feeder:
         """Hand out page by page. False if the run was to end before the listing did."""
         # In this thread, because the main one must hear signals even while S3 does not answer.
         self.context.bucket.check()
-        for decisions in self.planner.decisions(self._max_parallel):
+        workers = self._settings.run.workers
+        # While there is work, a page that is read early is only a page that grows old.
+        for decisions in self.planner.decisions(lambda: LIST_THREADS if self._tasks.qsize() < workers else 1):
             self._has_begun = True
             self._feed(decisions)
             if self._stop.is_set or self.context.ledger.reason:
                 return False
         return not self._stop.is_set
-
-    def _max_parallel(self) -> int:
-        # While there is work, a page that is read early is only a page that grows old.
-        return LIST_THREADS if self._tasks.qsize() < self._settings.run.workers else 1
 
     def _feed(self, decisions: Sequence[Decision]) -> None:
         counts = Counter[tuple[str, str]]()
@@ -4447,7 +4426,11 @@ class WorkerContext:
     ledger: "Ledger | ParentConnection"
     tasks: Tasks
     tell: Callable[[Message], None]  # takes outcomes
-    api_state: ApiState = field(default_factory=ApiState)
+    # What they learn of the API together. Written without a lock: a refusal that is counted too late costs one more
+    # attempt, nothing else.
+    takes_urls: bool = False  # it has taken one
+    urls_refused: int = 0  # of objects whose bytes it took then
+    unsupported: dict[tuple[str, str], str] = field(default_factory=dict)  # (source format, target) -> the API's words
 
     def __post_init__(self) -> None:
         parts = self.settings.shard.count * self.settings.run.processes

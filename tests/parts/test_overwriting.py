@@ -13,6 +13,7 @@ import s3_bulk_convert as program
 from s3_bulk_convert import OutcomeKind, SourceObject, Task
 from tests.parts.test_looking import settings
 
+JOBS = ("job j.target=jpg", "job k.target=webp")
 ADOPTED, FOUND = OutcomeKind.ADOPTED, OutcomeKind.FOUND
 FREE, FOREIGN = "may be written", "output_collision"
 
@@ -22,7 +23,7 @@ class Heads(program.Bucket):
 
     def __init__(self, answer: str | dict[str, str], *, written: float = 0.0, adopts: bool = True) -> None:
         self.name, self.output_name, self._payer, self._answer = "in", "out", {}, answer
-        self._settings = settings(f"run.skip_existing={adopts}")
+        self._settings = settings(f"run.skip_existing={adopts}", *JOBS)
         self._written = datetime.fromtimestamp(written, timezone.utc)
         self.client = cast(Any, self)
 
@@ -35,8 +36,9 @@ class Heads(program.Bucket):
 
 
 SOURCE = SourceObject("k.png", "e", 1, "1970-01-01T00:01:40Z")
-TASK = Task("j", "f", SOURCE, "jpg", None, "k.jpg", look=True, rivals=(("g", "another"),))
-OURS = {"source-key": "k.png", "source-etag": "e", "source-bucket": "in", "job": "j", "job-fingerprint": "f"}
+MINE, OTHERS = (job.fingerprint for job in settings(*JOBS).jobs)
+TASK = Task("j", MINE, SOURCE, "jpg", None, "k.jpg", look=True)
+OURS = {"source-key": "k.png", "source-etag": "e", "source-bucket": "in", "job": "j", "job-fingerprint": MINE}
 
 
 def look(bucket: Heads, task: Task) -> str:
@@ -58,7 +60,7 @@ def look(bucket: Heads, task: Task) -> str:
         pytest.param({**OURS, "source-bucket": "old"}, False, FOREIGN, id="of another bucket"),
         pytest.param({**OURS, "source-etag": "d"}, True, FREE, id="of another version"),
         pytest.param({**OURS, "job-fingerprint": "h"}, True, FREE, id="with other options"),
-        pytest.param({**OURS, "job-fingerprint": "g"}, True, FOREIGN, id="of another job"),
+        pytest.param({**OURS, "job-fingerprint": OTHERS}, True, FOREIGN, id="of another job"),
         pytest.param({**OURS, "source-key": "l.png"}, True, FOREIGN, id="of another source"),
         pytest.param({}, True, FOREIGN, id="somebody's, and older"),
     ],
@@ -81,8 +83,8 @@ def test_what_lies_under_an_output_key_is_what_it_says_of_itself(
 def test_what_says_nothing_of_itself_is_adopted_only_where_it_can_be_this_source_s(
     written: float, holder: str, state: str, *, adopts: bool
 ) -> None:
-    task = replace(TASK, holder=holder, adopts=adopts)
-    assert look(Heads({}, written=written), task) == state
+    task = replace(TASK, holder=holder)
+    assert look(Heads({}, written=written, adopts=adopts), task) == state
 
 
 def test_a_key_that_somebody_else_holds_is_free_for_no_task_but_what_is_found_counts() -> None:
