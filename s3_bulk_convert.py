@@ -151,9 +151,7 @@ MAX_PAYMENTS = 2  # for a result that cannot be stored
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 PACKED_BYTES = 4 * 1024  # may become a thousand times as many
-MULTIPART_BYTES = (
-    100 * 10**6
-)  # a larger output is put in parts, each in memory twice: so they are small; one PUT is streamed
+MULTIPART_BYTES = 100 * 10**6  # a larger output is put in parts, each in memory twice; any other is streamed
 S3_TIMEOUT_SECONDS = 60
 S3_ATTEMPTS = 5  # about 8 s, in all
 MAX_S3_ATTEMPTS = 40  # of one request while S3 is away or asks for less
@@ -2446,7 +2444,6 @@ class Bucket:
     # -- the client ----------------------------------------------------------------------------------------------------
 
     def _connect(self, region: str | None) -> None:
-        """Make the client, for a region if one is named. Raises RunError."""
         options = self._settings.s3
         config = botocore.config.Config(
             signature_version="s3v4",
@@ -2926,13 +2923,11 @@ class KeyFile:
         return usage_error(f"{self.name}: line {number} {what}", KEYS_HINT)
 
     def _object(self, key: str, number: int) -> SourceObject:
-        """An object of which only the key is known."""
         if not 0 < len(key.encode()) <= S3_KEY_BYTES:
             raise self._bad_line(number, f"is no key: S3 allows 1 to {S3_KEY_BYTES} bytes")
         return SourceObject(key)
 
     def _failed_objects(self, lines: Iterable[str]) -> Iterator[SourceObject]:
-        """The objects of this bucket in a failures file."""
         for number, line in filter(operator.itemgetter(1), enumerate(lines, 1)):
             try:
                 failure = json.loads(line)
@@ -2943,7 +2938,6 @@ class KeyFile:
                 raise self._bad_line(number, what) from None
 
     def _inventory_objects(self, manifest: str) -> Iterator[SourceObject]:
-        """The objects of an inventory in CSV, in the order of the files that its manifest names."""
         name, bucket, again = self.name, self._bucket, "copy it again from its bucket"
         try:
             content = json.loads(manifest)
@@ -3990,7 +3984,6 @@ class Conversation:
     # -- sending it ----------------------------------------------------------------------------------------------------
 
     def _answer(self, head: Head) -> ConvertedFile:
-        """Send the current request until it is answered, refused or given up."""
         request, task = self.current, self.task
         if request.row.job_id and request.state is RequestState.UNKNOWN:
             self.is_replay = True
@@ -4177,7 +4170,6 @@ class Conversation:
         return self._download(json_body(answer), deadline, without_link)
 
     def _finish_job(self) -> ConvertedFile:
-        """Wait for a job and fetch its result."""
         deadline = time.monotonic() + 6 * 3600
         # Five polls are half a minute: a new job may not be known everywhere at once.
         polls_left, results_left = 5, 3
@@ -4298,7 +4290,6 @@ class Feeder:
                     self._put(None)
 
     def _feed_all(self) -> bool:
-        """Hand out page by page. False if the run was to end before the listing did."""
         # In this thread, because the main one must hear signals even while S3 does not answer.
         self.context.bucket.check()
         workers = self._settings.run.workers
@@ -4498,7 +4489,6 @@ class WorkerContext:
         )
 
     def _look_convert_store(self, conversation: Conversation) -> Outcome:
-        """The steps for one object. Raises ObjectSkipped, ObjectFailed, RunError or StopRequested."""
         # Queued when the run was asked to end: it was never sent.
         if self.stop.is_set:
             raise StopRequested
@@ -4703,7 +4693,6 @@ class ProcessSupervisor:
         return task
 
     def _apply(self, message: object, connection: "Connection") -> None:
-        """Do what a message asks for, or pass it on."""
         if isinstance(message, LedgerQuestion):
             connection.send(LedgerAnswer(message.thread, self._write_down(message)))
         elif isinstance(message, Pace):
