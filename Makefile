@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo recording test test-slow test-all test-real soak bench lint clean
+.PHONY: help demo recording test test-slow test-all test-real soak mutants bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -40,6 +40,9 @@ test-real: .venv/ready .venv-ministack/ready  ## against real S3 servers, also o
 
 soak: .venv/ready  ## an hour of faults, changes and kills: nothing paid twice, lost, wrong or growing; MINUTES=5 less
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),60)
+
+mutants: .venv/ready  ## plant defects in a copy, one at a time: a test sees each; ONLY=word some of them
+	$(BIN)/python -m tests.mutants $(ONLY)
 
 .venv/ready-bench: .venv/ready tests/bench/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
