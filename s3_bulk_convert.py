@@ -2116,7 +2116,8 @@ class RunLock:
 # are read side by side:
 #   - Ranges are disjoint and cover everything: a split ends one range where the next begins, so each key is listed
 #     once, whatever is guessed about where keys lie. A page ends its range only if S3 says so.
-#   - All ranges belong to the thread that reads the listing. The pool's threads only fetch and parse pages.
+#   - All ranges belong to the thread that reads the listing (`Bucket.list_pages`). The pool's threads only fetch and
+#     parse pages.
 #   - There are at most 64 splits, and one more for each page that lies within its range as a whole: any distribution of
 #     keys is listed with at most twice as many requests as it has pages, plus 64.
 ########################################################################################################################
@@ -2179,13 +2180,6 @@ class Page(NamedTuple):
             raise ValueError("an empty page that is not the last, and does not say where to go on")
         return cls(objects, is_last, token or "")
 
-    def require_order(self, after: str) -> None:
-        """Raise RunError unless the keys ascend and come after a key: ranges would miss some, or never end."""
-        keys = [after, *map(operator.itemgetter(0), self.objects)]
-        if not all(map(operator.lt, keys, keys[1:])):
-            message = "this server does not list keys in the order that S3 promises, so that some would be missed"
-            raise RunError(message, "name the keys with --keys-from", code="listing")
-
 
 @dataclass
 class KeyRange:
@@ -2245,51 +2239,6 @@ class KeyRange:
             # Characters that are not printable ASCII count as the nearest that is.
             number = number * 95 + min(max(ord(char) - 0x20, 0), 94)
         return number
-
-
-def list_side_by_side(
-    read_page: Callable[..., Page], prefix: str, max_parallel: Callable[[], int]
-) -> Generator[list[SourceObject], None, None]:
-    """The objects whose keys begin with a prefix, by pages; in the order of their keys if one is read at a time.
-
-    `read_page` reads a page, for a prefix and where to begin. `max_parallel` says how many may be on their way at the
-    most. Raises RunError if the listing is refused or breaks off.
-    """
-    waiting = [KeyRange("", prefix + LAST_KEY)]  # the one that is read next is the last
-    reading: dict[Future[Page], KeyRange] = {}
-    splits_left = 64  # of the key space, before a page has been read
-    width = 1  # pages at a time; it grows while the reader has to wait for them
-    objects: list[SourceObject] | None = None
-    pool = ThreadPoolExecutor(LIST_THREADS, thread_name_prefix="listing")
-    try:
-        while waiting or reading:
-            at_a_time = max(1, min(width, max_parallel()))
-            extra = at_a_time - len(reading) - len(waiting)
-            if extra > 0 and waiting:
-                behind = waiting[-1].split(extra, splits_left)
-                splits_left -= len(behind)
-                waiting[-1:-1] = behind
-            while waiting and len(reading) < at_a_time:
-                key_range = waiting.pop()
-                where = {"ContinuationToken": key_range.token} if key_range.token else {"StartAfter": key_range.after}
-                reading[pool.submit(read_page, prefix, **where)] = key_range
-            # Only now, so that the next page is there when the reader comes back.
-            if objects is not None:
-                yield objects
-            since = time.monotonic()
-            done = wait(reading, return_when=FIRST_COMPLETED).done.pop()
-            if time.monotonic() - since > KeyRange.PAGE_WAIT_SECONDS:
-                width = min(2 * width, LIST_THREADS)
-            key_range, page = reading.pop(done), done.result()
-            page.require_order(key_range.after)
-            objects = [source for source in page.objects if source.key <= key_range.until]
-            if rest := key_range.rest(page):
-                waiting.append(rest)
-                splits_left += bool(objects)
-        yield objects or []
-    finally:
-        # A reader that has stopped does not wait for pages that it will not take.
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 ########################################################################################################################
@@ -2561,18 +2510,66 @@ class Bucket:
     # -- listings ------------------------------------------------------------------------------------------------------
 
     def list_pages(self, prefix: str, max_parallel: Callable[[], int]) -> Generator[list[SourceObject], None, None]:
-        """The sources whose keys begin with a prefix, by pages; see `list_side_by_side`. Raises RunError."""
-        return list_side_by_side(partial(self.read_page, self.name, code=""), prefix, max_parallel)
+        """The sources whose keys begin with a prefix, by pages; in the order of their keys if one is read at a time.
 
-    def read_page(self, bucket: str, prefix: str, code: str = "listing_refused", **where: str) -> Page:
-        """One page, at StartAfter or ContinuationToken. Raises RunError; if refused, ObjectFailed with the code."""
+        `max_parallel` says how many may be on their way at the most. Raises RunError if the listing is refused or
+        breaks off.
+        """
+        waiting = [KeyRange("", prefix + LAST_KEY)]  # the one that is read next is the last
+        reading: dict[Future[Page], KeyRange] = {}
+        splits_left = 64  # of the key space, before a page has been read
+        width = 1  # pages at a time; it grows while the reader has to wait for them
+        objects: list[SourceObject] | None = None
+        pool = ThreadPoolExecutor(LIST_THREADS, thread_name_prefix="listing")
+        try:
+            while waiting or reading:
+                at_a_time = max(1, min(width, max_parallel()))
+                extra = at_a_time - len(reading) - len(waiting)
+                if extra > 0 and waiting:
+                    behind = waiting[-1].split(extra, splits_left)
+                    splits_left -= len(behind)
+                    waiting[-1:-1] = behind
+                while waiting and len(reading) < at_a_time:
+                    key_range = waiting.pop()
+                    where = (prefix, key_range.after, key_range.token)
+                    reading[pool.submit(self.read_page, self.name, *where, code="")] = key_range
+                # Only now, so that the next page is there when the reader comes back.
+                if objects is not None:
+                    yield objects
+                since = time.monotonic()
+                done = wait(reading, return_when=FIRST_COMPLETED).done.pop()
+                if time.monotonic() - since > KeyRange.PAGE_WAIT_SECONDS:
+                    width = min(2 * width, LIST_THREADS)
+                key_range, page = reading.pop(done), done.result()
+                objects = [source for source in page.objects if source.key <= key_range.until]
+                if rest := key_range.rest(page):
+                    waiting.append(rest)
+                    splits_left += bool(objects)
+            yield objects or []
+        finally:
+            # A reader that has stopped does not wait for pages that it will not take.
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def read_page(
+        self, bucket: str, prefix: str, after: str = "", token: str = "", code: str = "listing_refused"
+    ) -> Page:
+        """One page, at a token or else after a key. Raises RunError; if it is refused, ObjectFailed with the code."""
         self.pages_asked += 1
+        where = {"ContinuationToken": token} if token else {"StartAfter": after}
         request: Any = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": PAGE_KEYS, **where, **self._payer}
         # A page that is no whole page is asked for again: what ends early would leave objects out, unnoticed.
         for _ in range(S3_ATTEMPTS):
             with translate_s3_errors(f"the listing of {bucket}", code):
                 reply: Any = self.client.list_objects_v2(**request, OptionalObjectAttributes=["RestoreStatus"])
             if page := reply.get("Page"):
+                # Otherwise ranges would miss some keys, or never end.
+                keys = [after, *map(operator.itemgetter(0), page.objects)]
+                if not all(map(operator.lt, keys, keys[1:])):
+                    raise RunError(
+                        "this server does not list keys in the order that S3 promises, so that some would be missed",
+                        "name the keys with --keys-from",
+                        code="listing",
+                    )
                 return cast(Page, page)
         problem = reply.get("Problem", "an error in place of a page")
         hint = "check s3.endpoint_url and whether a proxy is on the way, and run it again"
@@ -3240,9 +3237,7 @@ class OutputLister:
         while wanted and not (is_fresh and wanted[-1] > empty_after):
             # StartAfter leaves out the key itself: a key without its last character sorts before it.
             after = max(after, wanted[-1][:-1])
-            where = {"ContinuationToken": token} if token else {"StartAfter": after}
-            page = self._bucket.read_page(self._bucket.output_name, prefix, **where)
-            page.require_order(after)
+            page = self._bucket.read_page(self._bucket.output_name, prefix, after, token)
             # A page may be empty and not the last: then only its token leads on.
             token = page.token if not page.objects else ""
             after = page.objects[-1].key if page.objects else after
@@ -6086,7 +6081,7 @@ class Diagnostics:
         needs = f"allow s3:ListBucket on {name}"
         with self._prove(f"list {where}", "outputs that are there will be found", needs=needs):
             # As a run does it, for a key that is not there.
-            bucket.read_page(name, prefix, StartAfter=prefix)
+            bucket.read_page(name, prefix, prefix)
         # The key is drawn: neither an object of yours nor the probe of another check is ever overwritten.
         key = f"{prefix}.s3_bulk_convert-check-{os.urandom(8).hex()}"
         task = Task("check", "", SourceObject(key), self.settings.jobs[0].target, None, key)

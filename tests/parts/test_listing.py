@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 from xml.etree.ElementTree import ParseError
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import s3_bulk_convert as program
-from s3_bulk_convert import Page, SourceObject, list_side_by_side
+from s3_bulk_convert import Page, SourceObject
 from tests.test_s3_server import DOTTED_KEYS, ODD_KEYS
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
@@ -34,21 +34,39 @@ def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program.KeyRange, "PAGE_WAIT_SECONDS", -1.0)
 
 
-class SortedKeys:
+class Listed(program.Bucket):
+    """A bucket whose server answers each request for a page by `page`."""
+
+    def __init__(self) -> None:
+        self.name, self.output_name, self._payer, self.pages_asked = "in", "out", {}, 0
+        self.client = cast(Any, self)
+        self.requests: list[dict[str, str]] = []  # where their pages begin
+        self._lock = threading.Lock()
+
+    def list_objects_v2(self, **request: Any) -> dict[str, Page]:
+        """Answer as boto3 does."""
+        where = {name: str(request[name]) for name in request if name in {"StartAfter", "ContinuationToken"}}
+        with self._lock:
+            self.requests.append(where)
+        return {"Page": self.page(request["Prefix"], **where)}
+
+    def page(self, prefix: str, **where: str) -> Page:
+        """One page."""
+        raise NotImplementedError
+
+
+class SortedKeys(Listed):
     """A bucket in memory that is listed as S3 lists: in pages, by StartAfter and token.
 
     `empty`: so many pages come without a key before each one with keys, and with a token that leads on.
     """
 
     def __init__(self, keys: list[str], page_keys: int = 3, *, empty: int = 0) -> None:
+        super().__init__()
         self.keys, self._page_keys, self._empty = sorted(set(keys)), page_keys, empty
-        self.requests: list[dict[str, str]] = []
-        self._lock = threading.Lock()
 
-    def read_page(self, prefix: str, **where: str) -> Page:
+    def page(self, prefix: str, **where: str) -> Page:
         """One page."""
-        with self._lock:
-            self.requests.append(where)
         times, _, after = where.get("ContinuationToken", f"0:{where.get('StartAfter', '')}").partition(":")
         if int(times) < self._empty:
             return Page([], is_last=False, token=f"{int(times) + 1}:{after}")
@@ -60,9 +78,9 @@ class SortedKeys:
         return Page(objects, is_last, "" if is_last else f"0:{shown[-1]}")
 
 
-def listed(bucket: SortedKeys, prefix: str, max_parallel: Callable[[], int]) -> list[str]:
+def listed(bucket: Listed, prefix: str, max_parallel: Callable[[], int]) -> list[str]:
     """The keys of all pages, in the order in which they come."""
-    return [found.key for page in list_side_by_side(bucket.read_page, prefix, max_parallel) for found in page]
+    return [found.key for page in bucket.list_pages(prefix, max_parallel) for found in page]
 
 
 KEYS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=12)
@@ -98,7 +116,7 @@ def test_where_one_page_is_read_at_a_time_the_keys_come_in_order_page_by_page() 
 
 def test_one_page_is_read_ahead_and_no_more() -> None:
     bucket = SortedKeys([f"{number:03}" for number in range(20)])
-    pages = list_side_by_side(bucket.read_page, "", lambda: 1)
+    pages = bucket.list_pages("", lambda: 1)
     assert [found.key for found in next(pages)] == ["000", "001", "002"]
     pages.close()
     assert len(bucket.requests) <= 2
@@ -152,19 +170,22 @@ def test_it_takes_at_most_twice_as_many_requests_as_there_are_pages_and_64(name:
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_pages_are_read_side_by_side_where_the_reader_waits_for_them(name: str) -> None:
-    bucket = SortedKeys(DISTRIBUTIONS[name], PAGE_KEYS)
     on_their_way, gate = [0, 0], threading.Condition()  # now, and at the most
 
-    def read_page(prefix: str, **where: str) -> Page:
-        with gate:
-            on_their_way[0] += 1
-            on_their_way[1] = max(on_their_way)
-            # Until as many are on their way as may be; the first ones come alone.
-            gate.wait_for(lambda: on_their_way[0] >= 8, timeout=0.002)
-            on_their_way[0] -= 1
-        return bucket.read_page(prefix, **where)
+    class Slow(SortedKeys):
+        """Answers when as many requests are on their way as may be; the first ones come alone."""
 
-    assert sum(len(page) for page in list_side_by_side(read_page, "", lambda: 8)) == len(bucket.keys)
+        def page(self, prefix: str, **where: str) -> Page:
+            """One page."""
+            with gate:
+                on_their_way[0] += 1
+                on_their_way[1] = max(on_their_way)
+                gate.wait_for(lambda: on_their_way[0] >= 8, timeout=0.002)
+                on_their_way[0] -= 1
+            return super().page(prefix, **where)
+
+    bucket = Slow(DISTRIBUTIONS[name], PAGE_KEYS)
+    assert len(listed(bucket, "", lambda: 8)) == len(bucket.keys)
     assert on_their_way[1] == 8
     # Nearly all of them: what is read one after the other would be a request for each page by its token.
     starts = [where for where in bucket.requests if "StartAfter" in where]
@@ -177,15 +198,17 @@ def test_pages_are_read_side_by_side_where_the_reader_waits_for_them(name: str) 
 
 
 def test_an_error_of_one_page_is_the_listing_s() -> None:
-    bucket = SortedKeys([f"{number:03}" for number in range(50)])
+    class Broken(SortedKeys):
+        """Refuses the pages of its end."""
 
-    def read_page(prefix: str, **where: str) -> Page:
-        if where.get("StartAfter", where.get("ContinuationToken", "").removeprefix("0:")) > "011":
-            raise program.RunError("S3 refused", "try again")
-        return bucket.read_page(prefix, **where)
+        def page(self, prefix: str, **where: str) -> Page:
+            """One page."""
+            if where.get("StartAfter", where.get("ContinuationToken", "").removeprefix("0:")) > "011":
+                raise program.RunError("S3 refused", "try again")
+            return super().page(prefix, **where)
 
     with pytest.raises(program.RunError, match="S3 refused"):
-        list(list_side_by_side(read_page, "", lambda: 4))
+        listed(Broken([f"{number:03}" for number in range(50)]), "", lambda: 4)
 
 
 @pytest.mark.parametrize("width", [1, 16])
@@ -198,25 +221,26 @@ def test_a_listing_in_another_order_stops_the_run(width: int) -> None:
 
 
 def test_a_server_that_knows_no_start_after_stops_the_run() -> None:
-    bucket = SortedKeys([f"{number:03}" for number in range(200)])
+    class Old(SortedKeys):
+        """Begins at the first key, unless there is a token."""
 
-    def read_page(prefix: str, **where: str) -> Page:
-        return bucket.read_page(prefix, **{**where, "StartAfter": ""})
+        def page(self, prefix: str, **where: str) -> Page:
+            """One page."""
+            return super().page(prefix, **{**where, "StartAfter": ""})
 
     with pytest.raises(program.RunError, match="order that S3 promises"):
-        list(list_side_by_side(read_page, "", lambda: 16))
+        listed(Old([f"{number:03}" for number in range(200)]), "", lambda: 16)
 
 
-class Outputs(program.Bucket):
+class Outputs(Listed):
     """An output bucket of these pages."""
 
     def __init__(self, *pages: Page) -> None:
-        self.output_name, self._pages = "out", list(pages)
-        self.asked: list[dict[str, str]] = []
+        super().__init__()
+        self._pages = list(pages)
 
-    def read_page(self, *_: str, **where: str) -> Page:
+    def page(self, prefix: str, **where: str) -> Page:
         """The next page, whatever is asked for."""
-        self.asked.append(where)
         return self._pages.pop(0)
 
 
@@ -228,7 +252,7 @@ def page_with(*keys: str, token: str = "") -> Page:
 def test_an_empty_page_of_outputs_that_is_not_the_last_is_not_the_end() -> None:
     outputs = Outputs(page_with(token="more"), page_with(token="yet more"), page_with("a.jpg"))
     assert program.OutputLister(outputs).existing([("", "a.jpg"), ("", "b.jpg")]) == {"a.jpg"}
-    assert [next(iter(where.values())) for where in outputs.asked] == ["a.jp", "more", "yet more"]
+    assert [next(iter(where.values())) for where in outputs.requests] == ["a.jp", "more", "yet more"]
 
 
 @pytest.mark.parametrize("keys", [("b.jpg", "a.jpg"), ("a", "b.jpg")])

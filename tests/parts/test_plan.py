@@ -59,9 +59,8 @@ class FakeBucket(program.Bucket):
             self.pages_read += 1
             yield [source for source in page if source.key.startswith(prefix)]
 
-    def read_page(self, bucket: str, prefix: str, code: str = "", **where: str) -> program.Page:
+    def read_page(self, bucket: str, prefix: str, after: str = "", *_: str, **__: str) -> program.Page:
         """All outputs behind a key."""
-        after = where["StartAfter"]
         keys = sorted(key for key in self.outputs if key > after and key.startswith(prefix))
         self.outputs_read()
         return program.Page([source(key) for key in keys], is_last=True)
@@ -300,7 +299,7 @@ def test_outputs_that_may_not_be_listed_are_all_looked_at(path: Path) -> None:
     class Closed(FakeBucket):
         """A bucket whose outputs may not be listed."""
 
-        def read_page(self, bucket: str, prefix: str, code: str = "", **where: str) -> program.Page:
+        def read_page(self, bucket: str, prefix: str, after: str = "", *_: str, **__: str) -> program.Page:
             raise program.ObjectFailed("AccessDenied", "no")
 
     assert feed(Closed(pages_of("a.png", "b.png")), path).fates == {"a.png": "look", "b.png": "look"}
@@ -551,7 +550,7 @@ def test_a_page_whose_outputs_cannot_be_seen_is_as_if_it_had_not_been_listed(pat
     class Broken(FakeBucket):
         """A bucket whose outputs can be listed once."""
 
-        def read_page(self, bucket: str, prefix: str, code: str = "", **where: str) -> program.Page:
+        def read_page(self, bucket: str, prefix: str, after: str = "", *_: str, **__: str) -> program.Page:
             if self.pages_read > 1:
                 raise RunError("S3 went away", "run it again")
             # Not the last page, so that the emptiness behind it is not known.
