@@ -1584,8 +1584,8 @@ class Trouble:
         return RunError(f"{what}: {f'{status} {code} {message}'.strip()}", hint, code=stopped_code)
 
     @staticmethod
-    def around(error: Exception, address: str) -> RunError | None:
-        """The end of the run for what the system, the environment or a connection's set-up refuses; None for a bug."""
+    def unexpected(where: str, error: Exception, address: str) -> RunError:
+        """The end of the run for what the system, the environment or a connection's set-up refuses, or for a bug."""
         if isinstance(error, MemoryError) or "can't start new thread" in str(error):
             what = "has no more memory" if isinstance(error, MemoryError) else "starts no more threads"
             hint = (
@@ -1595,10 +1595,12 @@ class Trouble:
         if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
             return Trouble.api_unreachable(address, error)
         if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-            where = f": {error.filename}" if error.filename else ""
-            message = redact(f"the system refuses what the program needs: {error.strerror or error}{where}")
+            file = f": {error.filename}" if error.filename else ""
+            message = redact(f"the system refuses what the program needs: {error.strerror or error}{file}")
             return RunError(message, "allow it to this user, or free what is short of it, and run it again")
-        return None
+        log.error("%s failed", where, exc_info=error)
+        hint = "run it again with -v and report what it prints"
+        return RunError(f"the program has a bug ({where} failed)", hint, code="bug")
 
     @staticmethod
     @contextlib.contextmanager
@@ -1610,11 +1612,7 @@ class Trouble:
         except foreseen:
             raise
         except Exception as error:
-            if trouble := Trouble.around(error, address):
-                raise trouble from error
-            log.exception("%s failed", where)
-            hint = "run it again with -v and report what it prints"
-            raise RunError(f"the program has a bug ({where} failed)", hint, code="bug") from error
+            raise Trouble.unexpected(where, error, address) from error
 
     @staticmethod
     def require_certificates(address: str, *variables: str) -> None:
@@ -4451,23 +4449,22 @@ class WorkerContext:
         hide, started, task = self.settings.hide, time.monotonic(), conversation.task
         outcome = Outcome(task, OutcomeKind.LEFT)
         try:
-            outcome = self._look_convert_store(conversation)
+            with Trouble.explained("a worker", self.settings.api.url, foreseen=(ObjectSkipped, ObjectFailed)):
+                outcome = self._look_convert_store(conversation)
         except StopRequested:
             pass
         except ObjectSkipped as skipped:
-            outcome = replace(outcome, kind=OutcomeKind.SKIPPED, code=str(skipped))
+            outcome = Outcome(task, OutcomeKind.SKIPPED, str(skipped))
         except ObjectFailed as failure:
             words = (failure.code, failure.message, failure.status, failure.permanent)
             outcome = Outcome(task, OutcomeKind.FAILED, *words)
         except RunError as error:
-            self.stop.request(RunError(hide(error.message), hide(error.hint), error.exit_code, error.code))
-        except Exception as error:
-            # The environment's trouble is not the object's: no memory, no file handles, no temporary folder.
-            if trouble := Trouble.around(error, self.settings.api.url):
-                self.stop.request(trouble)
+            # A bug is met by this object, and perhaps by no other. The environment's trouble is not the object's.
+            if error.code == "bug":
+                bug = error.__cause__
+                outcome = Outcome(task, OutcomeKind.FAILED, "bug", f"{type(bug).__name__}: {bug}")
             else:
-                log.exception("a worker failed")
-                outcome = Outcome(task, OutcomeKind.FAILED, "bug", f"{type(error).__name__}: {error}")
+                self.stop.request(RunError(hide(error.message), hide(error.hint), error.exit_code, error.code))
         return replace(
             outcome,
             task=conversation.task,
@@ -4511,7 +4508,7 @@ class WorkerContext:
 # that is killed holds up nobody.
 #   - What a process holds is known here. When it dies or hangs, another takes its place and gets the same tasks, with
 #     the requests that it has made: the same under the same keys, which the API answers from its memory.
-#   - Only the parent writes: a request is on the disk when the parent has said so (LedgerAnswer).
+#   - Only the parent writes: a request is on the disk when the parent has said so.
 #   - Signals reach the parent alone. It tells the others to stop; when it dies, the pipes close, and the others end.
 ########################################################################################################################
 
@@ -4524,18 +4521,12 @@ class Pace(NamedTuple):
 
 
 class LedgerQuestion(NamedTuple):
-    """What a worker wants of the ledger: a conversion off the cap, or a request written down."""
+    """What a worker wants of the ledger: a conversion off the cap, or a request written down; and, back, the answer."""
 
     thread: int
     task: Task | None = None
     request: PendingRequest | None = None
-
-
-class LedgerAnswer(NamedTuple):
-    """Whether it was done. If not, the run is to end."""
-
-    thread: int
-    is_done: bool
+    is_done: bool = False  # if it comes back without, the run is to end
 
 
 class ParentConnection:
@@ -4602,7 +4593,7 @@ class ParentConnection:
     def _apply(self, message: object) -> None:
         if isinstance(message, Pace):
             self._context.limiter.pause_until(message.paused_until)
-        elif isinstance(message, LedgerAnswer):
+        elif isinstance(message, LedgerQuestion):
             self._answers[message.thread].put(message.is_done)
         elif isinstance(message, RunError):
             self._context.stop.request(message, is_from_parent=True)
@@ -4689,7 +4680,7 @@ class ProcessSupervisor:
 
     def _apply(self, message: object, connection: "Connection") -> None:
         if isinstance(message, LedgerQuestion):
-            connection.send(LedgerAnswer(message.thread, self._write_down(message)))
+            connection.send(LedgerQuestion(message.thread, is_done=self._write_down(message)))
         elif isinstance(message, Pace):
             self._context.limiter.pause_until(message.paused_until)
             self._context.limiter.requests += message.requests
