@@ -145,6 +145,7 @@ WAIT_DEADLINE_SECONDS = 30 * 60  # 429 and 409 cost no attempts, but not for eve
 IDEMPOTENCY_WINDOW_SECONDS = 24 * 3600  # for so long the API replays an answer for free
 JOB_POLL_SECONDS = (2, 3, 5, 8, 15)  # growing; the last one repeats
 KEYS_REMEMBERED = 50_000  # of a file of keys, because it may name one twice
+ECHO_SECONDS = 0.2  # after a signal; another one is the same
 HANG_SECONDS = 120  # without a sign of life; then a worker process is replaced
 ERROR_BODY_BYTES = 65_536  # of an error page; its first part says what there is to say
 MAX_PAYMENTS = 2  # for a result that cannot be stored
@@ -346,7 +347,7 @@ class StopFlag:
             raise StopRequested
 
     def install(self) -> None:
-        """Handle SIGINT, SIGTERM and SIGHUP; a second one ends the process at once."""
+        """Handle SIGINT, SIGTERM and SIGHUP; a second one ends the process at once, but for the first one's echo."""
         for number in STOP_SIGNALS:
             # Under nohup SIGHUP is ignored, and stays so.
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -354,7 +355,8 @@ class StopFlag:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         code = ExitCode.SIGINT if number == signal.SIGINT else ExitCode.SIGTERM
-        if self.reason and self.reason.is_by_signal:
+        # `timeout` signals the process, and then its group: the same process again.
+        if time.monotonic() - self.signalled_at > ECHO_SECONDS:
             self.exit_at_once(f"ended at once: {self.in_flight()} in flight are asked for again by the next run", code)
         message, hint = f"interrupted by {signal.Signals(number).name}", "run it again: it goes on where this run ended"
         self.request(RunError(message, hint, code, "signal"))
@@ -1154,12 +1156,15 @@ class SettingsReader:
         return tuple(jobs.values())
 
     def check_run(self, run: RunOptions) -> None:
-        """Note a checkpoint without a name, files that would be written over each other, and idle processes."""
-        if not Path(run.checkpoint).name:
+        """Note a checkpoint that is no file, files that would be written over each other, and idle processes."""
+        is_other = os.path.exists(run.checkpoint) and not os.path.isfile(run.checkpoint)  # its mode is to be changed
+        if is_other or not Path(run.checkpoint).name:
             self.problems.append(f"[run] checkpoint = {run.checkpoint}: expected the path of a file")
-        paths = {name: Path(path).absolute() for name in OUTPUT_FILES if (path := getattr(run, name))}
+        paths = {name: path for name in OUTPUT_FILES if (path := getattr(run, name))}
         for first, second in itertools.combinations(paths, 2):
-            if paths[first] == paths[second]:
+            # Both of /dev/stdout and /dev/stderr may be links to one file that a shell has opened.
+            name_of = os.path.realpath if first == "checkpoint" else os.path.abspath
+            if name_of(paths[first]) == name_of(paths[second]):
                 self.problems.append(f"[run] {second} = {getattr(run, second)}: is the {first} file as well")
         if run.processes > run.workers:
             shared = f"more than the {run.workers} workers that they share"
@@ -1952,7 +1957,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def size_and_time(self) -> tuple[int, float]:
         """Its bytes, with what is not yet merged into it, and when a run last wrote to it (Unix seconds)."""
-        found = [path.stat() for path in self._files[:2] if path.exists()]
+        # A log without a byte is this reader's own.
+        found = [file for path in self._files[:2] if path.exists() and (file := path.stat()).st_size]
         return sum(file.st_size for file in found), max(file.st_mtime for file in found)
 
     def last_run(self) -> tuple[float, float | None, int | None] | None:
@@ -2038,7 +2044,7 @@ class RunLock:
             except OSError as problem:
                 raise usage_error(
                     f"{self.path} cannot be written: {problem.strerror}",
-                    "make the directory writable, or set run.checkpoint to a path that is",
+                    "free some space, make the directory writable, or set run.checkpoint to a path that is",
                 ) from None
             self._opened = opened.pop_all()
         return self
@@ -5032,6 +5038,8 @@ class Report:
             self.reason = RunError(message, "this is a bug of the program; please report it", code="bug")
         elif missing:
             self.counts[LEFT] += missing
+            for counts in self._by_job.values():
+                counts[LEFT] += 2 * counts[LISTED] + counts[RETRIED] - counts.total()
         elif self.is_complete and not self.counts[LEFT] and self.reason:
             # The limit was reached by the last object. No work is left, so the run succeeded.
             self.reason = None if self.reason.code in {"quota", "cap", "time"} else self.reason

@@ -445,10 +445,18 @@ def test_a_bucket_that_is_taken_away_is_missing(ini: Path, flags: tuple[str, str
     assert problems(ini, COMPLETE, *flags) == ["[s3] bucket is missing"]
 
 
-@pytest.mark.parametrize("name", ["", ".", "/"])
-def test_a_checkpoint_needs_a_name(ini: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["", ".", "/", "/dev", "/dev/null"])
+def test_a_checkpoint_is_a_file(ini: Path, name: str) -> None:
     expected = f"--set run.checkpoint = {name}: expected the path of a file"
     assert problems(ini, COMPLETE, "--set", f"run.checkpoint={name}") == [expected]
+
+
+@pytest.mark.parametrize("option", ["run.failures", "run.summary", "run.metrics"])
+def test_no_file_is_written_over_the_checkpoint_under_another_name(ini: Path, option: str) -> None:
+    (ini.parent / "link").symlink_to("kept.sqlite3")
+    for name in (ini.parent / "link", ini.parent / "x" / ".." / "kept.sqlite3"):
+        flags = ("--set", f"run.checkpoint={ini.parent}/kept.sqlite3", "--set", f"{option}={name}")
+        assert problems(ini, COMPLETE, *flags) == [f"--set {option} = {name}: is the checkpoint file as well"]
 
 
 @pytest.mark.parametrize("flags", [("--prefix", "2024 "), ("--set", "s3.prefix=2024 "), ("--prefix", "2024 \n")])

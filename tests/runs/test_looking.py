@@ -361,12 +361,14 @@ def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: Conv
     api.faults.add(Fault.status_reply(422, "conversion_failed"))
     api.faults.add(Fault.status_reply(503, "service_unavailable"))
     before = left_in(run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload"))
+    time.sleep(2)  # to ask is no activity
     run = run_cli("--status", CTF_API_KEY=None, AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
     assert run.exit_code == 0
     assert re.search(
         rf"run +none is at work\nlast run +began {DATE}, ended {DATE} with exit code 1\nlast activity +{DATE}\n",
         run.out,
     )
+    assert re.search(r"last activity .* \([2-9] s ago\)", run.out)
     assert f"s3://{bucket.name} to jpg in s3://{bucket.name}/{PLACE}: job default\n  converted    2\n" in run.out
     assert "failed       1 for good: conversion_failed 1\n  failed       1 for now: service_unavailable 1\n" in run.out
     assert left_in(run) == before

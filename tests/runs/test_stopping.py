@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -92,11 +93,30 @@ def test_a_second_signal_ends_it_at_once(
     assert fault.reached.wait(30)
     run.process.send_signal(signal.SIGINT)
     wait_until_said(run, "interrupted")
+    time.sleep(0.5)
     run.process.send_signal(signal.SIGINT)
     assert run.wait(10).exit_code == 130
     assert run.err.endswith("\nended at once: 1 in flight are asked for again by the next run\n")
     release.set()
     assert_next_run_finishes(run_cli, bucket, api, 6)
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(
+    start: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    # So does `timeout`: first to the process, then to its group.
+    put_some(bucket, 6)
+    fault = api.faults.add(Fault.hang_until(release))
+    run = start("--workers", "1")
+    assert fault.reached.wait(30)
+    for _ in range(2):
+        run.process.terminate()
+        time.sleep(0.05)
+    wait_until_said(run, "interrupted")
+    release.set()
+    assert run.wait(30).exit_code == 143
+    assert (run.summary["converted"], run.summary["left"]) == (1, 5)
+    assert run.summary["jobs"]["default"] == {"target": "jpg", "listed": 6, "converted": 1, "left": 5}
 
 
 def test_after_the_grace_it_does_not_wait_for_a_request_that_hangs(
