@@ -122,6 +122,7 @@ except ImportError as missing:
 
 if sys.platform != "win32":
     import fcntl
+    import resource
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -1620,6 +1621,20 @@ class Trouble:
             raise Trouble.unexpected(where, error, address) from error
 
     @staticmethod
+    def require_open_files(workers: int) -> None:
+        """Have the system allow as many open files as so many workers need. Raises RunError where it does not."""
+        if sys.platform == "win32":
+            return
+        needed = 4 * workers + 40  # each: the API, S3, a download, a temporary file
+        allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= allowed < needed:  # below 0: no limit
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (needed, most))
+            except ValueError:
+                message = f"{pluralize(workers, 'worker')} need {needed} open files, and the system allows {most}"
+                raise usage_error(message, "set fewer run.workers, or raise the limit (ulimit -n)") from None
+
+    @staticmethod
     def require_certificates(address: str, *variables: str) -> None:
         """Raise RunError if TLS cannot be set up for an address with what these environment variables name."""
         named = {name: os.environ[name] for name in (*variables, "SSLKEYLOGFILE") if os.environ.get(name)}
@@ -2507,7 +2522,7 @@ class Bucket:
             # boto3 finds the region for its own requests alone: URLs would keep the wrong one.
             with contextlib.suppress(ClientError, BotoCoreError):  # the run's own listing will say why
                 self.client.list_objects_v2(Bucket=name, MaxKeys=1, **self._payer)
-                message = f"the bucket {name} is in another region than {self.client.meta.region_name}"
+                message = f"the bucket {name} is in another region than {self.client.meta.region_name or 'none'}"
                 hint = "correct s3.region (or that of the AWS configuration), and run it again"
                 raise RunError(message, hint, code="s3")
 
@@ -5426,6 +5441,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     checkpoint = Path(settings.run.checkpoint)
     for name in ("failures", "summary", "metrics"):
         OutputFile(f"run.{name}", getattr(settings.run, name)).require_writable()
+    Trouble.require_open_files(settings.run.workers)
     Trouble.require_certificates(settings.api.url, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     with contextlib.ExitStack() as held:
         held.enter_context(RunLock(checkpoint))
@@ -5971,6 +5987,7 @@ class Diagnostics:
     def _check_threads(self) -> None:
         count, is_over = self.settings.run.workers, threading.Event()
         with self._prove("threads", f"{count} workers can be started"):
+            Trouble.require_open_files(count)
             try:
                 for _ in range(count):
                     threading.Thread(target=is_over.wait, daemon=True).start()
