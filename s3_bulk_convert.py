@@ -585,11 +585,19 @@ class OptionSpec(NamedTuple):
     purpose: str
 
 
-def option(reader: Callable[[str], Any], purpose: str, default: T, **words: Any) -> T:
-    """Declare a field of a section as an option. `words`: what a word stands for, and an empty value with it."""
-    for word, value in words.items():
-        reader = Read.optional(word, reader, value)
-    return field(default=default, metadata={"spec": OptionSpec(reader, purpose)})
+def option(reader: Callable[[str], Any], purpose: str, default: T, **without: Any) -> T:
+    """Declare a field of a section as an option. `without`: a word, and what it and an empty value stand for."""
+
+    def read(given: str) -> Any:
+        ((word, value),) = without.items()
+        if given.lower() in {word, ""}:
+            return value
+        try:
+            return reader(given)
+        except ValueError as problem:
+            raise ValueError(f"{problem}, or {word}") from None
+
+    return field(default=default, metadata={"spec": OptionSpec(read if without else reader, purpose)})
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -625,20 +633,6 @@ class Read:
     def choice(*choices: str) -> Callable[[str], str]:
         """One of some words."""
         return Read.matching(f"({'|'.join(choices)})", f"one of {', '.join(choices)}", str)
-
-    @staticmethod
-    def optional(word: str, reader: Callable[[str], T], without: T) -> Callable[[str], T]:
-        """What `reader` reads; `word`, and an empty value, as `without`."""
-
-        def read(given: str) -> T:
-            if given.lower() in {word, ""}:
-                return without
-            try:
-                return reader(given)
-            except ValueError as problem:
-                raise ValueError(f"{problem}, or {word}") from None
-
-        return read
 
     @staticmethod
     def bucket(name: str, given: str) -> str:
@@ -5373,8 +5367,8 @@ class Recorder:
         reason = f"{outcome.code} {printable(outcome.message)}".rstrip()
         said = f"{len(self._streak)} objects in a row failed for the same reason: {reason}"
         self._stop.request(RunError(said, hint_for(outcome.code), code="same_failure"))
-        settled, self._streak = [self._with_history(each, counts=False) for each in self._streak], []
-        return settled
+        held, self._streak = self._streak, []
+        return [self._with_history(each, counts=False) for each in held]
 
     @staticmethod
     def _with_history(outcome: Outcome, *, counts: bool = True) -> Outcome:
@@ -5593,10 +5587,8 @@ class Estimate:
 
     def document(self) -> dict[str, Any]:
         """All of it as JSON has it; times in seconds, sizes in bytes."""
-        settings, usage, cap = self.settings, self.usage, self.settings.api.max_conversions
-        convert, resume, copy = (
-            sum(job[kind] for job in self._jobs.values()) for kind in ("convert", "resume", "copy")
-        )
+        settings, usage, cap, jobs = self.settings, self.usage, self.settings.api.max_conversions, self._jobs.values()
+        convert, resume, copy = (sum(job[kind] for job in jobs) for kind in ("convert", "resume", "copy"))
         # At the most: of those in flight, the API may have done none yet.
         conversions = convert + resume
         in_one_run = conversions if cap is None else min(cap, conversions)
@@ -5637,8 +5629,8 @@ class Estimate:
             yield f"{in_one_run - left} conversions more than the month has left {what}; --limit {left} keeps within it"
         elif keep and in_one_run > left - keep:
             yield f"the run would stop when {keep} conversions are left (api.keep_remaining)"
-        by_code = sum((job["failed"] for job in self._jobs.values()), Counter[str]())
-        failures = sum(count for code, count in by_code.items() if code not in FREE_FAILURES)
+        by_code = itertools.chain.from_iterable(job["failed"].items() for job in self._jobs.values())
+        failures = sum(count for code, count in by_code if code not in FREE_FAILURES)
         tried, most = conversions + failures, self.settings.run.max_failure_rate
         if tried >= FAILURES_BEFORE_RATE_COUNTS and failures > most * tried:
             yield f"{failures} of {tried} would fail, more than run.max_failure_rate: the run would stop early"
