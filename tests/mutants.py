@@ -114,14 +114,14 @@ LISTING = (
     ),
     defect(
         "a listing out of order is taken",
-        "page.require_order(key_range.after)",
-        "pass",
+        "if not all(map(operator.lt, keys, keys[1:])):",
+        "if code and not all(map(operator.lt, keys, keys[1:])):",
         f"{ORDER}[sources]",
     ),
     defect(
         "a listing of outputs out of order is taken",
-        "page.require_order(after)",
-        "pass",
+        "if not all(map(operator.lt, keys, keys[1:])):",
+        "if not code and not all(map(operator.lt, keys, keys[1:])):",
         f"{ORDER}[outputs]",
     ),
     defect(
