@@ -88,11 +88,25 @@ def test_the_kubernetes_job_has_as_many_shards_as_completions() -> None:
     assert completions[1] == shards[1]
 
 
-def test_every_test_that_readme_names_exists() -> None:
-    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
-    named = set(re.findall(r"`(test_\w+)`", README))
+INSIDE = (ROOT / "docs" / "internals.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("text", [README, INSIDE], ids=["README", "internals"])
+def test_every_test_that_the_documentation_names_exists(text: str) -> None:
+    tests = list((ROOT / "tests").rglob("test_*.py"))
+    known = {path.name for path in tests}
+    known |= set(re.findall(r"def (test_\w+)\(", "".join(path.read_text(encoding="utf-8") for path in tests)))
+    named = set(re.findall(r"`(?:tests/\w+/)?(test_\w+(?:\.py)?)`", text))
     assert named
-    assert {name for name in named if f"def {name}(" not in tests} == set()
+    assert named - known == set()
+
+
+def test_every_name_of_the_program_in_the_documentation_of_its_inside_exists() -> None:
+    words = set(re.findall(r"\w+", SCRIPT.read_text(encoding="utf-8")))
+    names = {name for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", INSIDE) if not name.startswith("test_")}
+    assert len(names) > 30
+    # One name is of the tests, in the sentence that says so.
+    assert {name for name in names if not words.issuperset(name.split("."))} == {"EFFECTS"}
 
 
 def test_the_example_runs_with_bucket_and_key_alone(tmp_path: Path) -> None:
