@@ -163,7 +163,7 @@ LISTING = (
     defect(
         "a bug is said in place of the feeder's reason",
         "reason = RunError(error.message, error.hint, exit_code, error.code)",
-        'reason = Trouble.bug("the feeder")',
+        'reason = RunError("the program has a bug (the feeder failed)", error.hint, exit_code, "bug")',
         "test_a_listing_that_is_refused_is_said_and_is_no_bug",
     ),
 )
@@ -468,7 +468,7 @@ ANSWERS = (
         "a body that breaks off is taken for whole",
         "except NETWORK_ERRORS as error:\n            raise InvalidResponse(",
         "except NETWORK_ERRORS as error:\n            return\n            raise InvalidResponse(",
-        "test_each_fault_has_its_consequence[half of a chunked answer]",
+        "test_of_a_large_answer_in_chunks_that_breaks_off_nothing_is_stored",
     ),
     defect(
         "a compressed body that ends early is taken for whole",
@@ -617,7 +617,7 @@ CHECKPOINT = (
     defect(
         "a bug is said in place of a full disk",
         'raise RunError(f"the checkpoint {path} cannot be written: {said}", hint, code="disk") from None',
-        'raise Trouble.bug("the checkpoint") from None',
+        "raise RuntimeError(said) from None",
         "test_a_disk_that_is_full_stops_the_run_and_loses_nothing",
     ),
     defect(
@@ -671,6 +671,8 @@ def run_tests(folder: Path, tests: list[str], *options: str) -> tuple[list[str],
     command = [*PYTEST, *options, *tests]  # a test that hangs has failed after the time in pytest.ini
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     failed = re.findall(r"^FAILED (?:\S*/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if crash := re.search(r"\b(NameError|UnboundLocalError|AttributeError): .*", done.stdout):
+        return [], f"the program with it has names that are not there: {crash[0]}"
     is_usual = done.returncode == 0 or (done.returncode == 1 and failed)
     said = (done.stdout + done.stderr).strip().splitlines()[-1:]
     return failed, "" if is_usual else f"pytest ended with {done.returncode}: {''.join(said)}"

@@ -121,6 +121,17 @@ def test_half_of_an_answer_that_does_not_say_where_it_ends_is_not_stored(
     assert api.replays == 1
 
 
+def test_of_a_large_answer_in_chunks_that_breaks_off_nothing_is_stored(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    # A part of it has been read before it breaks off.
+    expected = fill(bucket, 1, repeated=100_000)
+    api.faults.add(Fault.truncated_answer(chunked=True))
+    run = run_cli(command=HASTY)
+    assert_all_promises_are_kept(run, api, bucket, expected)
+    assert api.replays == 1
+
+
 def test_a_file_of_another_size_than_its_job_says_is_fetched_again(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
