@@ -2620,16 +2620,14 @@ class Bucket:
             raise
         if head is None:
             raise ObjectFailed("source_gone", "there is no object with this key")
-        size, written = head.get("ContentLength"), head.get("LastModified")
-        modified = written.astimezone(timezone.utc).isoformat() if written else None
-        if listed.version:
-            size, modified = listed.size if size is None else size, modified or listed.last_modified
-        if size is None or modified is None:
+        if not (listed.version or {"ContentLength", "LastModified"} <= head.keys()):
             raise RunError(
                 f"S3 does not say how long and how old an object of {self.name} is (Content-Length, Last-Modified)",
                 "go around the proxy or gateway that hides it, or leave out --keys-from, and run it again",
                 code="s3",
             )
+        size = head.get("ContentLength", listed.size)
+        modified = head["LastModified"].isoformat() if "LastModified" in head else listed.last_modified
         version = bare_etag(head.get("ETag")) or f"{size}@{unix_seconds(modified):.0f}"
         seen = SourceObject(listed.key, version, size, modified)
         if listed.version and not seen.is_version_of(listed):
@@ -3850,11 +3848,11 @@ class Conversation:
         if task.pending:
             known = ApiRequest(task.pending, RequestState.UNKNOWN, is_resumed=True, is_paid=task.pending.payments > 0)
             self.requests.append(known)
-        self.exchanges = 0  # HTTP requests of every kind: conversions, polls, downloads
-        self.throttled = 0
-        self.remaining: int | None = None
-        self.is_stored = False
-        self.is_replay = False  # the answer was made for a request of an earlier attempt
+        self._started = time.monotonic()
+        self._exchanges = 0  # HTTP requests of every kind: conversions, polls, downloads
+        self._throttled = 0
+        self._remaining: int | None = None
+        self._is_replay = False  # the answer was made for a request of an earlier attempt
         self._timeouts = 0  # 504s: the conversion takes longer than the API's synchronous call may
         self._failed_jobs = 0  # that may not fail again
         self._is_url_checked = False  # a refused URL was sent once more, because S3 serves it
@@ -3871,25 +3869,35 @@ class Conversation:
         """Whether the API may have done some of it, and this program does not have the answer."""
         return any(request.state is RequestState.UNKNOWN for request in self.requests)
 
-    @property
-    def pending(self) -> PendingRequest | None:
-        """The request that must be kept: the API may have the result, or (after 429) may remember the body."""
-        if self.is_stored:
-            return None
-        for states in ({RequestState.ANSWERED, RequestState.UNKNOWN}, {RequestState.PUT_OFF}):
-            for request in reversed(self.requests):
-                if request.state in states and request.row.first_sent:
-                    return request.row
-        return None
-
-    @property
-    def possible_double_charge(self) -> bool:
-        """Whether it is over (stored, or given up after two payments), and a request before the last may be charged."""
-        if not self.requests:
-            return False
-        request = self.current
-        is_given_up = request.state is RequestState.REJECTED and request.row.payments >= MAX_PAYMENTS
-        return (self.is_stored or is_given_up) and bool(request.row.is_doubtful)
+    def outcome(
+        self, kind: OutcomeKind, why: ObjectFailed | None = None, output: StoredOutput | None = None
+    ) -> Outcome:
+        """How it has ended, without secrets, and with the request that must be kept, if there is one."""
+        why, hide, is_stored = why or ObjectFailed("", ""), self._context.settings.hide, kind.value in DONE_EVENTS
+        is_settled = is_stored or (why.permanent and why.code != "not_stored")
+        # The API may have the result or, after 429, may remember the body.
+        kept = ({RequestState.ANSWERED, RequestState.UNKNOWN}, {RequestState.PUT_OFF})
+        sent = [request for request in reversed(self.requests) if request.row.first_sent and not is_settled]
+        pending = [request.row for states in kept for request in sent if request.state in states]
+        # A request before the last may be charged as well. That counts once it is stored, or given up as paid twice.
+        last = self.requests[-1] if self.requests else None
+        is_over = last and (is_stored or (last.state is RequestState.REJECTED and last.row.payments >= MAX_PAYMENTS))
+        return Outcome(
+            self.task,
+            kind,
+            hide(why.code),
+            hide(why.message)[:MESSAGE_CHARACTERS],
+            why.status,
+            why.permanent,
+            pending=next(iter(pending), None),
+            output=output,
+            seconds=time.monotonic() - self._started,
+            requests=self._exchanges,
+            throttled=self._throttled,
+            is_replay=self._is_replay and kind is OutcomeKind.CONVERTED,
+            possible_double_charge=bool(last and is_over and last.row.is_doubtful),
+            remaining=self._remaining,
+        )
 
     # -- which request -------------------------------------------------------------------------------------------------
 
@@ -3994,7 +4002,7 @@ class Conversation:
     def _answer(self, head: Head) -> ConvertedFile:
         request, task = self.current, self.task
         if request.row.job_id and request.state is RequestState.UNKNOWN:
-            self.is_replay = True
+            self._is_replay = True
             return self._finish_job()
         self._write_down()
         name, url, quality = KeyParts.of(task.source.key), request.row.url, str(task.quality or "")
@@ -4056,7 +4064,7 @@ class Conversation:
         is_own = self._session.is_own(call.address)
         if is_own:
             self._context.limiter.acquire(self._stop)
-        self.exchanges += 1
+        self._exchanges += 1
         if call.open_body:
             with contextlib.closing(call.open_body()) as body:
                 answer = self._send_current(call.address, body)
@@ -4073,7 +4081,7 @@ class Conversation:
         """The answer to the current request, which has told all workers what concerns them. Raises NETWORK_ERRORS."""
         request = self.current
         headers = {"Content-Type": body.content_type, "Idempotency-Key": request.row.idempotency_key}
-        before, self.is_replay = request.state, request.state is RequestState.UNKNOWN
+        before, self._is_replay = request.state, request.state is RequestState.UNKNOWN
         # From here on bytes may leave: whatever happens, only what is sure puts the state back.
         request.state = RequestState.UNKNOWN
         try:
@@ -4086,10 +4094,10 @@ class Conversation:
         self._context.limiter.update_limit(answer.headers, time.time())
         remaining = answer.headers.get("X-CTF-Remaining", "")
         # A replay has the headers of the first answer, which may be a day old.
-        is_stale = self.is_replay and ApiReply.is_older(answer.headers, self._asked_at)
+        is_stale = self._is_replay and ApiReply.is_older(answer.headers, self._asked_at)
         if answer.status_code == 200 and remaining.isdigit() and not is_stale:
-            self.remaining, keep = int(remaining), self._api.keep_remaining
-            if self.remaining <= keep:
+            self._remaining, keep = int(remaining), self._api.keep_remaining
+            if self._remaining <= keep:
                 message = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
                 hint = "run it again next month, or lower api.keep_remaining"
                 # Here, and not where outcomes are recorded: by then this worker would have sent the next one.
@@ -4105,7 +4113,7 @@ class Conversation:
             action = ErrorAction.FAIL  # where no proxy is named, it is no proxy's word on all requests
         if action is ErrorAction.STOP_RUN:
             return Trouble.refusal_by_api(status, code, message, self._api.url)
-        self.throttled += status == 429 and is_own
+        self._throttled += status == 429 and is_own
         permanent = action in {ErrorAction.REJECT, ErrorAction.NEW_KEY}
         is_last = permanent or action is ErrorAction.FAIL
         if call.open_body:
@@ -4461,39 +4469,23 @@ class WorkerContext:
 
     def _convert(self, conversation: Conversation) -> Outcome:
         """Take one object through the API and into the output bucket. A bad object is an outcome, not an exception."""
-        hide, started, task = self.settings.hide, time.monotonic(), conversation.task
-        outcome = Outcome(task, OutcomeKind.LEFT)
+        hide = self.settings.hide
         try:
             with Trouble.explained("a worker", self.settings.api.url, foreseen=(ObjectSkipped, ObjectFailed)):
-                outcome = self._look_convert_store(conversation)
+                return self._look_convert_store(conversation)
         except StopRequested:
             pass
         except ObjectSkipped as skipped:
-            outcome = Outcome(task, OutcomeKind.SKIPPED, str(skipped))
+            return conversation.outcome(OutcomeKind.SKIPPED, ObjectFailed(str(skipped), ""))
         except ObjectFailed as failure:
-            words = (failure.code, failure.message, failure.status, failure.permanent)
-            outcome = Outcome(task, OutcomeKind.FAILED, *words)
+            return conversation.outcome(OutcomeKind.FAILED, failure)
         except RunError as error:
             # A bug is met by this object, and perhaps by no other. The environment's trouble is not the object's.
             if error.code == "bug":
                 bug = error.__cause__
-                outcome = Outcome(task, OutcomeKind.FAILED, "bug", f"{type(bug).__name__}: {bug}")
-            else:
-                self.stop.request(RunError(hide(error.message), hide(error.hint), error.exit_code, error.code))
-        return replace(
-            outcome,
-            task=conversation.task,
-            code=hide(outcome.code),
-            message=hide(outcome.message)[:MESSAGE_CHARACTERS],
-            # Whatever happened: what the API may have done, or may remember, is kept.
-            pending=None if outcome.permanent and outcome.code != "not_stored" else conversation.pending,
-            seconds=time.monotonic() - started,
-            requests=conversation.exchanges,
-            throttled=conversation.throttled,
-            is_replay=conversation.is_replay and outcome.kind is OutcomeKind.CONVERTED,
-            possible_double_charge=conversation.possible_double_charge,
-            remaining=conversation.remaining,
-        )
+                return conversation.outcome(OutcomeKind.FAILED, ObjectFailed("bug", f"{type(bug).__name__}: {bug}"))
+            self.stop.request(RunError(hide(error.message), hide(error.hint), error.exit_code, error.code))
+        return conversation.outcome(OutcomeKind.LEFT)
 
     def _look_convert_store(self, conversation: Conversation) -> Outcome:
         # Queued when the run was asked to end: it was never sent.
@@ -4503,18 +4495,15 @@ class WorkerContext:
         task, head = look(conversation.task, bucket, self.settings)
         conversation.task = task
         if existing := bucket.look_at_output(task):
-            conversation.is_stored = True
-            return Outcome(task, existing[0], output=existing[1])
+            return conversation.outcome(existing[0], output=existing[1])
         if task.copy:
-            return Outcome(task, OutcomeKind.CONVERTED, output=bucket.copy(task, head))
+            return conversation.outcome(OutcomeKind.CONVERTED, output=bucket.copy(task, head))
         file = conversation.convert(head)
         with contextlib.closing(file.body):
             if conversation.current.row.url:
                 # By URL, the API has read whatever lay there: nobody knows which version that was, if it has changed.
                 bucket.require_unchanged(task.source, head)
-            output = bucket.store(task, file)
-        conversation.is_stored = True
-        return Outcome(task, OutcomeKind.CONVERTED, output=output)
+            return conversation.outcome(OutcomeKind.CONVERTED, output=bucket.store(task, file))
 
 
 ########################################################################################################################
