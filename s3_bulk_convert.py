@@ -2507,10 +2507,10 @@ class Bucket:
         """Raise RunError if a HEAD's code says that there is no such bucket, or that it is in another region."""
         address = self.client.meta.endpoint_url
         if code in {"404", "NoSuchBucket"}:
-            is_inside = name in address
-            where = f" at {address}" if is_inside else ""
-            hint = "take the bucket out of s3.endpoint_url, which is the address of all buckets"
-            hint = hint if is_inside else "correct s3.bucket or s3.output_bucket"
+            where, hint = "", "correct s3.bucket or s3.output_bucket"
+            if name in address:
+                where = f" at {address}"
+                hint = "take the bucket out of s3.endpoint_url, which is the address of all buckets"
             raise RunError(f"the bucket {name} does not exist{where}", hint, code="s3")
         if code == "400" and self._settings.api.transfer != "upload":
             # boto3 finds the region for its own requests alone: URLs would keep the wrong one.

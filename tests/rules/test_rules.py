@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import mimetypes
 import re
 import time
+import zlib
 from collections.abc import Iterator
 from email.utils import formatdate
 from typing import Any
@@ -182,6 +184,40 @@ def test_every_upload_name_is_plain_and_tells_the_same_format(key: str) -> None:
     name = program.KeyParts.of(key).upload_filename
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,71}", name)
     assert program.KeyParts.of(name).ext.lower() == program.KeyParts.of(key).ext.lower()
+
+
+########################################################################
+# Packed bodies
+########################################################################
+
+TEXT = b"what is packed " * 100
+PACKED = gzip.compress(TEXT)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 7, 4096])
+@pytest.mark.parametrize(
+    ("packed", "plain"),
+    [
+        pytest.param(PACKED, TEXT, id="gzip"),
+        pytest.param(zlib.compress(TEXT), TEXT, id="deflate"),
+        pytest.param(PACKED + PACKED, TEXT + TEXT, id="in two parts"),
+        pytest.param(PACKED + bytes(512), TEXT, id="with zeros behind it, as tar writes them"),
+        pytest.param(gzip.compress(b""), b"", id="of nothing"),
+        pytest.param(PACKED[:-1], EOFError, id="cut"),
+        pytest.param(PACKED + PACKED[:-1], EOFError, id="cut in its second part"),
+        pytest.param(b"", EOFError, id="cut at once"),
+        pytest.param(PACKED[:-8] + bytes(8), zlib.error, id="spoilt"),
+        pytest.param(PACKED + b"more", zlib.error, id="with something else behind it"),
+        pytest.param(TEXT, zlib.error, id="not packed"),
+    ],
+)
+def test_what_is_packed_is_unpacked_whole_or_not_at_all(packed: bytes, plain: Any, piece_bytes: int) -> None:
+    pieces = (packed[start : start + piece_bytes] for start in range(0, len(packed), piece_bytes))
+    if isinstance(plain, bytes):
+        assert b"".join(program.inflate(pieces)) == plain
+    else:
+        with pytest.raises(plain):
+            list(program.inflate(pieces))
 
 
 ########################################################################
