@@ -335,7 +335,7 @@ REQUESTS = (
     ),
     defect(
         "the remaining quota of a replay is believed",
-        "is_stale = self.is_replay and ApiReply.is_older(answer.headers, self._asked_at)",
+        "is_stale = self._is_replay and ApiReply.is_older(answer.headers, self._asked_at)",
         "is_stale = False",
         "test_what_remains_of_the_month_is_not_taken_from_an_answer_of_another_day",
     ),
@@ -520,16 +520,16 @@ SECRETS = (
     ),
     defect(
         "the API's words on an object are written without hiding the key",
-        "message=hide(outcome.message)[:MESSAGE_CHARACTERS]",
-        "message=outcome.message[:MESSAGE_CHARACTERS]",
+        "hide(why.message)[:MESSAGE_CHARACTERS]",
+        "why.message[:MESSAGE_CHARACTERS]",
         f"{HIDDEN_KEY}[an object's failure]",
         f"{HIDDEN_KEY}[a job]",
         f"{HIDDEN_KEY}[a download]",
     ),
     defect(
         "the API's code is written without hiding the key",
-        "code=hide(outcome.code),",
-        "code=outcome.code,",
+        "hide(why.code),",
+        "why.code,",
         f"{HIDDEN_KEY}[an object's failure]",
     ),
     defect(
