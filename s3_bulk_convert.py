@@ -2053,7 +2053,7 @@ class RunLock:
             except OSError as problem:
                 raise usage_error(
                     f"{self.path} cannot be written: {problem.strerror}",
-                    "free some space, make the directory writable, or set run.checkpoint to a path that is",
+                    "free some space, make it and its directory writable, or set run.checkpoint to a path that is",
                 ) from None
             self._opened = opened.pop_all()
         return self
@@ -2753,6 +2753,8 @@ class Bucket:
     def fetched(self, url: str) -> Iterator[IO[bytes]]:
         """A temporary copy of an object of any bucket, from its `s3://` URL. Raises OSError, RunError."""
         name, _, key = url.removeprefix("s3://").partition("/")
+        if not (name and key):
+            raise usage_error(f"{url} names no object", "give FILE as s3://BUCKET/KEY")
         # A copy, because S3 hangs up on a stream that is read no faster than objects are converted.
         with temporary_file() as copy:
             with translate_s3_errors(f"reading {url}"):
