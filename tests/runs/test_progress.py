@@ -92,7 +92,7 @@ def test_the_total_is_an_estimate_until_the_listing_has_ended(
     put_some(bucket, 6)
     fault = api.faults.add(Fault.hang_until(release))
     # A quick server's second pass over the listing would be over before the bar has drawn the estimate.
-    without = script_with("program.TotalCounter.start = lambda _: None")
+    without = script_with("program.Feeder.count_total = lambda _: None")
     run = start("--workers", "1", terminal=terminal.slave, command=without)
     assert fault.reached.wait(30)
     terminal.read_until(r"0 of ~6 done")
@@ -112,8 +112,8 @@ def test_a_second_pass_over_the_listing_gives_the_total_while_the_workers_are_bu
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     # A quick server's second pass would be over before the bar has drawn the estimate: it waits until that is seen.
-    count = f"count = program.TotalCounter.run; gate = {str(gate)!r}"
-    late = "program.TotalCounter.run = lambda self: (open(gate).read(), count(self))"
+    count = f"count = program.Feeder.count_total; gate = {str(gate)!r}"
+    late = "program.Feeder.count_total = lambda self: (open(gate).read(), count(self))"
     script = script_with(f"program.PAGE_KEYS = 5; {SHORT_SILENCE}; {count}; {late}")
     known = ("--workers", "1", "--set", "api.requests_per_minute=100000")
     run = start(*known, command=script, terminal=terminal.slave)
