@@ -96,6 +96,13 @@ def test_check_of_an_empty_bucket_warns_and_does_not_fail(run_cli: Cli) -> None:
     assert last_line(run) == "ready: 19 OK, 2 WARN"
 
 
+def test_check_reads_an_output_of_another_configuration_too(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    assert run_cli("--set", "s3.output_key=0/{name}.{target}").exit_code == 0
+    run = run_cli("--check")
+    assert (run.exit_code, last_line(run)) == (0, "ready: 22 OK"), run.out
+
+
 def test_a_quiet_check_says_what_is_not_well_and_how_many_are(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", picture())
     assert run_cli("-q", "--check").out == "ready: 22 OK\n"
