@@ -635,6 +635,13 @@ class Read:
         return Read.matching(f"({'|'.join(choices)})", f"one of {', '.join(choices)}", str)
 
     @staticmethod
+    def header(given: str) -> str:
+        """What S3 is told with each output."""
+        if not given.isprintable():
+            raise ValueError("expected one line")
+        return given
+
+    @staticmethod
     def bucket(name: str, given: str) -> str:
         """A bucket's name, or the ARN of an access point; `name`: which option is read."""
         address = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", given)
@@ -812,11 +819,11 @@ class S3Options:
     endpoint_url: str | None = option(Read.url, "any S3-compatible store", None, none=None)
     region: str | None = option(str, "region, if boto3 does not know it", None, none=None)
     profile: str | None = option(str, "profile of the AWS configuration", None, none=None)
-    storage_class: str | None = option(str, "storage class of outputs", None, none=None)
-    sse: str | None = option(str, "server-side encryption: AES256 or aws:kms", None, none=None)
-    sse_kms_key_id: str | None = option(str, "key for aws:kms", None, none=None)
-    acl: str | None = option(str, "canned ACL of outputs", None, none=None)
-    cache_control: str | None = option(str, "Cache-Control of outputs", None, none=None)
+    storage_class: str | None = option(Read.header, "storage class of outputs", None, none=None)
+    sse: str | None = option(Read.header, "server-side encryption: AES256 or aws:kms", None, none=None)
+    sse_kms_key_id: str | None = option(Read.header, "key for aws:kms", None, none=None)
+    acl: str | None = option(Read.header, "canned ACL of outputs", None, none=None)
+    cache_control: str | None = option(Read.header, "Cache-Control of outputs", None, none=None)
     requester_pays: bool = option(Read.boolean, "the requester pays for S3 requests", default=False)
 
     @property

@@ -128,6 +128,7 @@ def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: obje
     ("option", "given", "expected"),
     [
         ("s3.requester_pays", "maybe", "expected yes or no"),
+        ("s3.cache_control", "max-age=60\nacl = private", "expected one line, or none"),
         ("s3.requester_pays", "", "expected yes or no"),
         ("convert.target", "j p g", AN_EXTENSION),
         ("convert.target", "jpg/png", AN_EXTENSION),
