@@ -2635,10 +2635,12 @@ class Bucket:
             )
         size = head.get("ContentLength", listed.size)
         modified = head["LastModified"].isoformat() if "LastModified" in head else listed.last_modified
-        version = bare_etag(head.get("ETag")) or f"{size}@{unix_seconds(modified):.0f}"
-        seen = SourceObject(listed.key, version, size, modified)
+        etag = bare_etag(head.get("ETag"))
+        seen = SourceObject(listed.key, etag or f"{size}@{unix_seconds(modified):.0f}", size, modified)
         if listed.version and not seen.is_version_of(listed):
             raise ObjectFailed(*SOURCE_CHANGES["412"])
+        # A gateway may hide the ETag that the listing has: the version keeps its name.
+        seen = seen._replace(version=etag or listed.version or seen.version)
         # Intelligent-Tiering says in a header of its own that an object cannot be read before it is restored.
         is_archived = head.get("StorageClass") in ARCHIVE_CLASSES or head.get("ArchiveStatus")
         if is_archived and 'ongoing-request="false"' not in head.get("Restore", ""):
@@ -2669,6 +2671,17 @@ class Bucket:
         if task.holder:
             raise ObjectFailed("output_collision", taken_key(task.output_key, task.holder))
         return None
+
+    def _require_place(self, task: Task, key: str) -> None:
+        """Raise ObjectFailed if another's object lies there by now: the look or the listing may be hours old."""
+        try:
+            head = self.head(self.output_name, key)
+        except ObjectFailed:
+            if task.look:
+                raise
+            return  # to who may list one prefix alone, S3 refuses what does not exist: there was nothing
+        if head and self._judge(task, key, head) is OutcomeKind.ADOPTED:
+            raise ObjectFailed("output_collision", f"{key}: somebody has put another object there in the meantime")
 
     def _judge(self, task: Task, key: str, head: Head) -> OutcomeKind | None:
         """What an object counts as for a task; None if the task may replace it. Raises ObjectFailed if it must not."""
@@ -2721,6 +2734,9 @@ class Bucket:
         condition: Any = {"IfMatch": source.if_match} if source.if_match else {}
         with translate_s3_errors(f"reading {printable(source.key)}", "source_unreadable", is_of_source=True):
             reply: Any = self.client.get_object(Bucket=self.name, Key=source.key, **condition, **self._payer)
+        if source.if_match and bare_etag(reply.get("ETag")) != source.version:
+            reply["Body"].close()
+            raise ObjectFailed("source_unreadable", "what was handed out does not have the ETag of the object")
         return reply["Body"], int(reply.get("ContentLength", source.size))
 
     def open_upload(self, source: SourceObject, head: Head) -> tuple[IO[bytes], int]:
@@ -2772,15 +2788,18 @@ class Bucket:
     def store(self, task: Task, file: "ConvertedFile") -> StoredOutput:
         """Put an answer into the output bucket. A broken transfer leaves nothing. Raises ObjectFailed, RunError."""
         key = task.output_key + file.type.suffix
+        self._require_place(task, key)
         extra = {**self.output_arguments(task), "ContentType": file.type.media_type}
         with translate_s3_errors(f"writing {printable(key)}", "store_failed"):
             if file.size > MULTIPART_BYTES:
                 parts = TransferConfig(use_threads=False, multipart_chunksize=5 << 20)
                 self.client.upload_fileobj(file.body, self.output_name, key, ExtraArgs=extra, Config=parts)
-                reply = self.head(self.output_name, key, "store_failed") or {}
+                reply: Any = {}
             else:
                 reply = self.client.put_object(Bucket=self.output_name, Key=key, Body=file.body, **extra)
-        return StoredOutput(key, bare_etag(reply.get("ETag")), file.size)
+        # Without an ETag, it may have been a portal that has said yes.
+        etag = bare_etag(reply.get("ETag")) or bare_etag(self._head_stored(key).get("ETag"))
+        return StoredOutput(key, etag, file.size)
 
     def copy(self, task: Task, seen: Head) -> StoredOutput:
         """Copy an object that is in the target format already, within S3, in the version that was looked at."""
@@ -2795,11 +2814,18 @@ class Bucket:
         extra = {**said, **extra, "Metadata": {**own, **extra["Metadata"]}, "MetadataDirective": "REPLACE"}
         if source.if_match:
             extra["CopySourceIfMatch"] = source.if_match
+        self._require_place(task, key)
         with translate_s3_errors(f"writing {printable(key)}", "store_failed", is_of_source=True):
             parts, place = TransferConfig(use_threads=False), {"Bucket": self.name, "Key": source.key}
             self.client.copy(cast(Any, place), self.output_name, key, ExtraArgs=extra, Config=parts)
-        head = self.head(self.output_name, key, "store_failed") or {}
+        head = self._head_stored(key)
         return StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", source.size))
+
+    def _head_stored(self, key: str) -> Head:
+        """What a HEAD says of an output that was just written. Raises ObjectFailed, RunError."""
+        if head := self.head(self.output_name, key, "store_failed"):
+            return head
+        raise ObjectFailed("store_failed", f"{printable(key)} was written, and is not there")
 
     def output_arguments(self, task: Task) -> dict[str, Any]:
         """How an output is to be written, and what it says of itself."""
@@ -4384,7 +4410,8 @@ class Feeder:
 ########################################################################################################################
 # Workers. Look, slot, convert, look, store. A worker leaves when it takes the end marker; when the run is to end, the
 # object in hand is finished first, and a queued one is given back unsent.
-#   - `look_at_output` is the only guard against overwriting (I8), and comes before anything is paid.
+#   - `look_at_output`, before anything is paid, and `_require_place`, right before it is stored, are the only guards
+#     against overwriting (I8).
 #   - All that is said of an object goes through `WorkerContext._convert`, which hides secrets.
 ########################################################################################################################
 
@@ -5379,7 +5406,7 @@ class Recorder:
         if runs < 5 or not counts:
             return replace(outcome, runs_failed=runs)
         said = f"failed in {runs} runs, at last with {outcome.code}: {outcome.message}"
-        return replace(outcome, code="gave_up", message=said, permanent=True, runs_failed=runs, pending=None)
+        return replace(outcome, code="gave_up", message=said, permanent=True, runs_failed=runs)
 
     def _settle(self, settled: Sequence[Outcome]) -> None:
         """Write outcomes down and count them. What cannot be written is left to do: its request is still recorded."""
@@ -5611,7 +5638,7 @@ class Estimate:
             "latency_is_measured": bool(self._latencies),
             # Bound by the rate or by the workers.
             "seconds": round(in_one_run * max(60 / rate if rate else 0.0, latency / settings.run.workers)),
-            "s3_requests": {"LIST": self.pages_asked, "HEAD": 2 * conversions, "COPY": copy}
+            "s3_requests": {"LIST": self.pages_asked, "HEAD": 3 * conversions, "COPY": copy}
             | dict.fromkeys(("GET", "PUT"), conversions),
             "warnings": [*self.plan_warnings, *self._warnings(conversions, in_one_run)],
         }

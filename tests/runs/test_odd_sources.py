@@ -106,6 +106,29 @@ def test_a_source_whose_only_length_is_wrong_fails_at_once_and_is_not_paid(
     assert run.summary["seconds"] < 15
 
 
+def test_a_look_that_does_not_say_the_etag_changes_nothing(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    api.behaviour.convert = marking
+    expected = fill(bucket, 2)
+    for hidden in ({"etag"}, {"etag"}, set[str]()):
+        relay.hidden = hidden
+        assert_all_promises_are_kept(run_cli(AWS_ENDPOINT_URL_S3=relay.url), api, bucket, expected)
+
+
+def test_what_is_handed_out_in_place_of_a_source_is_not_sent(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    api.behaviour.convert = marking
+    expected, through = fill(bucket, 1), {"AWS_ENDPOINT_URL_S3": relay.url}
+    relay.refuse = lambda method, path: method == "GET" and urlsplit(path).path.endswith(".png")
+    relay.refusal_status, relay.refusal = 200, b"<html>Welcome to our network</html>"
+    run = run_cli(*UPLOAD, **through)
+    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"source_unreadable": 1}, [])
+    relay.refuse = lambda *_: False
+    assert_all_promises_are_kept(run_cli(*UPLOAD, **through), api, bucket, expected)
+
+
 ########################################################################
 # Copies
 ########################################################################

@@ -255,3 +255,13 @@ def test_what_has_failed_in_five_runs_has_failed_for_good_and_until_then_goes_la
     bucket.put("001.png", PNG + b"mended")
     api.faults.clear()
     assert run_cli(*once).summary["converted"] == 1
+
+
+def test_what_was_paid_for_and_given_up_is_not_paid_for_again(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    expected = fill(bucket, 1)
+    api.faults.add(Fault.cut_after_work(times=None))
+    for _ in range(5):
+        run = run_cli("--set", "api.retries=0")
+    assert (run.summary["failed"], len(api.paid)) == ({"gave_up": 1}, 1)
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli("--retry-failed"), api, bucket, expected)

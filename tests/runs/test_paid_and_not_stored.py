@@ -81,6 +81,19 @@ def test_what_cannot_be_stored_is_bought_once_more_and_has_then_failed(
     assert (len(api.paid), bucket.read("converted/000.jpg")[:3]) == (4, b"\xff\xd8\xff")
 
 
+def test_what_only_a_portal_says_it_has_taken_is_not_stored(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    expected = fill(bucket, 1)
+    relay.refuse = lambda method, _: method == "PUT"
+    relay.refusal_status, relay.refusal = 200, b"<html>Welcome to our network</html>"
+    through = {"AWS_ENDPOINT_URL_S3": relay.url}
+    run = run_cli(**through)
+    assert (run.exit_code, run.summary["failed"]) == (1, {"store_failed": 1})
+    relay.refuse = lambda *_: False
+    assert_all_promises_are_kept(run_cli(**through), api, bucket, expected)
+
+
 @pytest.mark.parametrize(
     "trouble",
     [
