@@ -2675,12 +2675,12 @@ class Bucket:
     def _require_place(self, task: Task, key: str) -> None:
         """Raise ObjectFailed if another's object lies there by now: the look or the listing may be hours old."""
         try:
-            head = self.head(self.output_name, key)
+            there = self.head(self.output_name, key)
         except ObjectFailed:
             if task.look:
                 raise
             return  # to who may list one prefix alone, S3 refuses what does not exist: there was nothing
-        if head and self._judge(task, key, head) is OutcomeKind.ADOPTED:
+        if there and self._judge(task, key, there) is OutcomeKind.ADOPTED:
             raise ObjectFailed("output_collision", f"{key}: somebody has put another object there in the meantime")
 
     def _judge(self, task: Task, key: str, head: Head) -> OutcomeKind | None:

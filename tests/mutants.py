@@ -295,6 +295,24 @@ OUTPUTS = (
         "test_an_output_that_may_not_be_looked_at_is_not_overwritten",
     ),
     defect(
+        "nothing is looked at right before it is stored",
+        "        self._require_place(task, key)\n        extra",
+        "        extra",
+        "test_what_is_put_there_while_a_source_is_converted_is_not_overwritten",
+    ),
+    defect(
+        "a yes of S3's without an ETag is believed",
+        'bare_etag(reply.get("ETag")) or bare_etag(self._head_stored(key).get("ETag"))',
+        'bare_etag(reply.get("ETag"))',
+        "test_what_only_a_portal_says_it_has_taken_is_not_stored",
+    ),
+    defect(
+        "the request of what is given up is forgotten",
+        "permanent=True, runs_failed=runs)",
+        "permanent=True, runs_failed=runs, pending=None)",
+        "test_what_was_paid_for_and_given_up_is_not_paid_for_again",
+    ),
+    defect(
         "a refused look at a source is taken for absent",
         "except ObjectFailed:\n            return None\n        return head is None",
         "except ObjectFailed:\n            return True\n        return head is None",
