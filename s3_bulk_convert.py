@@ -4064,7 +4064,7 @@ class Conversation:
             request.state = RequestState.REJECTED
             message = f"its result was paid for {request.row.payments} times and could not be stored"
             raise ObjectFailed("not_stored", message, permanent=True)
-        if not self._asked_at:
+        if not (self._asked_at or self.task.pending):
             ledger.reserve()
         if is_forgotten:
             # The URL has died with the key.
@@ -4365,7 +4365,8 @@ class Feeder:
                 task, code = decision.task, decision.reason
                 failed = Outcome(task, OutcomeKind.FAILED, code, decision.message, pending=task.pending)
                 self._tell(replace(failed, permanent=code == "too_large"))
-        for decision in decisions:
+        # What an earlier run has sent comes first: the API replays it for free, but not for ever.
+        for decision in sorted(decisions, key=lambda each: each.kind is not DecisionKind.RESUME):
             if decision.task and decision.kind is not DecisionKind.FAIL:
                 self._put(decision.task)
 
@@ -4527,6 +4528,9 @@ class WorkerContext:
         # Queued when the run was asked to end: it was never sent.
         if self.stop.is_set:
             raise StopRequested
+        if conversation.task.pending:
+            # Before the looks, which new objects need less of: under a cap, what may be paid already comes first.
+            self.ledger.reserve()
         bucket = self.bucket
         task, head = look(conversation.task, bucket, self.settings)
         conversation.task = task

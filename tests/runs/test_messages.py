@@ -213,8 +213,8 @@ def test_quiet_says_how_many_failed_for_good_before_and_does_not_count_outputs(
 ) -> None:
     for name in ("a.png", "b.png", "same.jpg"):
         bucket.put(name, photo(1, "png"))
-    api.faults.add(Fault.status_reply(422, "unsupported_route"))
-    run_cli()
+    api.faults.add(Fault.status_reply(422, "conversion_failed"))
+    run_cli("--set", "api.transfer=upload")
     run = run_cli("-q")
     assert (run.exit_code, run.summary["skipped"]["own_output"]) == (0, 1)
     assert re.fullmatch(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.runs.test_processes import wait_until
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import marking
@@ -165,6 +166,24 @@ def test_the_limit_pays_for_exactly_so_many(run_cli: Cli, bucket: Any, api: Conv
     assert run.summary["left"] == 7
     assert run_cli("--limit", "7").exit_code == 0
     assert len(api.paid) == 12
+
+
+def test_under_a_cap_what_was_interrupted_comes_before_what_is_new(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    put_some(bucket, 30)
+    api.on("work_done", lambda _: release.wait(30))
+    run = start("--workers", "10")
+    wait_until(lambda: len(api.paid) == 10)
+    run.process.kill()
+    run.wait()
+    release.set()
+    # The workers are more than the cap: no new object may overtake those that have to look at their outputs, too.
+    for settled in (3, 6, 9):
+        assert run_cli("--limit", "3").exit_code == 3
+        assert (len(bucket.outputs()), len(api.paid)) == (settled, 10)
+    assert run_cli().exit_code == 0
+    assert (len(api.paid), api.paid_twice()) == (30, [])
 
 
 def test_too_many_failures_stop_the_run_and_are_named(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
