@@ -50,9 +50,11 @@ def test_a_packed_source_is_uploaded_unpacked(run_cli: Cli, bucket: Any, api: Co
 @pytest.mark.parametrize(
     ("encoding", "body"),
     [
-        pytest.param("br", PNG + b"whatever this is", id="a coding that cannot be unpacked here"),
+        pytest.param(
+            "br", PNG + b"whatever this is", id="a coding that cannot be unpacked here", marks=pytest.mark.slow
+        ),
         pytest.param("gzip", gzip.compress(PNG * 1000)[:-20], id="cut"),
-        pytest.param("gzip", PNG + b"not packed at all", id="not packed"),
+        pytest.param("gzip", PNG + b"not packed at all", id="not packed", marks=pytest.mark.slow),
     ],
 )
 def test_a_source_that_cannot_be_unpacked_fails_alone_and_is_not_paid(

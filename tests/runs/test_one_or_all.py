@@ -88,7 +88,7 @@ def test_without_the_api_s_own_code_nothing_has_failed_for_good(
 
 REFUSALS_OF_ALL = [
     pytest.param(Fault.status_reply(403, "forbidden"), "forbidden", "check the API key and the plan", id="API"),
-    pytest.param(Fault.html_page(403), "http_403", "refused without a code", id="proxy"),
+    pytest.param(Fault.html_page(403), "http_403", "refused without a code", id="proxy", marks=pytest.mark.slow),
     pytest.param(
         *(Fault.redirect("http://127.0.0.1:9/", 302), "http_302", "refused without a code"),
         id="address",

@@ -50,7 +50,7 @@ def spoil_one_answer(api: ConversionApi) -> None:
     api.faults.add(fault.at(lambda request: "/000.png?" in request.fields.get("file_url", "")))
 
 
-@pytest.mark.parametrize("cause", ["store_failed", "no_length"])
+@pytest.mark.parametrize("cause", ["store_failed", pytest.param("no_length", marks=pytest.mark.slow)])
 def test_what_cannot_be_stored_is_bought_once_more_and_has_then_failed(
     cause: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:

@@ -165,6 +165,7 @@ def test_one_pace_holds_for_all_processes(run_cli: Cli, strict_api: ConversionAp
     assert posts[-1].started - posts[0].started > 85 * 0.05
 
 
+@pytest.mark.slow
 def test_a_429_that_one_process_gets_lets_nobody_send(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:
     fill(bucket, 40)
     strict_api.behaviour.latency = 0.05

@@ -72,7 +72,7 @@ def test_of_two_configurations_that_want_one_key_the_first_keeps_it_whatever_cha
     assert bucket.read("converted/invoice.jpg") == marked(PNG + b"another version of x")
 
 
-@pytest.mark.parametrize("skips", ["yes", "no"])
+@pytest.mark.parametrize("skips", [pytest.param("yes", marks=pytest.mark.slow), "no"])
 def test_an_output_that_somebody_has_replaced_is_theirs_until_it_is_gone(
     skips: str, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
@@ -109,7 +109,13 @@ def copy_bucket(source: Any, target: Any) -> None:
         target.client.copy_object(Bucket=target.name, Key=key, CopySource={"Bucket": source.name, "Key": key})
 
 
-@pytest.mark.parametrize("is_known", [True, False], ids=["with its checkpoint", "without a checkpoint"])
+@pytest.mark.parametrize(
+    "is_known",
+    [
+        pytest.param(True, id="with its checkpoint", marks=pytest.mark.slow),
+        pytest.param(False, id="without a checkpoint"),
+    ],
+)
 def test_a_bucket_that_was_copied_to_another_name_has_nothing_left_to_do(
     *, is_known: bool, run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi, work: Path
 ) -> None:
@@ -223,7 +229,7 @@ V1, V2, V3 = PNG + b"version 1", PNG + b"version 2", PNG + b"version 3"
     [
         pytest.param(V2, V2, id="overwritten"),
         pytest.param(V2, V1, id="overwritten and put back"),
-        pytest.param(V2, V3, id="overwritten twice"),
+        pytest.param(V2, V3, id="overwritten twice", marks=pytest.mark.slow),
     ],
 )
 def test_nothing_is_stored_of_a_source_that_was_overwritten_while_it_was_fetched(
@@ -317,7 +323,7 @@ class Throttle:
             return self._taken > self._at_once
 
 
-@pytest.mark.parametrize("status", [503, 429])
+@pytest.mark.parametrize("status", [503, pytest.param(429, marks=pytest.mark.slow)])
 def test_outputs_that_s3_takes_only_slowly_are_all_stored(
     status: int, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
