@@ -50,9 +50,7 @@ def test_a_packed_source_is_uploaded_unpacked(run_cli: Cli, bucket: Any, api: Co
 @pytest.mark.parametrize(
     ("encoding", "body"),
     [
-        pytest.param(
-            "br", PNG + b"whatever this is", id="a coding that cannot be unpacked here", marks=pytest.mark.slow
-        ),
+        pytest.param("br", PNG + b"whatever this is", id="a coding that nothing here unpacks", marks=pytest.mark.slow),
         pytest.param("gzip", gzip.compress(PNG * 1000)[:-20], id="cut"),
         pytest.param("gzip", PNG + b"not packed at all", id="not packed", marks=pytest.mark.slow),
     ],
