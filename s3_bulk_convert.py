@@ -5,13 +5,13 @@
 # ///
 """Convert every object of an S3 bucket once through the ChangeThisFile API and put the results back into S3.
 
-How data flows; each word is a function below, in this order:
+How data flows; each word is the name of a method below:
 
-  list_pages -> plan -> |queue| -> look_at_source -> look_at_output -> convert -> require_unchanged -> store -> Outcome
+  list_pages -> plan -> |queue| -> look_at_source -> look_at_output -> convert -> require_unchanged -> store -> outcome
   `- one feeder thread -'          `--------------------------- worker threads --------------------------'        |
                                                                     record: journal, failures file, report
 
-Memory does not depend on the size of the bucket: at most one page of the listing and a bounded queue exist at a time.
+Memory does not depend on the size of the bucket: a few pages of the listing and a bounded queue exist at a time.
 
 Files written: the checkpoint (SQLite, with its `-wal` and `-shm`, and a `.lock` beside it), the failures file (JSON
 lines, appended), a run summary (JSON) and metrics (Prometheus textfile) where `run.summary`, `run.metrics` name them.
@@ -21,6 +21,10 @@ nothing was started; 3 stopped early, work is left; 4 another run holds the chec
 
 SIGINT, SIGTERM, SIGHUP: nothing new is sent, what is in flight gets `run.shutdown_grace` to finish. A second signal
 ends the program at once. Nothing is lost either way: what was sent is in the checkpoint and is resumed by the next run.
+
+To change what an option is or accepts, go to Settings; what an answer is taken for, Limits and formats and Rules; what is
+selected, skipped or taken for done, Plan; what S3 is asked and whose an output is, S3; what the API is sent and what that
+costs, API client; what is on the disk, Journal; when a run stops, Recorder; what a person reads, Recorder and Looking.
 """
 
 import sys
