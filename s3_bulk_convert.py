@@ -22,9 +22,10 @@ nothing was started; 3 stopped early, work is left; 4 another run holds the chec
 SIGINT, SIGTERM, SIGHUP: nothing new is sent, what is in flight gets `run.shutdown_grace` to finish. A second signal
 ends the program at once. Nothing is lost either way: what was sent is in the checkpoint and is resumed by the next run.
 
-To change what an option is or accepts, go to Settings; what an answer is taken for, Limits and formats and Rules; what is
-selected, skipped or taken for done, Plan; what S3 is asked and whose an output is, S3; what the API is sent and what that
-costs, API client; what is on the disk, Journal; when a run stops, Recorder; what a person reads, Recorder and Looking.
+To change what an option is or accepts, go to Settings; what an answer is taken for, to Limits and formats, and Rules;
+what is selected, skipped or taken for done, to Plan; what S3 is asked, and whose an output is, to S3; what the API is
+sent, and what that costs, to API client; what is on the disk, to Journal; when a run stops, to Recorder; what a person
+reads, to Recorder and Looking.
 """
 
 import sys
