@@ -3068,6 +3068,7 @@ class Planner:
         self._own_endings = (*(f".{job.target}" for job in settings.jobs), ".zip", "/")
         self._outputs = OutputLister(bucket)
         self._unmarked_looks = 16  # at keys that look like outputs, for a warning
+        self._holder_looks = 16  # in vain, at sources that have claimed a key: so many collisions are none of outputs
         self.warnings: dict[str, str] = {}  # by kind: what a person should know
 
     def decisions(self, max_parallel: Callable[[], int]) -> Iterator[list[Decision]]:
@@ -3247,12 +3248,14 @@ class Planner:
             elif task.look:
                 # Of different sources, the one has the key whose output lies there: the look tells.
                 yield task
-            elif not self.settings.puts_among_sources(jobs[job]) or not self.bucket.is_no_source(key):
-                yield replace(task, holder=key)
-            else:
-                # Among the sources, outputs of other jobs are listed as well, and have claimed what they do not want.
+            elif self._holder_looks and self.bucket.is_no_source(key):
+                # Outputs of other jobs, and of this one when it had another place, are listed as well, and have claimed
+                # what they do not want.
                 claims |= self.journal.claim([claim], anew=True)
                 yield task
+            else:
+                self._holder_looks = max(0, self._holder_looks - 1)
+                yield replace(task, holder=key)
 
 
 class OutputLister:

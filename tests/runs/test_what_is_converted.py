@@ -213,6 +213,18 @@ def test_outputs_among_the_sources_overwrite_nothing_and_are_not_converted(
     assert len(api.paid) == 3
 
 
+def test_outputs_that_lie_where_they_lay_before_take_no_key_from_a_source(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for number in range(3):
+        bucket.put(f"photos/{number}.png", photo(number, "png"))
+    assert run_cli("--set", "s3.output_key=converted/{stem}.{target}").exit_code == 0
+    # Sorted before the sources, the outputs of the first place want the same keys in the second one.
+    run = run_cli("--target", "webp", "--set", "s3.output_key=webp/{stem}.{target}")
+    assert (run.exit_code, run.summary["converted"], run.summary["skipped"]) == (0, 3, {"own_output": 3})
+    assert len(api.paid) == 6
+
+
 def test_a_lost_checkpoint_pays_nothing_again(run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path) -> None:
     for number in range(5):
         bucket.put(f"in/{number}.png", photo(number, "png"))
