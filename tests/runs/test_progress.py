@@ -152,7 +152,7 @@ def test_a_message_does_not_tear_the_bar(
     fault = api.faults.add(Fault.hang_until(release))
     run = start("--workers", "1", terminal=terminal.slave)
     assert fault.reached.wait(30)
-    terminal.read_until("of ~4 done")
+    terminal.read_until("of ~?4 done")
     run.process.send_signal(signal.SIGTERM)
     terminal.read_until("interrupted by SIGTERM; waiting for what is in flight[^\r]*\r\n")
     terminal.read_until(r"0 failed, 0.0 files/s, stopping, 1 in flight")
