@@ -3227,14 +3227,14 @@ class Planner:
         there = self._outputs.existing([(jobs[task.job].constant_prefix, task.output_key) for task in tasks])
         placed: list[tuple[str, Task]] = []
         for slot, task in zip(slots, tasks, strict=True):
-            look = task.pending is not None or task.output_key in there
+            is_there = task.output_key in there
             bucket, key = held.get(slot, (here, task.source.key))
             holder = key if bucket == here else f"s3://{bucket}/{key}"
             # An object that was deleted while it was in flight, and has left no output, holds nobody up.
             is_itself = (bucket, key) == (here, task.source.key)
-            if is_itself or (not look and bucket == here and self.bucket.is_no_source(key)):
+            if is_itself or (not is_there and bucket == here and self.bucket.is_no_source(key)):
                 holder = ""
-            placed.append((slot, replace(task, holder=holder, look=look)))
+            placed.append((slot, replace(task, holder=holder, look=is_there or task.pending is not None)))
         # A request in flight comes before what is new; what somebody else holds is claimed by nobody here.
         free = sorted((each for each in placed if not each[1].holder), key=lambda each: each[1].pending is None)
         claims = self.journal.claim([(slot, task.job, task.source.key) for slot, task in free])

@@ -241,6 +241,7 @@ class Service:
         self.keys = Keys(options.keys, options.folders, options.size)
         self.counts = Counts()
         self._window_ends = 0.0
+        self._in_parts = set[str]()  # keys that were put in parts: the program looks whether they are there
         body = PIECE[: options.answer_bytes] + bytes(max(0, min(options.answer_bytes, MD5_MOST_BYTES) - WHOLE_BYTES))
         self._answer_md5 = hashlib.md5(body).hexdigest()
         self._put = answer(more=f'ETag: "{self._answer_md5}"\r\n')._replace(
@@ -332,6 +333,8 @@ class Service:
             return answer(status=204)
         if method == "HEAD":
             self.counts.heads += 1
+            if key in self._in_parts:
+                return answer(more=f'ETag: "{self._answer_md5}-2"\r\n')._replace(delay=self.options.head_latency)
             return self._source(key)._replace(body=b"", length=0, delay=self.options.head_latency)
         return self._source(key)
 
@@ -356,6 +359,7 @@ class Service:
             text = f"<Bucket>b</Bucket><Key>{escape(key)}</Key><UploadId>1</UploadId>"
         else:
             self.counts.put()
+            self._in_parts.add(key)
             name, text = "CompleteMultipartUploadResult", f'<ETag>"{self._answer_md5}-2"</ETag>'
         return answer(f"<{name}>{text}</{name}>".encode(), media_type=XML)
 

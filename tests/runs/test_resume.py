@@ -412,6 +412,19 @@ def killed_when_paid(start: Cli, api: ConversionApi, *options: str) -> None:
     assert run.wait().exit_code == -signal.SIGKILL
 
 
+def test_a_request_of_a_deleted_object_takes_the_key_from_no_other_request(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = converted
+    bucket.put("a.png", PNG + b"a picture")
+    killed_when_paid(start, api)
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    bucket.put("a.heic", PNG + b"another picture")
+    killed_when_paid(start, api)
+    run = run_cli()
+    assert (run.exit_code, run.summary["converted"], run.summary["replays"], len(api.paid)) == (0, 1, 1, 2)
+
+
 def test_a_return_to_an_earlier_quality_stores_that_quality_again(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
