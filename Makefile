@@ -22,7 +22,7 @@ recording: .venv/ready  ## draw what a terminal shows of the demo into tests/dem
 	$(BIN)/python -m tests.recording
 
 test: .venv/ready  ## all tests but the slow ones
-	$(BIN)/python -m pytest -c tests/pytest.ini -n 4 --dist worksteal tests
+	$(BIN)/python -m pytest -c tests/pytest.ini -n 6 --dist worksteal tests
 
 test-slow: .venv/ready  ## the long proofs: random kills, many examples
 	$(BIN)/python -m pytest -c tests/pytest.ini -m slow -s tests

@@ -4396,7 +4396,9 @@ class Feeder:
         """
         self.is_ahead.wait()
         try:
-            self._count_total()
+            # A run that is over already closes the checkpoint, and nobody else must have it open then.
+            if not self._has_finished.is_set():
+                self._count_total()
         except Exception:
             # Without a total, the run goes on as well.
             log.debug("the total could not be counted", exc_info=True)

@@ -250,14 +250,14 @@ OUTPUTS = (
     ),
     defect(
         "nothing is looked at before it is overwritten among the sources",
-        "or task.output_key in there",
-        "or (task.output_key in there and not self.settings.puts_among_sources(jobs[task.job]))",
+        "is_there = task.output_key in there",
+        "is_there = task.output_key in there and not self.settings.puts_among_sources(jobs[task.job])",
         "test_among_the_sources_nothing_is_overwritten_that_nobody_has_looked_at",
     ),
     defect(
         "what the checkpoint knows is overwritten unseen when its source has changed",
-        "or task.output_key in there",
-        "or (task.output_key in there and task.known is None)",
+        "is_there = task.output_key in there",
+        "is_there = task.output_key in there and task.known is None",
         "test_among_the_sources_an_output_that_somebody_has_replaced_is_not_overwritten_when_its_source_changes",
     ),
     defect(
@@ -433,8 +433,8 @@ REQUESTS = (
     ),
     defect(
         "no look before a resumed request",
-        "look = task.pending is not None or task.output_key in there",
-        "look = task.pending is None and task.output_key in there",
+        "look=is_there or task.pending is not None",
+        "look=is_there and task.pending is None",
         "test_what_was_stored_before_a_kill_is_found_and_not_sent_again",
     ),
     defect(

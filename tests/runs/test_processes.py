@@ -144,6 +144,7 @@ def test_worker_processes_end_with_a_parent_that_is_killed(
     assert_all_promises_are_kept(start(*THREE).wait(), strict_api, bucket, expected)
 
 
+@pytest.mark.slow
 def test_what_one_process_hears_stops_them_all(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:
     fill(bucket, 40)
     strict_api.behaviour.month_quota = 10
