@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo recording test test-slow test-all test-real soak bench lint clean
+.PHONY: help demo recording test test-slow test-all test-real soak mutants bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -22,7 +22,7 @@ recording: .venv/ready  ## draw what a terminal shows of the demo into tests/dem
 	$(BIN)/python -m tests.recording
 
 test: .venv/ready  ## all tests but the slow ones
-	$(BIN)/python -m pytest -c tests/pytest.ini -n 4 --dist worksteal tests
+	$(BIN)/python -m pytest -c tests/pytest.ini -n 6 --dist worksteal tests
 
 test-slow: .venv/ready  ## the long proofs: random kills, many examples
 	$(BIN)/python -m pytest -c tests/pytest.ini -m slow -s tests
@@ -41,6 +41,9 @@ test-real: .venv/ready .venv-ministack/ready  ## against real S3 servers, also o
 soak: .venv/ready  ## an hour of faults, changes and kills: nothing paid twice, lost, wrong or growing; MINUTES=5 less
 	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),60)
 
+mutants: .venv/ready  ## plant defects in a copy, one at a time: a test sees each; ONLY=word some of them
+	$(BIN)/python -m tests.mutants $(ONLY)
+
 .venv/ready-bench: .venv/ready tests/bench/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
 	@touch $@
@@ -48,11 +51,10 @@ soak: .venv/ready  ## an hour of faults, changes and kills: nothing paid twice, 
 bench: .venv/ready-bench  ## measure it: all parts take an hour or two; ONLY=listing one of them; QUICK=1 small numbers
 	$(BIN)/python -m tests.bench $(ONLY)
 
-lint: .venv/ready  ## style, complexity and size of functions, types
+lint: .venv/ready  ## style, complexity and nesting, types
 	$(BIN)/ruff check --config tests/ruff.toml $(CODE)
 	$(BIN)/ruff format --check --config tests/ruff.toml $(CODE)
 	$(BIN)/mypy --config-file tests/mypy.ini $(CODE)
-	$(BIN)/python -m tests.size_budget s3_bulk_convert.py
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

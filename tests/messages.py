@@ -9,9 +9,10 @@ The texts are read from the syntax tree, so that none can be forgotten; what onl
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ SCRIPT = Path(program.__file__).resolve()
 README = SCRIPT.parent / "README.md"
 BEGIN, END = "<!-- messages: made by `python -m tests.messages --write` -->", "<!-- end of messages -->"
 FILLED_IN = "…"
-WITH_HINT = {"UserError", "RunStopped", "Stop", "Doubt"}  # called with (message, hint, ...)
+WITH_HINT = {"RunError", "usage_error", "CheckWarning"}  # called with (message, hint, ...)
 
 
 class Row(NamedTuple):
@@ -31,34 +32,73 @@ class Row(NamedTuple):
     hint: str
 
 
-def text_of(node: ast.expr, names: dict[str, ast.expr]) -> str:
-    """An expression as text; `names`: what names stand for where it is."""
-    while isinstance(node, ast.Call) and (inner := shortened(node)):
-        node = inner
+class Text(NamedTuple):
+    """What an expression may say, where the script's conditions are as `when` has them."""
+
+    text: str
+    when: Mapping[str, bool] = {}
+
+    def joined(self, other: Text) -> Text | None:
+        """This text with another one behind it; None where they cannot both be said."""
+        if any(self.when.get(test, holds) is not holds for test, holds in other.when.items()):
+            return None
+        return Text(re.sub(f"{FILLED_IN}+", FILLED_IN, self.text + other.text), {**self.when, **other.when})
+
+
+Names = dict[str, list[Text]]  # what names stand for, at some place in the script
+UNKNOWN = [Text(FILLED_IN)]
+
+
+def texts_of(node: ast.expr | None, names: Names) -> list[Text]:
+    """All that an expression may say; an ellipsis for what only a run can fill in."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
+        return [Text(node.value)]
     if isinstance(node, ast.JoinedStr):
-        return re.sub(f"{FILLED_IN}+", FILLED_IN, "".join(text_of(part, names) for part in node.values))
+        return joined(texts_of(part, names) for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return text_of(node.left, names) + text_of(node.right, names)
-    if isinstance(node, ast.Name) and node.id in names:
-        return text_of(names[node.id], {name: value for name, value in names.items() if name != node.id})
-    if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name):
-        return named_number(node.value.id)
-    return FILLED_IN
+        return joined([texts_of(node.left, names), texts_of(node.right, names)])
+    if isinstance(node, ast.IfExp):
+        return either(ast.unparse(node.test), texts_of(node.body, names), texts_of(node.orelse, names))
+    if isinstance(node, ast.Call):
+        return texts_of_call(node, names)
+    value = node.value if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name) else node
+    return texts_of_name(value.id, names) if isinstance(value, ast.Name) else UNKNOWN
 
 
-def shortened(call: ast.Call) -> ast.expr | None:
-    """The text that a call takes something away from; None if it is a call of another kind."""
-    if ast.unparse(call.func) == "redacted":
-        return call.args[0]
-    return call.func.value if isinstance(call.func, ast.Attribute) and call.func.attr == "rstrip" else None
+def joined(parts: Iterable[list[Text]]) -> list[Text]:
+    """One text behind the other, in each way that the conditions allow."""
+    texts = [Text("")]
+    for part in parts:
+        texts = [both for first, second in itertools.product(texts, part) if (both := first.joined(second))]
+    return texts
 
 
-def named_number(name: str) -> str:
-    """A number that has a name in the script; an ellipsis for any other name."""
+def either(test: str, yes: list[Text], no: list[Text]) -> list[Text]:
+    """What is said if a condition holds, and what if it does not."""
+    cases = ((True, yes), (False, no))
+    return [both for holds, texts in cases for text in texts if (both := Text("", {test: holds}).joined(text))]
+
+
+def texts_of_call(call: ast.Call, names: Names) -> list[Text]:
+    """What a call hands on: a text that it takes something away from, or that it looks up."""
+    called = ast.unparse(call.func)
+    if called in {"redact", "hide"}:
+        return texts_of(call.args[0], names)
+    if called == "hint_for":
+        return [Text("what to do about such a failure: see below")]
+    if called == "S3_HINTS.get":
+        return texts_of(call.args[1], names)
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "rstrip":
+        return texts_of(call.func.value, names)
+    return UNKNOWN
+
+
+def texts_of_name(name: str, names: Names) -> list[Text]:
+    """A number that has a name in the script, or a text that is put into another one."""
     value = getattr(program, name, None)
-    return f"{value:,}" if isinstance(value, int) else FILLED_IN
+    if isinstance(value, int):
+        return [Text(f"{value:,}")]
+    return names.get(name, UNKNOWN)
 
 
 class Reader(ast.NodeVisitor):
@@ -67,50 +107,82 @@ class Reader(ast.NodeVisitor):
     def __init__(self) -> None:
         self.errors: list[Row] = []
         self.problems: list[str] = []  # of the configuration
-        self._names: dict[str, ast.expr] = {}
+        self._names: Names = {}
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """A function's names are its own; what bad_line is called with is taken where it is called."""
-        if node.name == "bad_line":
+        """A function's names are its own; what _bad_line is called with is taken where it is called."""
+        if node.name == "_bad_line":
             return
-        outer, self._names = self._names, dict(self._names)
+        outer = self._names
+        given = {each.arg for each in ast.walk(node.args) if isinstance(each, ast.arg)}
+        self._names = {name: texts for name, texts in outer.items() if name not in given}
         self.generic_visit(node)
         self._names = outer
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        """Remember what a name stands for from here on."""
+        """Remember what names stand for from here on."""
         self.generic_visit(node)
+        pairs: list[tuple[ast.expr, ast.expr | None]] = []
         for target in node.targets:
-            if isinstance(target, ast.Name):
-                self._names[target.id] = node.value
+            if isinstance(target, ast.Tuple):
+                values = node.value.elts if isinstance(node.value, ast.Tuple) else [None] * len(target.elts)
+                pairs += zip(target.elts, values, strict=False)
+            else:
+                pairs.append((target, node.value))
+        found = {target.id: texts_of(value, self._names) for target, value in pairs if isinstance(target, ast.Name)}
+        self._names.update(found)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
-        """A text goes on, or problems are added to their list."""
+        """A text goes on."""
         self.generic_visit(node)
         name = ast.unparse(node.target)
         if name in self._names:
-            self._names[name] = ast.BinOp(self._names[name], ast.Add(), node.value)
-        if name == "problems" and isinstance(node.value, ast.ListComp):
-            self.problems.append(text_of(node.value.elt, self._names))
+            self._names[name] = joined([self._names[name], texts_of(node.value, self._names)])
+
+    def visit_If(self, node: ast.If) -> None:
+        """What a branch that goes on has changed holds under its condition; what one that leaves has, does not."""
+        self.visit(node.test)
+        before, ends = self._names, list[Names]()
+        for branch in (node.body, node.orelse):
+            self._names = dict(before)
+            for statement in branch:
+                self.visit(statement)
+            leaves = branch and isinstance(branch[-1], ast.Raise | ast.Return | ast.Continue)
+            ends.append({} if leaves else self._names)
+        yes, no = ends[0] or ends[1] or before, ends[1] or ends[0] or before
+        test = ast.unparse(node.test)
+        self._names = {
+            name: yes[name]
+            if yes.get(name) is no.get(name)
+            else either(test, yes.get(name, UNKNOWN), no.get(name, UNKNOWN))
+            for name in {**yes, **no}
+        }
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """What is wrong with a page of a listing is no problem of the configuration."""
+        known = len(self.problems)
+        self.generic_visit(node)
+        if node.name == "Page":
+            del self.problems[known:]
 
     def visit_Return(self, node: ast.Return) -> None:
-        """Some functions return the problems that they find."""
+        """The API key comes with the problem that it has."""
         self.generic_visit(node)
-        found = node.value.elt if isinstance(node.value, ast.ListComp) else None
-        texts = node.value.elts if isinstance(node.value, ast.List) else [found] if found else []
-        self.problems += [text for text in (text_of(each, self._names) for each in texts) if text.startswith("[")]
+        last = node.value.elts[-1] if isinstance(node.value, ast.Tuple) else None
+        self.problems += [problem.text for problem in texts_of(last, self._names) if problem.text.startswith("[api]")]
 
     def visit_Call(self, node: ast.Call) -> None:
         """Take the texts of what is raised, or added to the problems."""
         self.generic_visit(node)
         called = ast.unparse(node.func)
-        texts = [text_of(argument, self._names) for argument in node.args]
+        texts = [texts_of(argument, self._names) for argument in node.args]
         if called in WITH_HINT and len(texts) > 1:
-            self.errors.append(Row(texts[0], texts[1]))
-        elif called == "bad_line":
-            self.errors.append(Row(f"{FILLED_IN}: line {FILLED_IN} {texts[2]}", program.KEYS_HINT))
-        elif called in {"ValueError", "problems.append", "problems.insert"}:
-            self.problems += texts[-1:]
+            pairs = itertools.product(texts[0], texts[1])
+            self.errors += [Row(text.text, hint.text) for text, hint in pairs if text.joined(hint)]
+        elif called == "self._bad_line":
+            self.errors += [Row(f"{FILLED_IN}: line {FILLED_IN} {what.text}", program.KEYS_HINT) for what in texts[1]]
+        elif called in {"ValueError", "self.problems.append", "problems.append", "problems.insert"}:
+            self.problems += [problem.text for problem in texts[-1]]
 
 
 def says_something(text: str) -> bool:
@@ -137,13 +209,14 @@ def tables() -> str:
     """The part of README between the two marks."""
     reader = read_script()
     errors = [row for row in reader.errors if says_something(row.text) and says_something(row.hint)]
+    errors += [Row(f"S3 refused {FILLED_IN}: {code} {FILLED_IN}", hint) for code, hint in program.S3_HINTS.items()]
     lines = [
         BEGIN,
         *table("| message | what to do |", errors),
         "",
         "Problems of the configuration come all at once, each with its place, what was given, and what is accepted.",
         "",
-        *table("| failures of objects | what to do |", (Row(code, hint) for code, hint in program.REMEDIES.items())),
+        *table("| failures of objects | what to do |", (Row(code, hint) for code, hint in program.HINTS.items())),
         END,
     ]
     return "\n".join(lines)

@@ -21,8 +21,9 @@ from tests.standins.servers.kinds import KINDS
 
 PYTEST = (sys.executable, "-m", "pytest", "-c", "tests/pytest.ini")
 OVER_TLS = (
-    *("test_listing", "test_s3_server", "runs/test_crash_matrix", "runs/test_from_outside", "runs/test_keys_from"),
-    *("runs/test_large_objects", "runs/test_looking", "runs/test_main_job", "runs/test_what_is_converted"),
+    *("parts/test_listing", "test_s3_server", "runs/test_crash_matrix", "runs/test_from_outside"),
+    *("runs/test_keys_from", "runs/test_large_objects", "runs/test_looking", "runs/test_main_job"),
+    *("runs/test_outputs_as_stored", "runs/test_what_is_converted"),
 )
 
 

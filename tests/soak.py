@@ -260,7 +260,7 @@ WARM_UP = 30  # weighings, in which connections are made
 LEAST_TO_COMPARE = 16  # weighings after that
 ALLOWED_PEAK_MB = 8.0  # of a short run, which looks into a larger checkpoint each time
 MOST_WAL_MB = 5.0
-MOST_IN_FLIGHT = 5 * WORKERS  # a batch and the queue are twice the workers each
+MOST_IN_FLIGHT = 5 * WORKERS  # one for each worker, and those whose outcomes wait for the disk
 
 
 def first_and_last(values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
@@ -373,7 +373,8 @@ class Assault:
     gone: list[str] = field(default_factory=list)  # keys that may come again: no request for them is on its way
     just_gone: list[str] = field(default_factory=list)  # those that may do so a minute later
     figures: Counter[str] = field(default_factory=Counter)
-    peaks: list[float] = field(default_factory=list)  # of memory, of each run that was weighed
+    # Of memory, of each run that was weighed, by the number of its processes.
+    peaks: dict[int, list[float]] = field(default_factory=lambda: {1: [], 2: []})
     transfer: str = "upload"
     lock: threading.Lock = field(default_factory=threading.Lock)  # whoever has it, changes the bucket or compares
 
@@ -412,8 +413,10 @@ class Assault:
         """Start run after run, and end each in some way."""
         while time.monotonic() < moment:
             kind = self.luck.choice(("SIGKILL", "SIGKILL", "SIGTERM", "a worker", "nothing"))
-            run = self._started(2 if kind == "a worker" else self.luck.choice((1, 2)))
-            self._end(run, kind)
+            processes = 2 if kind == "a worker" else self.luck.choice((1, 2))
+            run = self._started(processes)
+            if weight := self._end(run, kind):
+                self.peaks[processes].append(weight.peak_mb)
             self._judge(run)
 
     def _started(self, processes: int) -> Run:
@@ -421,10 +424,9 @@ class Assault:
         transfer = ("--set", f"api.transfer={self.transfer}")
         return self.start("--prefix", "short/", "--set", f"run.processes={processes}", *transfer, *OPTIONS)
 
-    def _end(self, run: Run, kind: str) -> None:
-        moment = self.luck.uniform(0.3, LONGEST_RUN_SECONDS)
-        if weight := self._weighed(run, moment):
-            self.peaks.append(weight.peak_mb)
+    def _end(self, run: Run, kind: str) -> Weight | None:
+        """End a run at a random moment; what it weighed last."""
+        weight = self._weighed(run, self.luck.uniform(0.3, LONGEST_RUN_SECONDS))
         if run.process.poll() is None and kind != "nothing":
             # It may be ending just now.
             with suppress(OSError, IndexError):
@@ -432,6 +434,7 @@ class Assault:
                 os.kill(victim, signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
                 self.figures[kind] += 1
         run.wait(PATIENCE_SECONDS)
+        return weight
 
     @staticmethod
     def _weighed(run: Run, seconds: float) -> Weight | None:
@@ -459,9 +462,11 @@ class Assault:
 
     def judge_peaks(self) -> None:
         """A run takes no more memory because there were many before it."""
-        first, last = first_and_last(self.peaks)
-        if len(self.peaks) >= LEAST_TO_COMPARE:
-            assert max(last) <= max(first) + ALLOWED_PEAK_MB, f"short runs took {max(first)} MB, then {max(last)}"
+        for processes, peaks in self.peaks.items():
+            first, last = first_and_last(peaks)
+            if len(peaks) >= LEAST_TO_COMPARE:
+                said = f"short runs with {processes} processes took {max(first):.0f} MB, then {max(last):.0f}"
+                assert max(last) <= max(first) + ALLOWED_PEAK_MB, said
 
     # -- comparisons -----------------------------------------------------------------------------------------------
 
@@ -595,9 +600,11 @@ class Soak:
             "S3 stood still": f"{figures['S3 stood still']} times",
             "troubles": ", ".join(f"{name} {count}" for name, count in self.weather.struck().items()),
         }
-        if self.assault.peaks:
-            first, last = first_and_last(self.assault.peaks)
-            rows["most memory of short runs"] = f"{max(first):.0f} MB in the first quarter, {max(last):.0f} in the last"
+        for processes, peaks in self.assault.peaks.items():
+            if peaks:
+                first, last = first_and_last(peaks)
+                told = f"{max(first):.0f} MB in the first quarter, {max(last):.0f} in the last"
+                rows[f"most memory of short runs, {processes} processes"] = told
         lines = ["| what | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
         return "\n".join([*lines, "", *weight_table(self.long_runs)])
 

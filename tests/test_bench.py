@@ -14,7 +14,7 @@ from botocore.config import Config
 
 from tests.bench.harness import BUCKET, PROJECT, Standins, finished_checkpoint, run_program, standins
 from tests.bench.keys import Keys
-from tests.bench.report import replace_section
+from tests.bench.report import Target, replace_section, target_table
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -80,7 +80,7 @@ def test_a_limit_admits_so_many_and_no_more(servers: Standins) -> None:
 
 
 def test_a_checkpoint_that_was_made_knows_every_object(servers: Standins) -> None:
-    with finished_checkpoint(COUNT, FOLDERS, KEYS.size) as path:
+    with finished_checkpoint(servers, COUNT, FOLDERS, KEYS.size) as path:
         cost = run_program(servers, "--limit", "1", checkpoint=path)  # one that knows them not ends at once
     assert (cost.exit_code, cost.summary["already_done"], cost.counts["conversions"]) == (0, COUNT, 0)
 
@@ -89,6 +89,16 @@ def test_the_bench_says_which_parts_there_are() -> None:
     command = [sys.executable, "-m", "tests.bench", "nothing"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     assert (done.returncode, "throughput" in done.stderr) == (2, True)
+
+
+def test_a_target_says_what_it_is_and_whether_it_is_met() -> None:
+    cheap = Target("CPU", 7.5, most=7, first=4.0)
+    rows = target_table([cheap, Target("CPU", 7.0, most=7), Target("filled", 98.4, least=98.5)]).splitlines()[2:]
+    assert rows == [
+        "| CPU | ≤ 7 | 7.50 | 4.00 | **no** |",
+        "| CPU | ≤ 7 | 7.00 | – | yes |",
+        "| filled | ≥ 98.5 | 98.4 | – | **no** |",
+    ]
 
 
 def test_a_part_that_is_measured_again_replaces_its_own_section_only(tmp_path: Path) -> None:

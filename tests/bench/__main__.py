@@ -18,7 +18,7 @@ from pathlib import Path
 from time import monotonic
 
 from tests.bench.parts import FULL, PARTS, QUICK
-from tests.bench.report import as_markdown, draw, replace_section
+from tests.bench.report import Part, as_markdown, draw, replace_section, target_table
 
 HERE = Path(__file__).parent
 
@@ -57,24 +57,27 @@ def main() -> int:
         sys.stderr.write(f"error: there is no part {', '.join(unknown)}\nhint: there are {', '.join(PARTS)}\n")
         return 2
     directory = Path(tempfile.mkdtemp(prefix="bench-results-")) if arguments.quick else HERE
-    failed = [name for name in arguments.parts or PARTS if not measured(name, directory, is_quick=arguments.quick)]
+    parts = [measured(name, directory, is_quick=arguments.quick) for name in arguments.parts or PARTS]
+    targets = [target for part in parts if part for target in part.targets]
+    if targets:
+        print(target_table(targets), end="\n\n")
     print(f"written to {directory / 'RESULTS.md'}")
-    return 1 if failed else 0
+    return 0 if all(parts) else 1
 
 
-def measured(name: str, directory: Path, *, is_quick: bool) -> bool:
-    """Measure one part and write what was found; whether that could be done. One that fails does not end the others."""
+def measured(name: str, directory: Path, *, is_quick: bool) -> Part | None:
+    """Measure one part and write what was found; None if that could not be done, which does not end the others."""
     started = monotonic()
     try:
         part = PARTS[name](QUICK if is_quick else FULL)
     except (RuntimeError, subprocess.CalledProcessError) as problem:
         sys.stderr.write(f"error: {name}: {problem}\n")
-        return False
+        return None
     section = as_markdown(part, circumstances(name, monotonic() - started))
     print(section, end="\n\n", flush=True)
     replace_section(directory / "RESULTS.md", name, section)
     draw(part.plots, directory)
-    return True
+    return part
 
 
 if __name__ == "__main__":

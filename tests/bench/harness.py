@@ -7,6 +7,7 @@ small: it imports neither the program nor boto3 nor matplotlib.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -18,12 +19,15 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCRIPT = PROJECT / "s3_bulk_convert.py"
+# What the program is compared with: its first edition as it was last.
+FIRST_EDITION = "bc754cffb8a4a784a177275ae68dcc20e9817a1f"
 BUCKET = "bench"
 MOST_SECONDS = 3600
 SAMPLE_SECONDS = 0.5  # looking at all processes of the machine takes some milliseconds
@@ -184,14 +188,30 @@ def directory() -> Iterator[Path]:
         yield Path(name)
 
 
+@lru_cache(maxsize=1)
+def first_edition() -> Path:
+    """The script of the first edition, from git's history: below TMPDIR, until the bench ends."""
+    kept = tempfile.TemporaryDirectory(prefix="s3-bulk-convert-first-")
+    atexit.register(kept.cleanup)
+    told = subprocess.run(
+        ["git", "show", f"{FIRST_EDITION}:{SCRIPT.name}"], cwd=PROJECT, capture_output=True, check=False
+    )
+    if told.returncode:
+        raise RuntimeError(f"the first edition is in git's history, which is not here: {told.stderr.decode().strip()}")
+    path = Path(kept.name) / SCRIPT.name
+    path.write_bytes(told.stdout)
+    return path
+
+
 def run_program(
     servers: Standins,
     *arguments: str,
+    script: Path = SCRIPT,
     checkpoint: Path | None = None,
     with_children: bool = False,
     is_enough: Callable[[], bool] = lambda: False,
 ) -> Cost:
-    """The real script over the whole synthetic bucket, in an empty directory."""
+    """The real script, or another edition of it, over the whole synthetic bucket, in an empty directory."""
     with directory() as workdir:
         flags = ["--bucket", BUCKET, "--target", "jpg", "--quiet"]
         options = {"api.url": servers.url, "run.summary": "summary.json"}
@@ -200,7 +220,7 @@ def run_program(
         for name, value in options.items():
             flags += ["--set", f"{name}={value}"]
         servers.counts(reset=True)
-        command = [sys.executable, str(SCRIPT), *flags, *arguments]
+        command = [sys.executable, str(script), *flags, *arguments]
         env = environment(servers, workdir)
         cost = measure(command, env, workdir, with_children=with_children, is_enough=is_enough)
         summary = workdir / "summary.json"
@@ -223,12 +243,17 @@ def run_recipe(servers: Standins, *arguments: str) -> Cost:
 
 
 @contextmanager
-def finished_checkpoint(count: int, folders: int, size: int) -> Iterator[Path]:
-    """A checkpoint that knows every object of the bucket as converted."""
+def finished_checkpoint(
+    servers: Standins, count: int, folders: int, size: int, script: Path = SCRIPT
+) -> Iterator[Path]:
+    """A checkpoint of an edition that knows every object of the stand-ins' bucket as converted."""
     with directory() as workdir:
         path = workdir / "checkpoint.sqlite3"
+        cost = run_program(servers, "--limit", "1", script=script, checkpoint=path)
+        if cost.summary.get("converted") != 1:
+            raise RuntimeError(f"nothing was converted, exit {cost.exit_code}: {cost.err[-2000:]}")
         numbers = [str(number) for number in (count, folders, size)]
-        command = [sys.executable, "-m", "tests.bench.checkpoint", str(path), BUCKET, *numbers]
+        command = [sys.executable, "-m", "tests.bench.checkpoint", str(path), *numbers]
         env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT), "HOME": str(workdir), "TMPDIR": str(workdir)}
         subprocess.run(command, cwd=workdir, env=env, check=True)
         yield path

@@ -1,8 +1,8 @@
 """The synthetic bucket of the bench: any number of keys that nobody has to keep, as Python, as XML and as SQL.
 
-A key is `k/00000000.png`, or `d0007/00000123.png` where there are folders. The entries of a listing differ in four
-places only, in two of them by thousands, so that a page is put together by one `join`. `Keys` and `SQL_OBJECTS` give
-the same objects the same keys and ETags: a checkpoint can be made that knows them all.
+A key has 40 bytes, the last 12 of them `00000000.png`; or it is `d0007/00000123.png`, where there are folders. The
+entries of a listing differ in four places only, in two of them by thousands, so that a page is put together by one
+`join`. `Keys` and `SQL_OBJECTS` give the same objects the same keys and ETags: a checkpoint can be made that knows all.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from functools import lru_cache
 
 BLOCK = 1000  # entries that share all but the last three digits of their number
+ONE_FOLDER = "photos-from-the-mobile-apps/"
 MOST_IN_A_FOLDER = 10**8
 MOST_FOLDERS = 10**4
 LAST_CHARACTER = "\U0010ffff"
@@ -23,7 +24,7 @@ SQL_OBJECTS = """
     places(i, folder, n) AS (SELECT i, i / :per_folder, i % :per_folder FROM numbers),
     stamps(i, folder, n, stamp, low) AS (SELECT i, folder, n, folder * 100000 + n / 1000, n % 1000 FROM places)
     SELECT i AS number,
-        CASE WHEN :folders THEN printf('d%04d/%08d', folder, n) ELSE printf('k/%08d', n) END AS stem,
+        CASE WHEN :folders THEN printf('d%04d/%08d', folder, n) ELSE printf(:one_folder || '%08d', n) END AS stem,
         printf('%08x%08x%08x%08x', stamp * 2654435761 % 4294967296, stamp * 2246822519 % 4294967296,
                low * 3266489917 % 4294967296, low * 668265263 % 4294967296) AS etag
     FROM stamps
@@ -63,7 +64,7 @@ class Keys:
         return f"{self._folder(number // self.per_folder)}{number % self.per_folder:08d}.png"
 
     def _folder(self, folder: int) -> str:
-        return f"d{folder:04d}/" if self.folders else "k/"
+        return f"d{folder:04d}/" if self.folders else ONE_FOLDER
 
     def etag(self, number: int) -> str:
         """The ETag of an object, without quotes."""

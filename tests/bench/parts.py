@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
+from statistics import median
 
 from tests.bench.harness import (
     BUCKET,
-    USAGE_ERROR,
+    SCRIPT,
     Cost,
     Standins,
+    directory,
     finished_checkpoint,
+    first_edition,
     run_program,
     run_recipe,
     standins,
 )
-from tests.bench.report import Cell, Line, Part, Plot, table
+from tests.bench.keys import Keys
+from tests.bench.report import Cell, Line, Part, Plot, Target, table
 
-API_SECONDS, PUT_SECONDS = 0.8, 0.03
-SERVICE_SECONDS = API_SECONDS + PUT_SECONDS
+API_SECONDS, HEAD_SECONDS, PUT_SECONDS = 0.8, 0.02, 0.03
+SERVICE_SECONDS = API_SECONDS + 2 * HEAD_SECONDS + PUT_SECONDS  # by URL: the source is looked at before and after
 SLOW_PAGE_SECONDS = 0.15
 OBJECT_BYTES = 20_000
 FOLDERS = 100
-NAMES = ("recipe", "ours", "ours, 2 processes")  # by the number of processes
+OURS, OURS_TWICE, FIRST, RECIPE = "ours", "ours, 2 processes", "first edition", "recipe"
 MB = 10**6
 # Nothing has this extension: everything is listed, and nothing is looked up.
 WANT_NOTHING = ("--set", "convert.include=*.none")
@@ -39,10 +45,13 @@ class Scale:
 
     keys: int
     slow_keys: int  # where each page takes SLOW_PAGE_SECONDS
+    pass_keys: Sequence[int]
     memory_keys: Sequence[int]
     kept_keys: int  # most keys that the recipe is asked to keep in memory
     workers: Sequence[tuple[int, int]]  # and the processes that share them out
     recipe_workers: Sequence[int]
+    first_workers: Sequence[int]
+    rounds: int  # how often both editions are measured in turn, where a figure of theirs is compared
     seconds: float  # that a run of `throughput` would take at best
     sizes: Sequence[int]
     size_bytes: int  # bytes to convert for each size
@@ -54,10 +63,13 @@ class Scale:
 FULL = Scale(
     keys=1_000_000,
     slow_keys=300_000,
+    pass_keys=(10**4, 10**5, 10**6),
     memory_keys=(10**4, 10**5, 10**6, 10**7),
     kept_keys=10**6,
     workers=((1, 1), (2, 1), (5, 1), (10, 1), (20, 1), (50, 1), (100, 1), (200, 1), (200, 2), (400, 1), (400, 2)),
     recipe_workers=(10, 50, 200),
+    first_workers=(10, 50),
+    rounds=3,
     seconds=60,
     sizes=(1_000, 10_000, 100_000, MB, 10 * MB, 60 * MB, 100 * MB, 500 * MB),
     size_bytes=1_200 * MB,
@@ -68,10 +80,13 @@ FULL = Scale(
 QUICK = Scale(
     keys=20_000,
     slow_keys=10_000,
+    pass_keys=(10**4, 10**5),
     memory_keys=(10**4, 10**5),
     kept_keys=10**5,
-    workers=((1, 1), (10, 1), (50, 2)),
+    workers=((1, 1), (10, 1), (50, 1), (50, 2)),
     recipe_workers=(10, 50),
+    first_workers=(10, 50),
+    rounds=1,
     seconds=5,
     sizes=(1_000, MB, 60 * MB, 110 * MB),
     size_bytes=60 * MB,
@@ -89,11 +104,16 @@ def succeeded(cost: Cost, *, done: int, count: str = "converted") -> Cost:
     return cost
 
 
-@lru_cache(maxsize=1)
-def start_of_program() -> Cost:
+def script_of(name: str) -> Path:
+    """The script of an edition."""
+    return first_edition() if name == FIRST else SCRIPT
+
+
+@lru_cache(maxsize=2)
+def start_of_program(edition: str = OURS) -> Cost:
     """What the program takes to start, list an empty bucket and end: it is taken off where a rate is wanted."""
     with standins(keys=0) as servers:
-        return succeeded(run_program(servers), done=0)
+        return succeeded(run_program(servers, script=script_of(edition)), done=0)
 
 
 @lru_cache(maxsize=1)
@@ -103,13 +123,13 @@ def start_of_recipe() -> Cost:
         return run_recipe(servers, "list", BUCKET)
 
 
-@lru_cache(maxsize=2)
-def first_file(*, by_recipe: bool) -> Cost:
+@lru_cache(maxsize=3)
+def first_file(who: str) -> Cost:
     """What a run over a single object takes: the start, and what is only done for the first request."""
     with standins(keys=1, latency=0.0) as servers:
-        if by_recipe:
+        if who == RECIPE:
             return run_recipe(servers, "convert", BUCKET, "1", servers.url)
-        return succeeded(run_program(servers, "--workers", "1"), done=1)
+        return succeeded(run_program(servers, "--workers", "1", script=script_of(who)), done=1)
 
 
 def each_ms(cost: Cost, start: Cost, many: int) -> float:
@@ -117,9 +137,9 @@ def each_ms(cost: Cost, start: Cost, many: int) -> float:
     return 1000 * (cost.cpu_seconds - start.cpu_seconds) / max(1, many)
 
 
-def per_file_ms(cost: Cost, files: int, *, by_recipe: bool = False) -> float:
+def per_file_ms(cost: Cost, files: int, who: str = OURS) -> float:
     """Milliseconds of CPU for each file but the first, which bears the start."""
-    return each_ms(cost, first_file(by_recipe=by_recipe), files - 1)
+    return each_ms(cost, first_file(OURS if who == OURS_TWICE else who), files - 1)
 
 
 def column(rows: Sequence[Sequence[Cell]], at: int) -> list[float]:
@@ -180,7 +200,7 @@ def list_each_way(scale: Scale) -> Iterator[list[Cell]]:
             yield listing_row("boto3's paginator", layout, base, start_of_recipe(), base)
             alone = succeeded(run_program(servers, *WANT_NOTHING), done=layout.keys, count="listed")
             yield listing_row("list", layout, alone, start_of_program(), base)
-            with finished_checkpoint(*numbers) as path:
+            with finished_checkpoint(servers, *numbers) as path:
                 whole = succeeded(run_program(servers, checkpoint=path), done=layout.keys, count="already_done")
             yield listing_row("list and journal", layout, whole, start_of_program(), base)
 
@@ -201,25 +221,61 @@ def listing(scale: Scale) -> Part:
 
 
 def nothing_to_do(scale: Scale) -> Part:
-    """A pass over finished objects, and how it grows with their number."""
-    rows = []
-    for keys in [count for count in scale.memory_keys if count <= scale.keys]:
+    """A pass over finished objects beside the first edition's, and how both grow with their number."""
+    rows: list[list[Cell]] = []
+    ratios: list[float] = []
+    peaks: dict[str, list[float]] = {OURS: [], FIRST: []}
+    for keys in scale.pass_keys:
         layout = Layout(keys, 0, 0.0)
-        with standins(keys=keys) as servers, finished_checkpoint(keys, 0, OBJECT_BYTES) as path:
+        with standins(keys=keys) as servers:
             base = run_recipe(servers, "list", BUCKET)
-            cost = succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done")
+            passes = passes_of_each(servers, keys, scale.rounds)
         rows.append(listing_row("boto3's paginator", layout, base, start_of_recipe(), base))
-        rows.append(listing_row("list and journal", layout, cost, start_of_program(), base))
-    lines = [Line(str(rows[first][0]), column(rows[first::2], 1), column(rows[first::2], 4)) for first in (0, 1)]
+        for edition, costs in passes.items():
+            usual = sorted(costs, key=lambda cost: cost.cpu_seconds)[len(costs) // 2]
+            rows.append(listing_row(edition, layout, usual, start_of_program(edition), base))
+            peaks[edition].append(max(cost.peak_mb for cost in costs))
+        pairs = zip(passes[OURS], passes[FIRST], strict=True)
+        ratios.append(median(ours.cpu_seconds / first.cpu_seconds for ours, first in pairs))
+        rows[-2].append(ratios[-1])
+    grown = {edition: each[-1] / each[-2] for edition, each in peaks.items()}
+    keys, fewer = scale.pass_keys[-1], scale.pass_keys[-2]
+    targets = [
+        Target(f"CPU of a pass over {keys:,} finished objects ÷ the first edition's", ratios[-1], most=1.3, first=1.0),
+        Target(f"memory with {keys:,} objects ÷ with {fewer:,}", grown[OURS], most=1.05, first=grown[FIRST]),
+    ]
+    lines = [Line(str(rows[first][0]), column(rows[first::3], 1), column(rows[first::3], 4)) for first in range(3)]
     plot = Plot("pass", "A pass with nothing to do", "keys", "seconds", lines, log_y=True)
-    return Part("A pass with nothing to do", about_rates(), [table(LISTING_COLUMNS, rows)], [plot])
+    about = (
+        f"{about_rates()} Both editions are measured in turn, {scale.rounds} times; a row is the usual run of them, "
+        "and *CPU ÷ first edition's* the median of the ratios of two neighbours, their start included."
+    )
+    columns = (*LISTING_COLUMNS, "CPU ÷ first edition's")
+    filled = [[*row, *[None] * (len(columns) - len(row))] for row in rows]
+    return Part("A pass with nothing to do", about, [table(columns, filled)], [plot], targets)
+
+
+def passes_of_each(servers: Standins, keys: int, rounds: int) -> dict[str, list[Cost]]:
+    """Passes of both editions in turn, each with a checkpoint of its own."""
+    found: dict[str, list[Cost]] = {OURS: [], FIRST: []}
+    with ExitStack() as stack:
+        numbers = (keys, 0, OBJECT_BYTES)
+        checkpoints = {
+            edition: stack.enter_context(finished_checkpoint(servers, *numbers, script_of(edition)))
+            for edition in found
+        }
+        for _ in range(rounds):
+            for edition, path in checkpoints.items():
+                cost = run_program(servers, script=script_of(edition), checkpoint=path)
+                found[edition].append(succeeded(cost, done=keys, count="already_done"))
+    return found
 
 
 def memory(scale: Scale) -> Part:
     """Peak memory of a pass with nothing to do, from ten thousand keys to ten million."""
     rows: list[list[Cell]] = []
     for keys in scale.memory_keys:
-        with standins(keys=keys) as servers, finished_checkpoint(keys, 0, OBJECT_BYTES) as path:
+        with standins(keys=keys) as servers, finished_checkpoint(servers, keys, 0, OBJECT_BYTES) as path:
             size = path.stat().st_size
             cost = succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done")
             kept = run_recipe(servers, "keep", BUCKET).peak_mb if keys <= scale.kept_keys else None
@@ -240,60 +296,72 @@ def memory(scale: Scale) -> Part:
 ########################################################################
 
 
-def run_throughput(workers: int, processes: int, files: int) -> Cost:
-    """Convert so many files with so many workers; by the recipe, where there is no process."""
-    with standins(keys=files, latency=API_SECONDS, put_latency=PUT_SECONDS) as servers:
-        if not processes:
+def run_throughput(workers: int, who: str, files: int) -> Cost:
+    """Convert so many files with so many workers."""
+    latencies = {"latency": API_SECONDS, "head_latency": HEAD_SECONDS, "put_latency": PUT_SECONDS}
+    with standins(keys=files, **latencies) as servers:
+        if who == RECIPE:
             cost = run_recipe(servers, "convert", BUCKET, str(workers), servers.url)
             return succeeded(cost, done=files, count="objects")
-        return succeeded(run_program(servers, "--workers", str(workers), "--processes", str(processes)), done=files)
+        flags = ("--workers", str(workers), "--processes", "2" if who == OURS_TWICE else "1")
+        return succeeded(run_program(servers, *flags, script=script_of(who)), done=files)
 
 
-def throughput_row(workers: int, processes: int, files: int) -> list[Cell]:
+def throughput_row(workers: int, who: str, files: int) -> list[Cell]:
     """One row: what it did, against workers ÷ service time."""
-    cost = run_throughput(workers, processes, files)
+    cost = run_throughput(workers, who, files)
+    heads = cost.counts["heads"] / files
+    service = API_SECONDS + heads * HEAD_SECONDS + PUT_SECONDS
     rate = files / cost.counts["span_seconds"]
     whole = files / float(cost.summary["seconds"])
-    ideal = workers / SERVICE_SECONDS
-    cpu = per_file_ms(cost, files, by_recipe=not processes)
-    name = NAMES[processes]
-    return [workers, name, files, ideal, rate, 100 * rate / ideal, whole, cpu, cost.peak_mb]
+    ideal = workers / service
+    cpu = per_file_ms(cost, files, who)
+    return [workers, who, files, heads, ideal, rate, 100 * rate / ideal, whole, cpu, cost.peak_mb]
 
 
 def throughput(scale: Scale) -> Part:
-    """Files a second from 1 to 400 workers, with the recipe beside it."""
+    """Files a second from 1 to 400 workers, with the first edition and the recipe beside it."""
     rows: list[list[Cell]] = []
     for workers, processes in scale.workers:
-        rounds = max(2, round(scale.seconds / SERVICE_SECONDS))
-        rows.append(throughput_row(workers, processes, workers * rounds))
+        files = workers * max(2, round(scale.seconds / SERVICE_SECONDS))
+        rows.append(throughput_row(workers, OURS if processes == 1 else OURS_TWICE, files))
+        if workers in scale.first_workers and processes == 1:
+            rows.append(throughput_row(workers, FIRST, files))
         if workers in scale.recipe_workers and processes == 1:
             # The recipe gets fewer files: with hundreds of workers it would take half an hour for as many.
             most = max(2 * workers, round(RECIPE_FILES_PER_SECOND * scale.seconds))
-            theirs = throughput_row(workers, 0, min(workers * rounds, most))
-            rows[-1].append(float(rows[-1][4] or 0) / float(theirs[4] or 1))
-            rows.append([*theirs, 1.0])
-        else:
-            rows[-1].append(None)
-    columns = ("workers", "what", "files", "workers ÷ service time", "files/s", "% of it")
-    more = ("files/s of the whole run", "CPU ms/file", "peak MB", "× recipe")
+            rows.append(throughput_row(workers, RECIPE, min(files, most)))
+    columns = ("workers", "what", "files", "HEADs/file", "workers ÷ service time", "files/s", "% of it")
+    more = ("files/s of the whole run", "CPU ms/file", "peak MB")
     about = (
-        f"The API takes {API_SECONDS} s, a PUT {1000 * PUT_SECONDS:.0f} ms; {OBJECT_BYTES:,} bytes come back; each "
-        "object is sent by URL. *files/s* counts from the first request at the API to the last object stored, and so "
-        "has the one answer in it that is waited for at the start, because it says what the limit is; *of the whole "
-        "run* counts by the program's own clock, from its start. CPU has a run over one file taken off; *peak MB* is "
-        "that of the largest process."
+        f"The API takes {API_SECONDS} s, a PUT {1000 * PUT_SECONDS:.0f} ms, a HEAD {1000 * HEAD_SECONDS:.0f} ms; the "
+        "service time of a file is that of all its requests one after the other, HEADs as they were counted; "
+        f"{OBJECT_BYTES:,} bytes come back; each object is sent by URL. *files/s* counts from the first request at the "
+        "API to the last object stored, and so has the one answer in it that is waited for at the start, because it "
+        "says what the limit is; *of the whole run* counts by the program's own clock, from its start. CPU has a run "
+        "over one file taken off; *peak MB* is that of the largest process."
     )
-    return Part("Throughput", about, [table((*columns, *more), rows)], [throughput_plot(rows)])
+    shares = {(row[0], row[1]): float(row[6] or 0) for row in rows}
+    targets = [
+        Target(
+            f"% of workers ÷ (API + S3 round trips), {workers} workers",
+            shares[workers, OURS],
+            least=95,
+            first=shares.get((workers, FIRST)),
+        )
+        for workers in scale.first_workers
+    ]
+    return Part("Throughput", about, [table((*columns, *more), rows)], [throughput_plot(rows)], targets)
 
 
 def throughput_plot(rows: Sequence[Sequence[Cell]]) -> Plot:
     """Workers against files a second, with Little's law."""
     lines = []
-    for name in NAMES:
-        own = [row for row in rows if row[1] == name]
-        lines.append(Line(name, column(own, 0), column(own, 4)))
-    xs = lines[1].xs
-    ideal = Line("workers ÷ service time", xs, [workers / SERVICE_SECONDS for workers in xs], is_ideal=True)
+    for who in (RECIPE, FIRST, OURS, OURS_TWICE):
+        own = [row for row in rows if row[1] == who]
+        lines.append(Line(who, column(own, 0), column(own, 5)))
+        if who == OURS:
+            ideal = Line("workers ÷ service time", column(own, 0), column(own, 4), is_ideal=True)
     return Plot("throughput", "Throughput", "workers", "files/s", [*lines, ideal], log_y=True)
 
 
@@ -335,12 +403,8 @@ def processes(scale: Scale) -> Part:
     base = 0.0
     for number in (1, 2):
         with standins(keys=scale.process_files, latency=latency, put_latency=PUT_SECONDS) as servers:
-            flags = ["--workers", str(workers), *(["--processes", str(number)] if number > 1 else [])]
-            cost = run_program(servers, *flags, with_children=True)
-            if cost.exit_code == USAGE_ERROR:
-                rows.append([number, "the program has no such option", *[None] * 6])
-                continue
-            succeeded(cost, done=scale.process_files)
+            flags = ("--workers", str(workers), "--processes", str(number))
+            cost = succeeded(run_program(servers, *flags, with_children=True), done=scale.process_files)
         rate = scale.process_files / cost.counts["span_seconds"]
         base = base or rate
         cpu = per_file_ms(cost, scale.process_files)
@@ -383,9 +447,14 @@ def pace(scale: Scale) -> Part:
     about = (
         f"{workers} workers, nothing configured; the API admits {limit} requests in a window of {WINDOW_SECONDS} s "
         "that begins with the first request after the last one ended. *% of the limit* counts the time until the next "
-        "window began, so that a pause between two windows is a loss as well."
+        "window began, so that a pause between two windows is a loss as well. The first one has in it the wait "
+        "for the first answer, which says what the limit is: it is the worst."
     )
-    return Part("Pace", about, [table(columns, rows)])
+    targets = [
+        Target("% of the limit per minute that is filled", float(rows[-1][4] or 0), least=98.5),
+        Target("429s in % of the requests", float(rows[-1][5] or 0), most=0.5),
+    ]
+    return Part("Pace", about, [table(columns, rows)], targets=targets)
 
 
 def has_begun(servers: Standins, number: int) -> bool:
@@ -404,19 +473,55 @@ def pace_figures(windows: Sequence[dict[str, float]], limit: int, elapsed: float
 
 
 ########################################################################
+# The checkpoint
+########################################################################
+
+
+def checkpoint(scale: Scale) -> Part:
+    """How many bytes a finished object takes in the checkpoint of a run that has converted it."""
+    files = scale.process_files
+    rows: list[list[Cell]] = []
+    for edition in (OURS, FIRST):
+        least, most = checkpoint_bytes(edition, 1), checkpoint_bytes(edition, files)
+        rows.append([edition, files, least, most, (most - least) / (files - 1)])
+    ours, first = column(rows, 4)
+    key = Keys(files).key(0)
+    about = (
+        f"The files of the checkpoint, its write-ahead log included, after a run of 20 workers over so many objects, "
+        f"each with a key of {len(key)} bytes, and after one over a single object."
+    )
+    columns = ("what", "files", "bytes after one file", "bytes after all", "bytes for each of the others")
+    targets = [Target("bytes of the checkpoint for a finished object", ours, most=250, first=first)]
+    return Part("Checkpoint", about, [table(columns, rows)], targets=targets)
+
+
+def checkpoint_bytes(edition: str, files: int) -> int:
+    """What the checkpoint takes on the disk after a run over so many files."""
+    with standins(keys=files, latency=0.0, put_latency=0.0) as servers, directory() as kept:
+        path = kept / "checkpoint.sqlite3"
+        cost = run_program(servers, "--workers", "20", script=script_of(edition), checkpoint=path)
+        succeeded(cost, done=files)
+        return sum(each.stat().st_size for each in kept.glob(f"{path.name}*"))
+
+
+########################################################################
 # The ruler itself
 ########################################################################
 
 
 def cost(scale: Scale) -> Part:
-    """What the stand-ins take, against what the program takes, in the same run."""
+    """What a file costs, beside the first edition; and what the stand-ins take of it, in the same run."""
     rows = []
     files = scale.process_files // 4
+    each: dict[str, list[float]] = {OURS: [], FIRST: []}
     with standins(keys=files, latency=0.0, put_latency=0.0) as servers:
-        run = succeeded(run_program(servers, "--workers", "20"), done=files)
-        rows.append(cost_row("a file converted, by URL", files, run, first_file(by_recipe=False)))
+        for _ in range(scale.rounds):
+            for edition, found in each.items():
+                run = run_program(servers, "--workers", "20", script=script_of(edition))
+                found.append(per_file_ms(succeeded(run, done=files), files, edition))
+                rows.append(cost_row(f"a file converted, by URL, {edition}", files, run, first_file(edition)))
         run = succeeded(run_program(servers, "--workers", "20", *UPLOAD), done=files)
-        rows.append(cost_row("a file converted, by upload", files, run, first_file(by_recipe=False)))
+        rows.append(cost_row("a file converted, by upload", files, run, first_file(OURS)))
     with standins(keys=scale.keys) as servers:
         run = succeeded(run_program(servers, *WANT_NOTHING), done=scale.keys, count="listed")
         rows.append(cost_row("1,000 keys listed", scale.keys // 1000, run, start_of_program()))
@@ -427,9 +532,10 @@ def cost(scale: Scale) -> Part:
         "The CPU time of the stand-ins' process, as it reports it itself, beside that of the process that is measured, "
         f"which has its start taken off. Nothing waits; an object has {OBJECT_BYTES:,} bytes, and so has its output."
     )
-    return Part(
-        "What the stand-ins cost", about, [table((*columns, "measured: CPU ms each", "stand-ins' share"), rows)]
-    )
+    ours, first = map(median, each.values())
+    targets = [Target("CPU ms for a file by URL, 20 workers", ours, most=7, first=first)]
+    more = ("measured: CPU ms each", "stand-ins' share")
+    return Part("What a file costs, and the stand-ins", about, [table((*columns, *more), rows)], targets=targets)
 
 
 def cost_row(what: str, many: int, run: Cost, start: Cost) -> list[Cell]:
@@ -450,4 +556,5 @@ PARTS = {
     "sizes": sizes,
     "processes": processes,
     "pace": pace,
+    "checkpoint": checkpoint,
 }

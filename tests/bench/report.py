@@ -39,6 +39,28 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What a figure is to be, and what it is; `first`: what it is in the first edition, by the same run."""
+
+    what: str
+    measured: float
+    most: float | None = None
+    least: float | None = None
+    first: float | None = None
+
+    def row(self) -> list[Cell]:
+        """Its row of TARGET_COLUMNS."""
+        bound = f"≤ {shown(self.most)}" if self.most is not None else f"≥ {shown(self.least)}"
+        is_met = (self.most is None or self.measured <= self.most) and (
+            self.least is None or self.measured >= self.least
+        )
+        return [self.what, bound, self.measured, self.first, "yes" if is_met else "**no**"]
+
+
+TARGET_COLUMNS = ("target", "is to be", "is", "first edition", "met")
+
+
+@dataclass(frozen=True)
 class Part:
     """What one part of the bench found."""
 
@@ -46,6 +68,7 @@ class Part:
     about: str  # what was measured, and how to read it
     tables: Sequence[str]
     plots: Sequence[Plot] = ()
+    targets: Sequence[Target] = ()
 
 
 def shown(cell: Cell) -> str:
@@ -65,10 +88,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def target_table(targets: Sequence[Target]) -> str:
+    """A Markdown table of targets."""
+    return table(TARGET_COLUMNS, [target.row() for target in targets])
+
+
 def as_markdown(part: Part, when: str) -> str:
     """The section of a part; `when` says when and on what it was measured."""
+    targets = [target_table(part.targets)] if part.targets else []
     pictures = [f"![{plot.title}]({plot.name}.svg)" for plot in part.plots]
-    return "\n\n".join([f"### {part.title}", when, part.about, *part.tables, *pictures])
+    return "\n\n".join([f"### {part.title}", when, part.about, *targets, *part.tables, *pictures])
 
 
 def replace_section(path: Path, name: str, section: str) -> None:

@@ -208,7 +208,7 @@ class Counts:
     """What was asked for since the start, or since the last reset."""
 
     def __init__(self) -> None:
-        self.requests = self.conversions = self.throttled = self.puts = self.pages = 0
+        self.requests = self.conversions = self.throttled = self.heads = self.puts = self.pages = 0
         self.windows: list[dict[str, float]] = []
         self.first_conversion_at = self.last_put_at = 0.0
         self._cpu = time.process_time()
@@ -225,7 +225,7 @@ class Counts:
 
     def report(self) -> dict[str, Any]:
         """All of it; `span_seconds` is the time from the first conversion asked for to the last object stored."""
-        names = ("requests", "conversions", "throttled", "puts", "pages", "windows")
+        names = ("requests", "conversions", "throttled", "heads", "puts", "pages", "windows")
         return {
             **{name: getattr(self, name) for name in names},
             "span_seconds": max(0.0, self.last_put_at - self.first_conversion_at),
@@ -241,6 +241,7 @@ class Service:
         self.keys = Keys(options.keys, options.folders, options.size)
         self.counts = Counts()
         self._window_ends = 0.0
+        self._in_parts = set[str]()  # keys that were put in parts: the program looks whether they are there
         body = PIECE[: options.answer_bytes] + bytes(max(0, min(options.answer_bytes, MD5_MOST_BYTES) - WHOLE_BYTES))
         self._answer_md5 = hashlib.md5(body).hexdigest()
         self._put = answer(more=f'ETag: "{self._answer_md5}"\r\n')._replace(
@@ -330,14 +331,21 @@ class Service:
             return self._multipart(query, key)
         if method == "DELETE":
             return answer(status=204)
+        if method == "HEAD":
+            self.counts.heads += 1
+            if key in self._in_parts:
+                return answer(more=f'ETag: "{self._answer_md5}-2"\r\n')._replace(delay=self.options.head_latency)
+            return self._source(key)._replace(body=b"", length=0, delay=self.options.head_latency)
+        return self._source(key)
+
+    def _source(self, key: str) -> Answer:
         size = self._source_size(key)
         if size is None:
-            missing = b"" if method == "HEAD" else b"<Error><Code>NoSuchKey</Code><Message>none</Message></Error>"
+            missing = b"<Error><Code>NoSuchKey</Code><Message>none</Message></Error>"
             return answer(missing, status=404, media_type=XML)
         number = self.keys.number_of(key) or 0
         more = f'ETag: "{self.keys.etag(number)}"\r\nLast-Modified: Fri, 02 Jan 2026 03:04:05 GMT\r\n'
-        found = answer(media_type="image/png", length=size, more=more)
-        return found._replace(body=b"", length=0) if method == "HEAD" else found
+        return answer(media_type="image/png", length=size, more=more)
 
     def _source_size(self, key: str) -> int | None:
         stem = key.rpartition("/")[2].partition(".")[0]
@@ -351,6 +359,7 @@ class Service:
             text = f"<Bucket>b</Bucket><Key>{escape(key)}</Key><UploadId>1</UploadId>"
         else:
             self.counts.put()
+            self._in_parts.add(key)
             name, text = "CompleteMultipartUploadResult", f'<ETag>"{self._answer_md5}-2"</ETag>'
         return answer(f"<{name}>{text}</{name}>".encode(), media_type=XML)
 
@@ -438,6 +447,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--per-minute", type=int, default=0, metavar="N", help="limit of the API in a window; 0: none")
     add("--window", type=float, default=60.0, metavar="S", help="length of the window in seconds")
     add("--put-latency", type=float, default=0.03, metavar="S", help="seconds that a PUT takes")
+    add("--head-latency", type=float, default=0.0, metavar="S", help="seconds that a HEAD of an object takes")
     add("--page-latency", type=float, default=0.0, metavar="S", help="seconds that a page of a listing takes")
     add("--keys", type=int, default=1000, metavar="N", help="objects in the bucket")
     add("--folders", type=int, default=0, metavar="N", help="folders that the objects lie in; 0: a flat prefix")

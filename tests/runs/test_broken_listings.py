@@ -70,7 +70,7 @@ class Breaks:
 @pytest.mark.parametrize(
     "spoilt",
     [
-        pytest.param(Spoilt(status=503), id="503"),
+        pytest.param(Spoilt(status=503), id="503", marks=pytest.mark.slow),
         pytest.param(Spoilt(status=500), id="500", marks=pytest.mark.slow),
         pytest.param(Spoilt(is_cut=True), id="a cut page"),
         pytest.param(Spoilt(is_reset=True), id="a connection reset", marks=pytest.mark.slow),

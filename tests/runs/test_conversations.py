@@ -151,11 +151,14 @@ def test_an_s3_that_does_not_answer_a_look_forgets_nothing_that_is_paid(
     start: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
     expected = fill(bucket)
+    # At one address all the time: the same bucket at another one is another bucket.
+    start = partial(start, AWS_ENDPOINT_URL_S3=relay.url)
     killed_when_paid(start, api, *UPLOAD)
     relay.refuse = lambda method, _: method == "HEAD"
     relay.refusal_status = 500
-    second = start(*UPLOAD, command=ONCE, AWS_ENDPOINT_URL_S3=relay.url).wait()
+    second = start(*UPLOAD, command=ONCE).wait()
     assert (codes(second), len(second.rows("in_flight"))) == ([("look_failed", False)], 1)
+    relay.refuse = lambda *_: False
     last = start(*UPLOAD).wait()
     assert (last.exit_code, last.summary["possible_double_charges"], last.rows("in_flight")) == (0, 0, [])
     assert (len(api.paid), bodies(bucket)) == (1, expected)
@@ -199,10 +202,12 @@ def test_bytes_that_were_paid_in_place_of_a_url_and_not_stored_are_asked_for_aga
     expected = fill(bucket, count=4)
     api.behaviour.accept_file_url = False
     relay.refuse = lambda method, path: method == "PUT" and "/converted/" in path
-    first = start(AWS_ENDPOINT_URL_S3=relay.url).wait()
+    start = partial(start, AWS_ENDPOINT_URL_S3=relay.url)
+    first = start().wait()
     paid = len(api.paid)
-    assert (first.exit_code, len(first.rows("in_flight")) >= paid > 0, bodies(bucket)) == (3, True, {})
+    assert (first.exit_code, len(first.rows("in_flight")) >= paid > 0, bodies(bucket)) == (1, True, {})
     api.behaviour.accept_file_url = True
+    relay.refuse = lambda *_: False
     last = start().wait()
     assert (last.exit_code, last.summary["replays"], last.summary["possible_double_charges"]) == (0, paid, 0)
     assert (len(api.paid), api.paid_twice(), bodies(bucket)) == (4, [], expected)

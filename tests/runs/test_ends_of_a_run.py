@@ -81,9 +81,11 @@ def test_only_the_second_signal_to_a_run_that_drains_ends_it_at_once(
     run = begin_to_drain(start, api, release)
     run.process.send_signal(signal.SIGTERM)
     wait_until_said(run, "interrupted by SIGTERM; waiting for what is in flight for up to 30 s")
+    threading.Event().wait(0.3)  # at once, it would be the echo of the first: `timeout` sends each signal twice
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(10).exit_code == 143
-    assert run.err.endswith("\nended at once: 1 in flight are asked for again by the next run\n")
+    # The one that hangs, and perhaps one that a worker has just given back unsent.
+    assert re.search(r"\nended at once: [12] in flight are asked for again by the next run\n$", run.err)
     assert run.summary == {}
     release.set()
     assert_all_promises_are_kept(run_cli(), api, bucket, expected)
@@ -170,7 +172,7 @@ def test_a_total_that_cannot_be_counted_is_nobody_s_trouble(
 
 def test_a_worker_that_dies_when_all_is_done_is_no_success(run_cli: Cli, bucket: Any) -> None:
     fill(bucket, 3)
-    run = run_cli(command=script_with("program.HTTPAdapter.close = lambda _: 1 / 0"))
+    run = run_cli("--workers", "1", command=script_with("program.HTTPAdapter.close = lambda _: 1 / 0"))
     assert (run.exit_code, run.summary["exit_code"], run.summary["converted"]) == (3, 3, 3)
     assert run.summary["stopped_because"] == "the program has a bug (a worker failed)"
 

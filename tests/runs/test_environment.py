@@ -113,6 +113,17 @@ def test_check_starts_as_many_threads_as_a_run(run_cli: Cli) -> None:
     assert_told(run, "thread", "run.workers")
 
 
+FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({}, {}))"
+
+
+def test_a_system_that_opens_too_few_files_is_named(run_cli: Cli, api: ConversionApi) -> None:
+    # Of 12 workers, some would find no connection, and say that the network is away.
+    given = ("--workers", "12")
+    assert_met(run_cli, "open files", "ulimit -n", given=given, command=script_with(FEW_FILES.format(60, 60)))
+    assert api.paid == []
+    assert run_cli(*given, command=script_with(FEW_FILES.format(60, 100))).exit_code == 0
+
+
 def test_without_a_temporary_folder_a_large_answer_waits_for_one(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     def large(conversion: Conversion) -> Converted:
         made = marking(conversion)

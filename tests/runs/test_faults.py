@@ -124,7 +124,7 @@ ROWS = [
     ),
 ]
 
-# The reading of Retry-After has tests of its own in test_rules.py; here for the whole way.
+# The reading of Retry-After has tests of its own in tests/rules; here for the whole way.
 FORMS_OF_RETRY_AFTER = {
     "a fraction": "0.2",
     "a date that is past": "Sun, 06 Nov 1994 08:49:37 GMT",
@@ -273,7 +273,7 @@ def is_conversion_number(wanted: int) -> Callable[[Request], bool]:
 
 
 NO_WORD_ON_THE_OBJECT = [
-    pytest.param(reply(401, "invalid_api_key"), 3, id="the key"),
+    pytest.param(reply(401, "invalid_api_key"), 3, id="the key", marks=pytest.mark.slow),
     pytest.param(reply(403), 1, id="the account", marks=pytest.mark.slow),
     pytest.param(
         lambda: Fault.redirect("http://127.0.0.1:9/elsewhere", 302), 1, id="the address", marks=pytest.mark.slow

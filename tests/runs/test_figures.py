@@ -1,12 +1,15 @@
 """The figures of a run, and what it makes of them."""
 
+import re
 import threading
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Request
 from tests.standins.converters import marking
 from tests.standins.promises import fill
@@ -48,3 +51,39 @@ def test_failures_that_cost_nothing_do_not_stop_a_run(
     assert (run.exit_code, run.summary["stopped_because"]) == (1, None)
     assert (run.summary["failed"], run.summary["left"]) == ({"source_gone": len(gone)}, 0)
     assert set(bucket.outputs()) == set(expected)
+
+
+def test_the_summary_says_which_run_it_is_of(run_cli: Cli, bucket: Any) -> None:
+    expected = fill(bucket, 2)
+    bucket.put("empty.png", b"")
+    summary = run_cli("--shard", "0/1").summary
+    assert (summary["bucket"], summary["shard"], summary["listing_complete"]) == (bucket.name, None, True)
+    assert (summary["stopped_because"], summary["stopped_code"]) == (None, None)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", summary["version"])
+    assert datetime.fromisoformat(summary["started"]).utcoffset() is not None
+    # What no job wants is none's.
+    assert (summary["listed"], summary["skipped"]) == (3, {"empty": 1})
+    assert summary["jobs"] == {"default": {"target": "jpg", "listed": 2, "converted": len(expected)}}
+
+
+def test_a_run_that_stops_in_the_middle_says_that_the_listing_was_not_finished(run_cli: Cli, bucket: Any) -> None:
+    fill(bucket, 12)
+    run = run_cli("--workers", "1", "--limit", "2", "--set", "api.requests_per_minute=100000")
+    assert (run.exit_code, run.summary["stopped_code"], run.summary["listing_complete"]) == (3, "cap", False)
+    assert (run.summary["converted"], run.summary["left"]) == (2, 10)
+    assert "left to do    10; the listing was not finished\n" in run.out
+    whole = run_cli()
+    assert (whole.exit_code, whole.summary["listing_complete"]) == (0, True)
+    assert "listing" not in whole.out
+
+
+def test_outputs_that_this_program_has_not_made_are_counted_in_a_line_of_their_own(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 2)
+    until_next_second()  # an output is newer than its source
+    bucket.put("converted/000.jpg", b"\xff\xd8\xff of another program")
+    run = run_cli("--set", "run.metrics=x.prom")
+    assert (run.exit_code, run.summary["adopted"], run.summary["converted"], len(api.paid)) == (0, 1, 1, 1)
+    assert "already done  0\nadopted       1\n" in run.out
+    assert re.search(r"^s3_bulk_convert_adopted_objects_total\{.*\} 1$", (run.workdir / "x.prom").read_text(), re.M)

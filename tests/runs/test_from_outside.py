@@ -196,27 +196,31 @@ def test_what_s3_does_not_let_us_store_is_stored_by_the_next_run_for_free(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
     api.behaviour.convert = marking
-    put_pngs(bucket, *(f"{number}.png" for number in range(6)))
+    put_pngs(bucket, *(f"{number:02}.png" for number in range(30)))
     relay.refuse = lambda method, path: method == "PUT" and "/converted/" in path
-    run = run_cli(AWS_ENDPOINT_URL_S3=relay.url)
-    assert (run.exit_code, run.failures, run.summary["left"]) == (3, [], 6)
+    run = run_cli("--workers", "2", AWS_ENDPOINT_URL_S3=relay.url)
+    # Each is one object's failure at first; ten of them are evidence against all.
+    assert (run.exit_code, run.summary["stopped_code"], len(api.paid) < 15) == (3, "same_failure", True)
+    assert run.summary["left"] == 30 - len(run.failures)
+    assert {(line["code"], line["permanent"]) for line in run.failures} == {("store_failed", False)}
     assert "AccessDenied" in run.summary["stopped_because"]
     relay.refuse = lambda *_: False
     assert run_cli(AWS_ENDPOINT_URL_S3=relay.url).exit_code == 0
-    assert len(bucket.outputs()) == len(api.paid) == 6
+    assert len(bucket.outputs()) == len(api.paid) == 30
+    assert api.paid_twice() == []
 
 
 def test_a_storage_class_that_s3_does_not_have_stops_the_run_before_more_is_paid(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
     api.behaviour.convert = marking
-    put_pngs(bucket, *(f"{number:02}.png" for number in range(12)))
+    put_pngs(bucket, *(f"{number:02}.png" for number in range(30)))
     run = run_cli("--workers", "2", "--set", "s3.storage_class=NONSENSE")
-    assert (run.exit_code, run.failures, run.summary["left"]) == (3, [], 12)
-    assert "S3 does not take outputs as they are to be written" in run.summary["stopped_because"]
-    assert len(api.paid) <= 2
+    assert (run.exit_code, run.summary["left"]) == (3, 30 - len(run.failures))
+    assert "store_failed S3 refused writing" in run.summary["stopped_because"]
+    assert len(api.paid) < 15
     assert run_cli().exit_code == 0
-    assert len(bucket.outputs()) == len(api.paid) == 12
+    assert len(bucket.outputs()) == len(api.paid) == 30
     assert api.paid_twice() == []
 
 
@@ -327,6 +331,7 @@ def test_output_that_nobody_can_read_is_no_bug_of_the_program(
 def test_the_summary_has_exactly_the_promised_keys(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", photo(1, "png"))
     assert " ".join(run_cli().summary) == (
-        "listed converted already_done skipped failed left bytes_in bytes_out seconds per_second p50_seconds "
-        "p95_seconds requests throttled replays possible_double_charges remaining exit_code stopped_because"
+        "version started bucket shard jobs listed converted already_done adopted skipped failed left bytes_in "
+        "bytes_out seconds per_second p50_seconds p95_seconds requests throttled replays possible_double_charges "
+        "remaining exit_code stopped_because stopped_code listing_complete"
     )

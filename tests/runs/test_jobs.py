@@ -61,11 +61,11 @@ def run_cli(run_cli: Cli) -> Cli:
 @pytest.mark.parametrize(
     ("status", "code", "exit_code"),
     [
-        (401, "invalid_api_key", 3),
-        pytest.param(403, "forbidden", 3, marks=pytest.mark.slow),
-        (302, None, 1),
         (504, None, 1),
-        # What these three stand for.
+        # What this one stands for.
+        pytest.param(401, "invalid_api_key", 3, marks=pytest.mark.slow),
+        pytest.param(403, "forbidden", 3, marks=pytest.mark.slow),
+        pytest.param(302, None, 1, marks=pytest.mark.slow),
         pytest.param(400, "bad_request", 1, marks=pytest.mark.slow),
         pytest.param(405, None, 1, marks=pytest.mark.slow),
         pytest.param(422, "bad_request", 1, marks=pytest.mark.slow),

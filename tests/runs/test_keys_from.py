@@ -82,6 +82,12 @@ def test_a_file_that_is_not_there_is_a_usage_error(run_cli: Cli) -> None:
     assert "nowhere.txt cannot be read: No such file or directory" in run.out + run.err
 
 
+def test_an_address_of_no_object_is_a_usage_error(run_cli: Cli, bucket: Any) -> None:
+    run = run_cli("--keys-from", f"s3://{bucket.name}/")
+    assert run.exit_code == 2
+    assert f"s3://{bucket.name}/ names no object\nhint: give FILE as s3://BUCKET/KEY" in run.out + run.err
+
+
 def test_an_inventory_s_finished_objects_are_not_even_looked_at(
     run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
 ) -> None:

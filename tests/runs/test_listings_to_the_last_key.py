@@ -24,16 +24,17 @@ SECONDS_FOR_A_PAGE = 0.04
 
 
 def put_folders(bucket: Any) -> int:
-    """Folders with as many files as go into a page, and objects that are called as the folders are, but the first.
+    """Folders with as many files as go into a page, and empty objects called as the folders are, but the first.
 
-    Wherever a listing is cut at a folder, one key lies at the very cut, and behind it a page ends just before the next
-    one. The files have the target format already, so that listing them is all that there is to do. How many objects.
+    A listing is cut first between the first folder and the next: there one key lies at the very cut, and the page
+    before it ends just there. The files have the target format already: to list them is all that there is to do.
+    How many objects.
     """
     for folder in range(FOLDERS):
         for number in range(KEYS_IN_A_PAGE):
             bucket.put(f"{folder:02}/{number}.jpg", b"a picture")
         if folder:
-            bucket.put(f"{folder:02}/", b"")
+            bucket.put(f"{folder:02}", b"")
     return FOLDERS * (KEYS_IN_A_PAGE + 1) - 1
 
 
@@ -44,7 +45,7 @@ def test_every_key_is_listed_once_though_many_pages_are_read_at_a_time(
     count = put_folders(bucket)
     relay.instead = SmallPages(s3, KEYS_IN_A_PAGE, seconds=SECONDS_FOR_A_PAGE, empty=empty)
     run = run_cli("-q", AWS_ENDPOINT_URL_S3=relay.url)
-    expected = {"folder": FOLDERS - 1, "same_format": FOLDERS * KEYS_IN_A_PAGE}
+    expected = {"empty": FOLDERS - 1, "same_format": FOLDERS * KEYS_IN_A_PAGE}
     assert (run.exit_code, run.summary["listed"], run.summary["skipped"]) == (0, count, expected)
 
 

@@ -63,12 +63,12 @@ def test_the_summary_on_stdout_is_the_one_in_the_file(run_cli: Cli, bucket: Any)
 
 def test_failures_are_told_by_code_with_an_example_and_a_remedy(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     put_some(bucket, 3)
-    api.faults.add(Fault.status_reply(422, "unsupported_route", times=2))
-    told = records(run_cli("--log-format", "json", "-q", "--workers", "1").err)
+    api.faults.add(Fault.status_reply(422, "conversion_failed", times=2))
+    told = records(run_cli("--log-format", "json", "-q", "--workers", "1", "--set", "api.transfer=upload").err)
     (failure,) = told["failures"]
-    assert (failure["level"], failure["code"], failure["count"]) == ("warning", "unsupported_route", 2)
+    assert (failure["level"], failure["code"], failure["count"]) == ("warning", "conversion_failed", 2)
     assert failure["key"] == "000.png"
-    assert "convert.exclude" in failure["remedy"]
+    assert "it may be damaged" in failure["remedy"]
 
 
 def test_an_error_has_a_hint_and_the_exit_code(run_cli: Cli) -> None:

@@ -21,6 +21,7 @@ import pytest
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import marking
 from tests.standins.program import PYTHON, SCRIPT, shard_of
+from tests.standins.relay import Relay
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,7 @@ def cheap(api: ConversionApi) -> None:
 Cli = Callable[..., Any]
 IN_SHELL = "import os, sys; os.execv('/bin/sh', ['sh', '-c', sys.argv[1], 'sh', *sys.argv[2:]])"
 PLACE = "converted/{dir}{stem}.{target}"
+DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d s ago\)"
 
 
 def picture(text: str = "") -> bytes:
@@ -92,6 +94,13 @@ def test_check_of_an_empty_bucket_warns_and_does_not_fail(run_cli: Cli) -> None:
     assert run.exit_code == 0
     assert starting("WARN", run) == ["list s3", "read"]
     assert last_line(run) == "ready: 19 OK, 2 WARN"
+
+
+def test_check_reads_an_output_of_another_configuration_too(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    assert run_cli("--set", "s3.output_key=0/{name}.{target}").exit_code == 0
+    run = run_cli("--check")
+    assert (run.exit_code, last_line(run)) == (0, "ready: 22 OK"), run.out
 
 
 def test_a_quiet_check_says_what_is_not_well_and_how_many_are(run_cli: Cli, bucket: Any) -> None:
@@ -225,13 +234,19 @@ def test_check_compares_the_clocks(seconds: int, verdict: str, run_cli: Cli) -> 
 
 
 class GuardedS3(BaseHTTPRequestHandler):
-    """An S3 that lets anybody list one object, and refuses every method that its server does not allow."""
+    """An S3 that lets anybody list one object, and refuses every method that its server does not allow.
+
+    `HEAD a.png` is what it is for: a method for that object alone.
+    """
 
     def answer(self) -> None:
         """Answer one request."""
         is_listing = "list-type" in self.path
         is_bucket = "/" not in self.path.strip("/")
-        is_allowed = is_listing or is_bucket or self.command in vars(self.server)["allowed"]
+        name = urlsplit(self.path).path.rpartition("/")[2]
+        is_allowed = (
+            is_listing or is_bucket or {self.command, f"{self.command} {name}"} & {*vars(self.server)["allowed"]}
+        )
         wanted = "".join(parse_qs(urlsplit(self.path).query).get("prefix", []))
         entry = "<Contents><Key>a.png</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
         entry += '<ETag>"1"</ETag><Size>9</Size></Contents>'
@@ -240,7 +255,10 @@ class GuardedS3(BaseHTTPRequestHandler):
         body = listing if is_listing else "" if is_allowed else "<Error><Code>AccessDenied</Code></Error>"
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(200 if is_allowed else 403)
-        self.send_header("Content-Length", str(len(body)))
+        is_source = is_allowed and name == "a.png" and self.command == "HEAD"
+        self.send_header("Content-Length", "9" if is_source else str(len(body)))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.send_header("ETag", '"1"')
         self.end_headers()
         self.wfile.write(body.encode())
 
@@ -274,7 +292,7 @@ def test_check_names_the_permission_that_is_missing(run_cli: Cli) -> None:
 
 
 def test_check_warns_of_an_output_bucket_where_it_can_only_write(run_cli: Cli) -> None:
-    with guarded_s3("GET", "PUT") as address:
+    with guarded_s3("GET", "PUT", "HEAD a.png") as address:
         run = run_cli("--check", AWS_ENDPOINT_URL_S3=address)
     assert (run.exit_code, starting("WARN", run)) == (0, ["look at s3", "delete s3"])
     assert re.search(r"; delete converted/\.s3_bulk_convert-check-\w{16}, and allow s3:DeleteObject", run.out)
@@ -347,16 +365,19 @@ def test_a_command_that_is_interrupted_says_so(flags: tuple[str, ...], start: Cl
 def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png"):
         bucket.put(name, picture(name))
-    api.faults.add(Fault.status_reply(422, "unsupported_route"))
+    api.faults.add(Fault.status_reply(422, "conversion_failed"))
     api.faults.add(Fault.status_reply(503, "service_unavailable"))
-    before = left_in(run_cli("--workers", "1", "--set", "api.retries=0"))
+    before = left_in(run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload"))
+    time.sleep(2)  # to ask is no activity
     run = run_cli("--status", CTF_API_KEY=None, AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
     assert run.exit_code == 0
     assert re.search(
-        r"run +none is at work\nlast activity +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d s ago\)\n", run.out
+        rf"run +none is at work\nlast run +began {DATE}, ended {DATE} with exit code 1\nlast activity +{DATE}\n",
+        run.out,
     )
+    assert re.search(r"last activity .* \([2-9] s ago\)", run.out)
     assert f"s3://{bucket.name} to jpg in s3://{bucket.name}/{PLACE}: job default\n  converted    2\n" in run.out
-    assert "failed       1 for good: unsupported_route 1\n  failed       1 for now: service_unavailable 1\n" in run.out
+    assert "failed       1 for good: conversion_failed 1\n  failed       1 for now: service_unavailable 1\n" in run.out
     assert left_in(run) == before
 
 
@@ -412,8 +433,8 @@ WHAT_THE_NEXT_RUN_DOES = {
 def test_why_says_what_the_next_run_does(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for name in ("bad.png", "done.png"):
         bucket.put(name, picture(name))
-    api.faults.add(Fault.status_reply(422, "unsupported_route"))
-    before = left_in(run_cli("--workers", "1"))
+    api.faults.add(Fault.status_reply(422, "conversion_failed"))
+    before = left_in(run_cli("--workers", "1", "--set", "api.transfer=upload"))
     for name in ("new.png", "same.jpg", "folder/", "notes.txt", "done.heic"):
         bucket.put(name, picture(name))
     bucket.put("empty.png", b"")
@@ -460,10 +481,15 @@ def test_why_without_a_checkpoint_finds_the_output_and_makes_no_file(run_cli: Cl
     assert left_in(run) == {}
 
 
-def test_why_shows_the_checkpoint_s_part_when_the_bucket_cannot_be_reached(run_cli: Cli, bucket: Any) -> None:
+def test_why_shows_the_checkpoint_s_part_when_the_bucket_cannot_be_reached(
+    run_cli: Cli, bucket: Any, relay: Relay
+) -> None:
     bucket.put("a.png", picture())
-    run_cli()
-    run = run_cli("--why", "a.png", AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
+    run_cli(AWS_ENDPOINT_URL_S3=relay.url)
+    # Another address would be another bucket: it is this one that answers no more.
+    relay.shutdown()
+    relay.server_close()
+    run = run_cli("--why", "a.png", AWS_ENDPOINT_URL_S3=relay.url)
     assert " converted as converted/a.jpg, to jpg" in run.out
     assert "in the bucket  not known (S3 did not answer)\n" in run.out
     assert "output key     converted/a.jpg (job default), its own\n" in run.out
@@ -478,6 +504,25 @@ def test_why_answers_for_each_job(run_cli: Cli, bucket: Any, tmp_path: Path) -> 
     steps += "not_matched: globs, sizes or ages leave it out; see convert.include (job three); "
     steps += "not list it, for its key does not begin with out/ (job two)"
     assert last_line(run_cli("-c", str(ini), "--why", "in/a.png")) == f"the next run would {steps}"
+
+
+def test_why_answers_for_each_of_two_jobs_that_make_the_same_output(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
+    bucket.put("a.png", picture())
+    ini = tmp_path / "jobs.ini"
+    ini.write_text("[job one]\n[job two]\n")
+    step = "convert it to jpg, which is paid for"
+    assert last_line(run_cli("-c", str(ini), "--why", "a.png")) == (
+        f"the next run would {step} (job one); {step} (job two)"
+    )
+
+
+def test_why_says_that_an_output_is_missing(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    run_cli()
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
+    run = run_cli("--why", "a.png")
+    assert "output key     converted/a.jpg (job default), its own\noutput         it is missing: " in run.out
+    assert last_line(run) == "the next run would leave it: already_done"
 
 
 def test_why_names_the_shard_that_an_object_belongs_to(run_cli: Cli, bucket: Any) -> None:

@@ -14,6 +14,7 @@ from tests.standins.program import SCRIPT
 from tests.standins.samples import photo
 
 Cli = Callable[..., Any]
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"  # that a line for cron's log begins with
 DOES_NOT_CONVERT = "the API does not convert from this format to that: leave it out with convert.exclude"
 
 
@@ -212,12 +213,12 @@ def test_quiet_says_how_many_failed_for_good_before_and_does_not_count_outputs(
 ) -> None:
     for name in ("a.png", "b.png", "same.jpg"):
         bucket.put(name, photo(1, "png"))
-    api.faults.add(Fault.status_reply(422, "unsupported_route"))
-    run_cli()
+    api.faults.add(Fault.status_reply(422, "conversion_failed"))
+    run_cli("--set", "api.transfer=upload")
     run = run_cli("-q")
     assert (run.exit_code, run.summary["skipped"]["own_output"]) == (0, 1)
     assert re.fullmatch(
-        r"converted 0 in \S+ s, already done 1, skipped 1, failed before 1, failed 0, left 0\n", run.out
+        TIME + r" converted 0 in \S+ s, already done 1, skipped 1, failed before 1, failed 0, left 0\n", run.out
     )
     said = "next: 1 failed for good in an earlier run; --status counts them, --retry-failed tries them again\n"
     assert said in run_cli().out
@@ -258,13 +259,14 @@ def test_quiet_says_all_when_something_went_wrong(run_cli: Cli, bucket: Any, api
 def test_failures_are_grouped_with_an_example_and_what_to_do(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for number in range(3):
         bucket.put(f"{number}.png", photo(number, "png"))
-    api.faults.add(Fault(status=422, code="unsupported_route", message="no way\n\x1b[2Jfrom png", times=2))
+    api.faults.add(Fault(status=422, code="conversion_failed", message="no way\n\x1b[2Jfrom png", times=2))
     api.faults.add(Fault.status_reply(502, "service_unavailable", times=None, retry_after="0"))
-    out = run_cli("--workers", "1", "--set", "api.retries=0").out
+    out = run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload").out
     assert (
-        "failed        2 unsupported_route\n"
+        "failed        2 conversion_failed\n"
         '              for example 0.png: "no way\\n\\u001b[2Jfrom png"\n'
-        f"              remedy: {DOES_NOT_CONVERT}\n"
+        "              remedy: open one of the files: it may be damaged or protected by a password; "
+        "its message says more\n"
         "failed        1 service_unavailable\n"
         "              for example 2.png: a scripted fault\n"
         "              remedy: the API's converter was down: run it again later\n"
@@ -282,15 +284,15 @@ def test_a_failure_rate_over_the_limit_says_what_failed_and_what_to_do(
     run = run_cli("--workers", "1")
     assert run.exit_code == 3
     assert f"remedy: {DOES_NOT_CONVERT}" in run.out
-    said = r"stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate = 2%\n"
+    said = TIME + r" stopped: (\d+) of \1 failed \(unsupported_route \1\), more than run.max_failure_rate = 2%\n"
     assert re.search(said, run.out)
 
 
 def test_retry_failed_says_first_how_many_it_tries_again(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     for number in range(3):
         bucket.put(f"{number}.png", photo(number, "png"))
-    api.faults.add(Fault.status_reply(422, "unsupported_route", times=2))
-    assert run_cli("--workers", "1").summary["failed"] == {"unsupported_route": 2}
+    api.faults.add(Fault.status_reply(422, "conversion_failed", times=2))
+    assert run_cli("--workers", "1", "--set", "api.transfer=upload").summary["failed"] == {"conversion_failed": 2}
     assert "--retry-failed" not in run_cli().err
     assert "--retry-failed: 2 objects that failed for good will be tried again" in run_cli("--retry-failed").err
     # What has been converted since is none of them.

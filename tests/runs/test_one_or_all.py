@@ -10,7 +10,7 @@ from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import marking
 from tests.standins.program import HASTY
-from tests.standins.promises import assert_all_promises_are_kept, fill
+from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 
 Cli = Callable[..., Any]
 PAGE = b"<!DOCTYPE html><html><body><h1>This site is blocked</h1></body></html>"
@@ -87,26 +87,27 @@ def test_without_the_api_s_own_code_nothing_has_failed_for_good(
 
 
 REFUSALS_OF_ALL = [
-    pytest.param(Fault.status_reply(403, "forbidden"), "refused the account: 403 forbidden", id="API"),
-    pytest.param(Fault.html_page(403), "refused the account: 403", id="proxy"),
+    pytest.param(Fault.status_reply(403, "forbidden"), "forbidden", "check the API key and the plan", id="API"),
+    pytest.param(Fault.html_page(403), "http_403", "refused without a code", id="proxy", marks=pytest.mark.slow),
     pytest.param(
-        Fault.redirect("http://127.0.0.1:9/", 302), "not at this address: 302", id="address", marks=pytest.mark.slow
+        *(Fault.redirect("http://127.0.0.1:9/", 302), "http_302", "refused without a code"),
+        id="address",
+        marks=pytest.mark.slow,
     ),
 ]
 
 
-@pytest.mark.parametrize(("fault", "said"), REFUSALS_OF_ALL)
+@pytest.mark.parametrize(("fault", "code", "hint"), REFUSALS_OF_ALL)
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ten_refusals_in_a_row_are_about_all_objects_and_stop_the_run(
-    *, fault: Fault, said: str, processes: int, run_cli: Cli, bucket: Any, api: ConversionApi
+    *, fault: Fault, code: str, hint: str, processes: int, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
     expected = fill(bucket, 30)
     api.faults.add(replace(fault, times=None))
     run = run_cli(*IN_ORDER, "--set", f"run.processes={processes}")
     assert (run.exit_code, len(api.paid)) == (3, 0)
-    assert said in run.summary["stopped_because"]
-    assert "in a row" in run.summary["stopped_because"]
-    assert "hint: check" in run.out
+    assert f"10 objects in a row failed for the same reason: {code}" in run.summary["stopped_because"]
+    assert (run.summary["stopped_code"], f"\nhint: {hint}" in run.out) == ("same_failure", True)
     assert 10 <= len(run.failures) < 25
     assert {line["permanent"] for line in run.failures} == {False}
     assert run.summary["left"] == 30 - len(run.failures)
@@ -121,7 +122,23 @@ def test_ten_refusals_of_a_bucket_that_has_no_more_are_still_said_to_be_about_al
     api.faults.add(Fault.status_reply(403, "forbidden", times=None))
     run = run_cli(*IN_ORDER)
     assert (run.exit_code, len(run.failures), run.summary["left"]) == (3, 10, 0)
-    assert "refused the account: 403 forbidden" in run.summary["stopped_because"]
+    assert "in a row failed for the same reason: forbidden" in run.summary["stopped_because"]
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli(), api, bucket, expected)
+
+
+def test_ten_that_are_refused_hold_up_no_others_in_the_next_run(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    expected = fill(bucket, 16)
+    wheres = [is_about(f"{number:03}.png") for number in range(10)]
+    refused = [api.faults.add(Fault.status_reply(403, "forbidden", times=None, where=where)) for where in wheres]
+    first = run_cli(*ONE_BY_ONE)
+    assert (first.exit_code, first.summary["converted"] + first.summary["left"]) == (3, 6)
+    # No run finds out more about the ten, and they have failed for good in none.
+    for converted in (first.summary["left"], *[0] * 4):
+        run = run_cli(*ONE_BY_ONE)
+        assert (run.exit_code, run.summary["converted"], run.summary["left"]) == (3, converted, 0)
+        assert {line["permanent"] for line in run.failures} == {False}
+    assert min(fault.struck for fault in refused) >= 6
     api.faults.clear()
     assert_all_promises_are_kept(run_cli(), api, bucket, expected)
 
@@ -159,7 +176,9 @@ def test_a_proxy_s_page_in_place_of_a_job_s_state_stops_nobody(run_cli: Cli, buc
 def send_all_in_vain(run_cli: Cli, bucket: Any, api: ConversionApi, count: int) -> dict[str, bytes]:
     """Let a run send all objects, and the API do none of them: whether it has is not known to anybody."""
     expected = fill(bucket, count)
-    api.faults.add(Fault.cut_before_work(times=None))
+    # Ten times in a row the same would stop the run.
+    api.faults.add(Fault.cut_before_work(times=count // 2))
+    api.faults.add(Fault.status_reply(500, times=None))
     run = run_cli("--set", "api.retries=0")
     assert (len(run.rows("in_flight")), len(api.paid)) == (count, 0)
     api.faults.clear()
@@ -194,15 +213,55 @@ def test_the_remainder_is_kept_though_the_api_may_have_done_what_is_sent_again(
 def test_what_remained_when_a_repeated_answer_was_made_stops_no_run(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
-    fill(bucket, 3)
+    expected = fill(bucket, 3)
     api.behaviour.month_quota = 3
     api.faults.add(Fault.cut_after_work(times=None))
     assert run_cli("--set", "api.retries=0", "--workers", "1").exit_code == 1
     assert len(api.paid) == 3
     api.faults.clear()
     api.behaviour.month_quota = None
-    expected = fill(bucket, 6)
+    expected |= fill(bucket, 6, first=3)
     until_next_second()  # by whole seconds it is told that an answer is older than the question
-    run = run_cli("--workers", "1")
+    # The first repeated answer says 2, and what was converted before it said far more.
+    run = run_cli("--workers", "1", "--set", "api.keep_remaining=2")
     assert_all_promises_are_kept(run, api, bucket, expected)
     assert run.summary["replays"] == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What fails again and again
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_has_failed_in_five_runs_has_failed_for_good_and_until_then_goes_last(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 3)
+    damaged = is_about("001.png")
+    fault = api.faults.add(Fault.status_reply(500, "internal_error", times=None)).at(damaged)
+    once = (*ONE_BY_ONE, "--set", "api.retries=0")
+    assert run_cli(*once).summary["failed"] == {"internal_error": 1}
+    bucket.put("002-new.png", PNG + b"new")
+    for number in range(2, 6):
+        asked = len(api.requests)
+        run = run_cli(*once)
+        assert (run.exit_code, run.failures[-1]["key"], fault.struck) == (1, "001.png", number)
+        assert damaged(api.requests[-1])
+        assert len(api.requests) - asked == (2 if number == 2 else 1)
+    last = run.failures[-1]
+    assert (last["code"], last["permanent"], run.summary["failed"]) == ("gave_up", True, {"gave_up": 1})
+    again = run_cli(*once)
+    assert (again.exit_code, again.summary["skipped"], fault.struck) == (0, {"failed_before": 1, "own_output": 3}, 5)
+    bucket.put("001.png", PNG + b"mended")
+    api.faults.clear()
+    assert run_cli(*once).summary["converted"] == 1
+
+
+def test_what_was_paid_for_and_given_up_is_not_paid_for_again(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    expected = fill(bucket, 1)
+    api.faults.add(Fault.cut_after_work(times=None))
+    for _ in range(5):
+        run = run_cli("--set", "api.retries=0")
+    assert (run.summary["failed"], len(api.paid)) == ({"gave_up": 1}, 1)
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli("--retry-failed"), api, bucket, expected)

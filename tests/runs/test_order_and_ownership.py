@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.standins.converters import marking
 from tests.standins.key_files import write
 from tests.standins.program import script_with, shard_of
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
-from tests.standins.relay import Relay
+from tests.standins.relay import Asked, Relay
 
 Cli = Callable[..., Any]
 PRECIOUS = b"somebody's own"
@@ -55,9 +56,16 @@ def reversed_entries(body: bytes) -> bytes:
 ########################################################################
 
 
-@pytest.mark.parametrize("is_cut", [False, True], ids=["a whole entry", "a part of an entry, and of no count"])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        pytest.param(b"", id="a whole entry"),
+        pytest.param(rb"</ETag>", id="a part of an entry, and of no count"),
+        pytest.param(rb"<LastModified>[^<]*</LastModified>", id="the time of an entry, and of no count"),
+    ],
+)
 def test_a_page_that_lacks_an_entry_is_asked_for_again(
-    *, is_cut: bool, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str]
+    *, lost: bytes, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str]
 ) -> None:
     expected = fill(bucket, 3)
     damaged: list[bytes] = []
@@ -67,11 +75,11 @@ def test_a_page_that_lacks_an_entry_is_asked_for_again(
         if len(entries) != 3 or damaged:
             return body
         damaged.append(body)
-        if not is_cut:
+        if not lost:
             return body.replace(entries[1], b"")
         # Not every server says how many there are.
         uncounted = re.sub(rb"<KeyCount>\d+</KeyCount>", b"", body)
-        return uncounted.replace(entries[1], entries[1].replace(b"</ETag>", b""))
+        return uncounted.replace(entries[1], re.sub(lost, b"", entries[1]))
 
     relay.rewrite = lose_the_second
     assert_all_promises_are_kept(run_cli(**there), api, bucket, expected)
@@ -124,6 +132,37 @@ def test_the_key_of_an_archive_of_pages_is_taken(run_cli: Cli, bucket: Any, api:
     assert (bucket.outputs(), len(api.paid)) == (before, 1)
 
 
+def test_the_key_of_an_archive_that_is_yet_to_be_made_is_taken(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    api.faults.add(Fault.zip_of_pages(2))
+    for key in ("scan", "scan.zip"):
+        bucket.put(key, PNG + key.encode())
+    # The pages of the first are put where the other one's output would be, of which nothing is to be seen beforehand.
+    run = run_cli("--workers", "1", "--set", "s3.output_key=converted/{name}")
+    assert [(line["key"], line["code"]) for line in run.failures] == [("scan.zip", "output_collision")]
+    assert (run.exit_code, list(bucket.outputs()), len(api.paid)) == (1, ["converted/scan.zip"], 1)
+
+
+def test_a_key_that_is_taken_on_one_page_is_no_other_source_s_on_the_next(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str]
+) -> None:
+    for key in ("a.heic", "a.png"):
+        bucket.put(key, PNG + key.encode())
+    is_second_planned = threading.Event()
+
+    def look(asked: Asked) -> None:
+        """Before the second is planned, the first is not even written down."""
+        if (asked.method, asked.key) == ("HEAD", "a.png"):
+            is_second_planned.set()
+        elif (asked.method, asked.key) == ("HEAD", "a.heic"):
+            is_second_planned.wait(20)
+
+    relay.instead = look
+    run = run_cli(command=script_with("program.PAGE_KEYS = 1"), **there)
+    assert is_second_planned.is_set()
+    assert [(line["key"], line["code"]) for line in run.failures] == [("a.png", "output_collision")]
+    assert (run.exit_code, run.summary["converted"], len(api.paid)) == (1, 1, 1)
+
+
 def test_an_output_that_was_found_is_no_other_source_s_on_the_next_page(
     run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
 ) -> None:
@@ -146,6 +185,8 @@ def test_two_sources_of_one_output_meet_in_one_shard(run_cli: Cli, bucket: Any, 
     # Without a look at what is there, so that two shards that both took one would overwrite each other's output.
     runs = [run_cli("--shard", f"{shard}/2", "--set", "run.skip_existing=no") for shard in (0, 1)]
     assert sorted(run.exit_code for run in runs) == [0, 1]
+    # Side by side, neither would see what the other is about to write: so one has both, and the other has none.
+    assert ["converted     1\n" in run.out for run in runs if run.exit_code == 1] == [True]
     assert len(api.paid) == 1
 
 
@@ -178,7 +219,7 @@ def test_an_output_that_may_not_be_looked_at_is_not_overwritten(
     bucket.put("a.png", PNG)
     relay.refuse = shows("converted/a.jpg")
     run = run_cli(**there)
-    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"output_collision": 1}, [])
+    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"look_failed": 1}, [])
     assert bucket.read("converted/a.jpg") == PRECIOUS
 
 
@@ -190,7 +231,8 @@ def test_what_was_paid_keeps_its_key_while_its_source_may_not_be_looked_at(
     killed_when_paid(start, api, *through)
     bucket.put("a.heic", b"the second")
     relay.refuse = lambda method, path: method == "HEAD" and shows("a.png")(method, path)
-    run = start(*through, "--set", "run.max_failure_rate=never").wait()
+    # The second comes on a page before the first.
+    run = start(*through, command=script_with("program.PAGE_KEYS = 1")).wait()
     assert {line["key"]: line["code"] for line in run.failures}["a.heic"] == "output_collision"
     assert len(api.paid) == 1
     assert all(b"the first" in body for body, *_ in bucket.outputs().values())
@@ -219,3 +261,18 @@ def test_an_output_that_is_not_newer_than_its_source_is_not_taken_for_done(
     run = run_cli(**there)
     assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 2)
     assert b"version 2" in bucket.read("converted/a.jpg")
+
+
+@pytest.mark.parametrize("is_same_second", [False, True], ids=["older", "of the same second"])
+def test_another_program_s_output_that_is_not_newer_than_its_source_is_not_taken_for_done(
+    *, is_same_second: bool, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, there: dict[str, str]
+) -> None:
+    bucket.put("converted/a.jpg", PRECIOUS)
+    if is_same_second:
+        relay.tell_one_time()
+    else:
+        until_next_second()
+    bucket.put("a.png", PNG)
+    run = run_cli(**there)
+    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"output_collision": 1}, [])
+    assert bucket.read("converted/a.jpg") == PRECIOUS

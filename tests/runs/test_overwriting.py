@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
+from tests.standins.converters import Conversion, Converted, marking
 from tests.standins.program import TestBucket
+from tests.standins.relay import Asked, Relay
 from tests.standins.samples import photo
 
 
@@ -73,6 +74,53 @@ def test_an_archive_of_pages_overwrites_no_other_archive(run_cli: Cli, bucket: A
     bucket.put("b.png", PNG)
     assert refused(run_cli("--set", "convert.include=b.png"))
     assert [body_of(bucket, key) for key in ("a.jpg.zip", "converted/b.jpg.zip")] == [PRECIOUS] * 2
+
+
+MARKS = {
+    "no mark": {},
+    "another source's": {"source-key": "a.heic", "source-etag": "1", "job": "default", "job-fingerprint": "1"},
+}
+
+
+@pytest.mark.parametrize("mark", MARKS.values(), ids=MARKS)
+def test_what_is_put_there_while_a_source_is_converted_is_not_overwritten(
+    mark: dict[str, str], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    def convert(conversion: Conversion) -> Converted:
+        wait_for_another_second()
+        told = {"source-bucket": bucket.name, **mark} if mark else {}
+        bucket.client.put_object(Bucket=bucket.name, Key="converted/a.jpg", Body=PRECIOUS, Metadata=told)
+        return marking(conversion)
+
+    bucket.put("a.png", PNG)
+    api.behaviour.convert = convert
+    run = run_cli()
+    assert (run.exit_code, run.summary["failed"]) == (1, {"output_collision": 1})
+    assert body_of(bucket, "converted/a.jpg") == PRECIOUS
+    # What was paid for is had for nothing when the place is free again.
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
+    assert (run_cli().summary["converted"], len(api.paid)) == (1, 1)
+
+
+def test_what_is_put_there_after_a_look_is_not_overwritten_by_a_copy(run_cli: Cli, bucket: Any, relay: Relay) -> None:
+    def put_it_first(asked: Asked) -> None:
+        if (asked.method, asked.key) == ("HEAD", "a.jpg"):
+            bucket.put("converted/a.jpg", PRECIOUS)
+
+    bucket.put("a.jpg", JPG)
+    relay.instead = put_it_first
+    assert refused(run_cli("--set", "convert.same_format=copy", AWS_ENDPOINT_URL_S3=relay.url))
+    assert body_of(bucket, "converted/a.jpg") == PRECIOUS
+
+
+def test_a_free_place_that_may_be_listed_and_not_looked_at_is_written(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    # As S3 has it for who may list one prefix alone.
+    bucket.put("a.png", PNG)
+    relay.refuse = lambda method, path: method == "HEAD" and "/converted/" in path
+    run = run_cli(AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 1)
 
 
 ########################################################################

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault, Request
+from tests.standins.program import script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 
 Cli = Callable[..., Any]
@@ -76,6 +77,20 @@ def test_a_worker_process_that_is_killed_is_replaced_and_nothing_is_paid_twice(
     assert run.summary["converted"] >= 36
 
 
+@pytest.mark.slow
+def test_a_worker_process_that_is_frozen_is_replaced_and_nothing_is_paid_twice(
+    start: Cli, strict_api: ConversionApi, bucket: Any
+) -> None:
+    expected = fill(bucket, 24)
+    strict_api.behaviour.latency = 0.1
+    run = start(*THREE, command=script_with("program.HANG_SECONDS = 20"))
+    wait_until(functools.partial(has_paid, strict_api, 6))
+    frozen = min(worker_pids(run))
+    os.kill(frozen, signal.SIGSTOP)
+    assert_all_promises_are_kept(run.wait(), strict_api, bucket, expected)
+    assert not is_alive(frozen)
+
+
 def test_worker_processes_that_all_die_end_the_run_and_the_next_one_finishes(
     start: Cli, strict_api: ConversionApi, bucket: Any, release: threading.Event
 ) -> None:
@@ -129,6 +144,7 @@ def test_worker_processes_end_with_a_parent_that_is_killed(
     assert_all_promises_are_kept(start(*THREE).wait(), strict_api, bucket, expected)
 
 
+@pytest.mark.slow
 def test_what_one_process_hears_stops_them_all(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:
     fill(bucket, 40)
     strict_api.behaviour.month_quota = 10
@@ -150,6 +166,7 @@ def test_one_pace_holds_for_all_processes(run_cli: Cli, strict_api: ConversionAp
     assert posts[-1].started - posts[0].started > 85 * 0.05
 
 
+@pytest.mark.slow
 def test_a_429_that_one_process_gets_lets_nobody_send(run_cli: Cli, strict_api: ConversionApi, bucket: Any) -> None:
     fill(bucket, 40)
     strict_api.behaviour.latency = 0.05

@@ -90,7 +90,7 @@ def test_what_remains_of_the_month_is_not_taken_from_an_answer_of_another_day(
     # The month is over. The answer that nobody got still says that nothing remains.
     api.faults.clear()
     api.behaviour.month_quota = 1000
-    expected |= fill(bucket, 3)
+    expected |= fill(bucket, 3, first=1)
     run = run_cli("--workers", "1", "--set", "api.keep_remaining=10")
     assert_all_promises_are_kept(run, api, bucket, expected)
     assert (api.replays, run.summary["remaining"]) == (1, 1000 - len(expected))
@@ -117,6 +117,17 @@ def test_half_of_an_answer_that_does_not_say_where_it_ends_is_not_stored(
         network.faults.append(NetworkFault(Does.CLOSE, on=b"^POST ", way="down", after=2000))
         run = run_cli("--set", f"api.url={network.url}", command=HASTY)
     assert network.faults[0].struck == 1
+    assert_all_promises_are_kept(run, api, bucket, expected)
+    assert api.replays == 1
+
+
+def test_of_a_large_answer_in_chunks_that_breaks_off_nothing_is_stored(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    # A part of it has been read before it breaks off.
+    expected = fill(bucket, 1, repeated=100_000)
+    api.faults.add(Fault.truncated_answer(chunked=True))
+    run = run_cli(command=HASTY)
     assert_all_promises_are_kept(run, api, bucket, expected)
     assert api.replays == 1
 

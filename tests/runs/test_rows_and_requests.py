@@ -148,25 +148,28 @@ def test_409_is_waited_for_and_uses_up_no_attempt(run_cli: Cli, bucket: Any, api
 
 
 def test_another_version_of_the_same_size_is_asked_for_under_another_key(
-    run_cli: Cli, bucket: Any, api: ConversionApi
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
+    relay.tell_one_time()  # which tells versions apart as well, unless they are of the same second
     for version in (b"version 1", b"version 2"):
         bucket.put("a.png", PNG + version)
-        run = run_cli(*UPLOAD)
+        run = run_cli(*UPLOAD, AWS_ENDPOINT_URL_S3=relay.url)
         assert (run.exit_code, run.summary["possible_double_charges"]) == (0, 0)
         assert version in bucket.read("converted/a.jpg")
     assert len(api.requests) == len(api.paid) == 2
 
 
 def test_the_same_object_in_another_bucket_is_asked_for_under_another_key(
-    run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi
+    run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
-    # Both outputs go to one place, so that nothing but the bucket of the source tells one request from the other.
+    # Both outputs go to one place, and both sources are of one second, so that nothing but the bucket of the source
+    # tells one request from the other.
+    relay.tell_one_time()
     there = ("--set", f"s3.output_bucket={bucket.name}")
     for each in (bucket, other_bucket):
         each.put("a.png", PNG + b"a picture")
         own = ("--set", f"run.checkpoint={each.name}.sqlite3")
-        run = run_cli(*BY_URL, *there, *own, S3_BUCKET=each.name)
+        run = run_cli(*BY_URL, *there, *own, S3_BUCKET=each.name, AWS_ENDPOINT_URL_S3=relay.url)
         assert (run.exit_code, run.summary["possible_double_charges"]) == (0, 0)
         assert list(bucket.outputs()) == ["converted/a.jpg"]
         bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")

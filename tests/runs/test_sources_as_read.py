@@ -9,7 +9,7 @@ import pytest
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import marking
 from tests.standins.promises import PNG, fill
-from tests.standins.relay import Relay
+from tests.standins.relay import Asked, Relay
 
 Cli = Callable[..., Any]
 
@@ -36,6 +36,26 @@ def test_a_source_that_is_overwritten_after_it_was_listed_is_not_sent_as_what_wa
     relay.rewrite = overwrite
     run = run_cli("-q", "--set", "api.transfer=upload", AWS_ENDPOINT_URL_S3=relay.url)
     assert is_listed.is_set()
+    assert [(line["code"], line["permanent"]) for line in run.failures] == [("source_changed", False)]
+    assert (bucket.outputs(), api.paid) == ({}, [])
+    again = run_cli("--set", "api.transfer=upload")
+    assert (again.exit_code, len(api.paid), len(bucket.outputs())) == (0, 1, 1)
+
+
+def test_a_source_that_is_overwritten_after_it_was_looked_at_is_not_sent_as_what_was_seen(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    bucket.put("a.png", PNG + b"version 1")
+    is_asked_for = threading.Event()
+
+    def overwrite(asked: Asked) -> None:
+        if (asked.method, asked.key) == ("GET", "a.png") and not is_asked_for.is_set():
+            is_asked_for.set()
+            bucket.put("a.png", PNG + b"version 2")
+
+    relay.instead = overwrite
+    run = run_cli("--set", "api.transfer=upload", AWS_ENDPOINT_URL_S3=relay.url)
+    assert is_asked_for.is_set()
     assert [(line["code"], line["permanent"]) for line in run.failures] == [("source_changed", False)]
     assert (bucket.outputs(), api.paid) == ({}, [])
     again = run_cli("--set", "api.transfer=upload")

@@ -119,7 +119,7 @@ def test_an_output_says_what_it_was_made_of(run_cli: Cli, bucket: Any) -> None:
     _, media_type, metadata = bucket.outputs()["converted/in/f\u00fcr 100%.jpg"]
     etag = bucket.client.head_object(Bucket=bucket.name, Key="in/f\u00fcr 100%.png")["ETag"].strip('"')
     assert media_type == "image/jpeg"
-    assert metadata.pop("job-fingerprint") == run.rows()[0]["fingerprint"]
+    assert metadata.pop("job-fingerprint") == run.rows("jobs")[0]["fingerprint"]
     assert metadata.pop("source-bucket") == bucket.name
     assert metadata == {"source-key": "in/f%C3%BCr%20100%25.png", "source-etag": etag, "job": "default"}
 
@@ -211,6 +211,18 @@ def test_outputs_among_the_sources_overwrite_nothing_and_are_not_converted(
     webp = run_cli(*beside, TARGET_FORMAT="webp")
     assert webp.summary["skipped"]["own_output"] >= 1
     assert len(api.paid) == 3
+
+
+def test_outputs_that_lie_where_they_lay_before_take_no_key_from_a_source(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for number in range(3):
+        bucket.put(f"photos/{number}.png", photo(number, "png"))
+    assert run_cli("--set", "s3.output_key=converted/{stem}.{target}").exit_code == 0
+    # Sorted before the sources, the outputs of the first place want the same keys in the second one.
+    run = run_cli("--target", "webp", "--set", "s3.output_key=webp/{stem}.{target}")
+    assert (run.exit_code, run.summary["converted"], run.summary["skipped"]) == (0, 3, {"own_output": 3})
+    assert len(api.paid) == 6
 
 
 def test_a_lost_checkpoint_pays_nothing_again(run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ from typing import Any
 import s3_bulk_convert as program
 
 EFFECTS: dict[str, tuple[Any, str]] = {
-    "requests-recorded": (program.Journal, "begin"),
-    "request-sent": (program.ConvertClient, "_post"),
-    "answer-read": (program.ConvertClient, "_spool"),
+    "source-looked-at": (program.Bucket, "look_at_source"),
+    "output-looked-at": (program.Bucket, "look_at_output"),
+    "request-recorded": (program.Journal, "mark_sent"),
+    "request-sent": (program.Conversation, "_exchange"),
+    "answer-read": (program.ConvertedFile, "receive"),
+    "source-looked-at-again": (program.Bucket, "require_unchanged"),
     "output-put": (program.Bucket, "store"),
-    "failure-written": (program.Recorder, "_append_failures"),
-    "outcome-committed": (program.Journal, "end"),
-    "summary-written": (program, "write_whole"),
+    "failure-written": (program.OutputFile, "append"),
+    "outcomes-committed": (program.Journal, "settle"),
+    "summary-written": (program.OutputFile, "replace"),
 }
 HALF_READ = "half-answer-read"
 
@@ -72,7 +75,7 @@ class HalfBody:
         self._pieces = self._read()
 
     def _read(self) -> Iterator[bytes]:
-        yield self._raw.read(16, decode_content=True)
+        yield self._raw.read(16, decode_content=False)
         die()
 
     def read(self, *_: Any, **__: Any) -> bytes:
@@ -86,8 +89,9 @@ def wrap_reading(nth: int) -> None:
     original: Callable[..., Any] = getattr(owner, name)
     countdown = Countdown(nth)
 
-    def wrapped(client: Any, raw: Any, *rest: Any) -> Any:
-        return original(client, HalfBody(raw) if countdown.is_over() else raw, *rest)
+    def wrapped(answer: Any, *rest: Any) -> Any:
+        answer.raw = HalfBody(answer.raw) if countdown.is_over() else answer.raw
+        return original(answer, *rest)
 
     setattr(owner, name, wrapped)
 

@@ -10,10 +10,13 @@ from tests.standins.converters import Conversion, marking
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def fill(bucket: Any, count: int, *, name: str = "{:03}", repeated: int = 50) -> dict[str, bytes]:
-    """Put sources of some 10 bytes, `repeated`; the key and the bytes of each output that they must come to."""
+def fill(bucket: Any, count: int, *, first: int = 0, name: str = "{:03}", repeated: int = 50) -> dict[str, bytes]:
+    """Put sources of some 10 bytes, `repeated`; the key and the bytes of each output that they must come to.
+
+    Those before the `first` are there already: one that is put again is another object, at another time.
+    """
     expected = {}
-    for number in range(count):
+    for number in range(first, count):
         source = PNG + f"picture {number:03}".encode() * repeated
         key = name.format(number)
         bucket.put(f"{key}.png", source)

@@ -55,7 +55,7 @@ class Relay(ThreadingHTTPServer):
 
     `refuse` may take a request's method and path, `rewrite` an answer's body; `instead` gives the body of a 200 that
     takes the place of S3's answer, or None; `spoil` says what becomes of the answer to a request, by method and path.
-    `hidden`: headers, in lower case, that no answer to a HEAD has.
+    `hidden`: headers, in lower case, that no answer to a HEAD has; `added`: headers that each answer to one has.
     """
 
     daemon_threads = True
@@ -71,11 +71,16 @@ class Relay(ThreadingHTTPServer):
         self.rewrite: Callable[[bytes], bytes] = lambda body: body
         self.spoil: Callable[[str, str], Spoilt] = lambda *_: Spoilt()
         self.hidden: set[str] = set()
+        self.added: dict[str, str] = {}
 
     @property
     def url(self) -> str:
         """Where it listens."""
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def tell_one_time(self) -> None:
+        """Let each answer to a HEAD say that its object was written in one and the same second."""
+        self.hidden, self.added = {"last-modified"}, {"Last-Modified": "Fri, 02 Jan 2026 03:04:05 GMT"}
 
     def handle_error(self, *about: Any) -> None:
         """Say nothing of a connection that one side has broken."""
@@ -127,6 +132,8 @@ class Relayed(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in own:
                 self.send_header(name, value)
+        for name, value in self.server.added.items() if self.command == "HEAD" else ():
+            self.send_header(name, value)
         if self.command != "HEAD" and not spoilt.is_unmeasured:
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def complaint(
     path: Path, content: str | bytes = COMPLETE, environ: Mapping[str, str] | None = None, *flags: str
 ) -> str:
     """What is said about a configuration that is refused, in place of the path the words `the file`."""
-    with pytest.raises(program.UserError) as refused:
+    with pytest.raises(program.RunError) as refused:
         load(path, content, environ, *flags)
     assert refused.value.exit_code == program.ExitCode.USAGE
     return refused.value.message.replace(str(path), "the file")
@@ -90,7 +91,7 @@ def problems(path: Path, content: str | bytes = COMPLETE, *flags: str) -> list[s
         ("convert.max_size", "1.5GB", 1_500_000_000),
         ("convert.max_size", "2 MiB", 2 << 20),
         ("convert.max_size", "5GiB", 5 << 30),
-        ("convert.max_size", "None", None),
+        ("convert.max_size", "None", math.inf),
         ("convert.newer_than", "150s", 150.0),
         ("convert.newer_than", "10m", 600.0),
         ("convert.older_than", "2 h", 7200.0),
@@ -111,15 +112,15 @@ def problems(path: Path, content: str | bytes = COMPLETE, *flags: str) -> list[s
         ("run.max_failure_rate", "2%", 0.02),
         ("run.max_failure_rate", "0.5 %", 0.005),
         ("run.max_failure_rate", "100%", 1.0),
-        ("run.max_failure_rate", "never", None),
+        ("run.max_failure_rate", "never", math.inf),
         ("run.skip_existing", "no", False),
-        ("run.max_runtime", "none", None),
+        ("run.max_runtime", "none", math.inf),
     ],
 )
 def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: object) -> None:
     section, _, name = option.partition(".")
     settings = load(ini, COMPLETE, None, "--set", f"{option}={given}")
-    part: Any = settings.jobs[0].options if section == "convert" else getattr(settings, section)
+    part: Any = settings.jobs[0] if section == "convert" else getattr(settings, section)
     assert getattr(part, name) == expected
 
 
@@ -127,6 +128,7 @@ def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: obje
     ("option", "given", "expected"),
     [
         ("s3.requester_pays", "maybe", "expected yes or no"),
+        ("s3.cache_control", "max-age=60\nacl = private", "expected one line, or none"),
         ("s3.requester_pays", "", "expected yes or no"),
         ("convert.target", "j p g", AN_EXTENSION),
         ("convert.target", "jpg/png", AN_EXTENSION),
@@ -150,7 +152,9 @@ def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: obje
         ("api.requests_per_minute", "0", "expected a whole number of 1 or more, or auto"),
         ("api.max_conversions", "-3", "expected a whole number of 1 or more, or none"),
         ("api.keep_remaining", "1.5", "expected a whole number of 0 or more"),
-        ("api.timeout", "", "expected a duration such as 150s, 10m, 2h or 7d"),
+        ("api.timeout", "", "expected a duration of more than 0, such as 150s, 10m, 2h or 7d"),
+        ("api.timeout", "0.0h", "expected a duration of more than 0, such as 150s, 10m, 2h or 7d"),
+        ("run.shutdown_grace", "30", "expected a duration such as 150s, 10m, 2h or 7d"),
         ("api.retries", "21", "expected a whole number from 0 to 20"),
         ("api.jobs_above", "always", "expected a size such as 500, 100MB or 5GiB, or never"),
         ("run.workers", "ten", "expected a whole number from 1 to 1000"),
@@ -194,7 +198,7 @@ TAKES_ANY_TEXT = {
     *("s3.sse_kms_key_id", "s3.acl", "s3.cache_control", "convert.include", "convert.exclude", "run.checkpoint"),
     *("run.failures", "run.summary", "run.metrics"),
 }
-ALL_OPTIONS = [f"{section}.{name}" for section in program.SECTIONS for name in program.specs_of(section)]
+ALL_OPTIONS = [f"{section}.{name}" for section in program.SECTIONS for name in program.SPECS[section]]
 
 
 @pytest.mark.parametrize("option", sorted(set(ALL_OPTIONS) - TAKES_ANY_TEXT))
@@ -231,7 +235,7 @@ def test_a_wrong_value_of_any_option_is_named_once(ini: Path, option: str) -> No
         ("run.max_failure_rate", 0.02),
         ("run.skip_existing", True),
         ("run.shutdown_grace", 30.0),
-        ("run.max_runtime", None),
+        ("run.max_runtime", math.inf),
         ("run.summary", None),
         ("run.log_every", 100),
     ],
@@ -270,13 +274,13 @@ def test_the_nearest_value_counts(
 def test_the_environment_alone_is_enough() -> None:
     environ = {"CTF_API_KEY": SECRET, "S3_BUCKET": "my-bucket", "SOURCE_PREFIX": "uploads/", "TARGET_FORMAT": "jpg"}
     settings = program.load_settings(None, {**environ, "CONCURRENCY": "10"}, [])
-    assert (settings.s3.bucket, settings.s3.prefix, settings.s3.written_bucket) == (
+    assert (settings.s3.bucket, settings.s3.prefix, settings.s3.output_bucket) == (
         "my-bucket",
         "uploads/",
         "my-bucket",
     )
     assert (settings.api.key, settings.run.workers) == (SECRET, 10)
-    assert [(job.name, job.prefix, job.options.target) for job in settings.jobs] == [("default", "uploads/", "jpg")]
+    assert [(job.name, job.prefix, job.target) for job in settings.jobs] == [("default", "uploads/", "jpg")]
 
 
 def test_config_ini_in_the_working_directory_is_read_without_being_asked_for(tmp_path: Path) -> None:
@@ -288,7 +292,7 @@ def test_the_short_flags_set_the_options_that_people_change_most(ini: Path) -> N
     flags = ["--bucket", "B", "--prefix", "P/", "--target", "png", "--limit", "7"]
     settings = load(ini, COMPLETE, None, *flags)
     assert (settings.s3.bucket, settings.s3.prefix, settings.api.max_conversions) == ("B", "P/", 7)
-    assert settings.jobs[0].options.target == "png"
+    assert settings.jobs[0].target == "png"
 
 
 @pytest.mark.parametrize("assignment", ["workers=3", "run.workers", "run workers=3", "=", ".x=1", "run.=1"])
@@ -313,19 +317,19 @@ def test_all_problems_are_named_together(ini: Path) -> None:
     )
     assert complaint(ini, content) == (
         "the file has 8 problems\n"
-        "  - [s3] bucket is missing\n"
         "  - [s3] buket is not an option; did you mean bucket?\n"
         "  - [rnu] is not a section; did you mean run?\n"
+        "  - [convert] target = .j p g: expected a file extension such as jpg or pdf\n"
+        "  - [run] workers = ten: expected a whole number from 1 to 1000\n"
         "  - [run] wokers is not an option; did you mean workers?\n"
         "  - [job a] workers is not an option; did you mean [run] workers?\n"
-        "  - [run] workers = ten: expected a whole number from 1 to 1000\n"
-        "  - [convert] target = .j p g: expected a file extension such as jpg or pdf\n"
+        "  - [s3] bucket is missing\n"
         "  - [api] key is missing: set CTF_API_KEY, or api.key or api.key_file"
     )
 
 
 def test_nothing_at_all_names_what_is_required() -> None:
-    with pytest.raises(program.ConfigError) as refused:
+    with pytest.raises(program.RunError) as refused:
         program.load_settings(None, {}, [])
     assert refused.value.hint == HINT
     assert refused.value.message == (
@@ -399,6 +403,21 @@ def test_a_template_that_cannot_work_is_refused(ini: Path, template: str, expect
     assert problems(ini, COMPLETE, "--set", f"s3.output_key={template}") == expected
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("/out/{key}", "expected a key such as converted/{dir}{stem}.{target}"),
+        ("out/{stem}.{target", "expected a key such as converted/{dir}{stem}.{target}"),
+        ("out/{{stem}}", "expected a key such as converted/{dir}{stem}.{target}"),
+        ("s3://b/{key}", "give only what follows the bucket"),
+        ("'{key}'", "expected the beginning of a key; take the quotes away"),
+    ],
+)
+def test_a_template_that_is_meant_for_another_program_is_refused(ini: Path, template: str, expected: str) -> None:
+    jobs = f"[job a]\noutput_key = {template}\n"
+    assert problems(ini, COMPLETE + jobs) == [f"[job a] output_key = {template}: {expected}"]
+
+
 def test_a_prefix_under_the_outputs_is_refused_in_the_same_bucket_only(ini: Path) -> None:
     expected = (
         "--prefix ([s3] prefix) = converted/a: lies under the outputs (converted/), and outputs are never converted"
@@ -414,10 +433,31 @@ def test_a_prefix_under_another_job_s_outputs_is_refused_with_both_their_names(i
     assert load(ini, COMPLETE + jobs, None, "--set", "s3.output_bucket=other").jobs
 
 
-@pytest.mark.parametrize("name", ["", ".", "/"])
-def test_a_checkpoint_needs_a_name(ini: Path, name: str) -> None:
+def test_a_prefix_is_named_where_it_was_given(ini: Path) -> None:
+    lies = "lies under the outputs (converted/), and outputs are never converted"
+    shared = COMPLETE.replace("[convert]", "prefix = converted/\n[convert]")
+    assert problems(ini, shared + "[job a]\n[job b]\n") == [f"[s3] prefix = converted/: {lies}"]
+    own = "[job a]\n[job b]\nprefix = converted/\n"
+    assert problems(ini, COMPLETE + own) == [f"[job b] prefix = converted/: {lies}"]
+
+
+@pytest.mark.parametrize("flags", [("--bucket", ""), ("--set", "s3.bucket=")])
+def test_a_bucket_that_is_taken_away_is_missing(ini: Path, flags: tuple[str, str]) -> None:
+    assert problems(ini, COMPLETE, *flags) == ["[s3] bucket is missing"]
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "/dev", "/dev/null"])
+def test_a_checkpoint_is_a_file(ini: Path, name: str) -> None:
     expected = f"--set run.checkpoint = {name}: expected the path of a file"
     assert problems(ini, COMPLETE, "--set", f"run.checkpoint={name}") == [expected]
+
+
+@pytest.mark.parametrize("option", ["run.failures", "run.summary", "run.metrics"])
+def test_no_file_is_written_over_the_checkpoint_under_another_name(ini: Path, option: str) -> None:
+    (ini.parent / "link").symlink_to("kept.sqlite3")
+    for name in (ini.parent / "link", ini.parent / "x" / ".." / "kept.sqlite3"):
+        flags = ("--set", f"run.checkpoint={ini.parent}/kept.sqlite3", "--set", f"{option}={name}")
+        assert problems(ini, COMPLETE, *flags) == [f"--set {option} = {name}: is the checkpoint file as well"]
 
 
 @pytest.mark.parametrize("flags", [("--prefix", "2024 "), ("--set", "s3.prefix=2024 "), ("--prefix", "2024 \n")])
@@ -445,14 +485,14 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_line(ini: Path, content:
 
 
 def test_a_file_that_is_asked_for_must_exist(ini: Path) -> None:
-    with pytest.raises(program.UserError) as refused:
+    with pytest.raises(program.RunError) as refused:
         program.load_settings(ini, {}, [])
     assert refused.value.message == f"{ini} does not exist"
     assert refused.value.hint == "give the INI file with -c, or copy config.example.ini"
 
 
 def test_a_directory_is_no_configuration(tmp_path: Path) -> None:
-    with pytest.raises(program.UserError, match="is a directory"):
+    with pytest.raises(program.RunError, match="is a directory"):
         program.load_settings(tmp_path, {}, [])
 
 
@@ -463,7 +503,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(ini: Path) -> None:
 
 def test_a_value_may_go_on_over_several_lines(ini: Path) -> None:
     content = COMPLETE.replace("target = jpg\n", "target = jpg\ninclude =\n    *.heic\n    *.png\n")
-    assert load(ini, content).jobs[0].options.include == ("*.heic", "*.png")
+    assert load(ini, content).jobs[0].include == ("*.heic", "*.png")
 
 
 ########################################################################
@@ -475,11 +515,11 @@ TWO_JOBS = COMPLETE + "[job photos]\ninclude = *.heic\nprefix = p/\n[job documen
 
 def test_each_job_overrides_what_all_share(ini: Path) -> None:
     documents, photos = load(ini, TWO_JOBS.replace("jpg\n", "jpg\nmin_size = 1KB\n")).jobs
-    assert (documents.name, documents.prefix, documents.options.target) == ("documents", "", "pdf")
-    assert (documents.options.include, documents.options.quality) == (("*",), 50)
-    assert (photos.name, photos.prefix, photos.options.target) == ("photos", "p/", "jpg")
-    assert (photos.options.include, photos.options.quality) == (("*.heic",), None)
-    assert photos.options.min_size == documents.options.min_size == 1000
+    assert (documents.name, documents.prefix, documents.target) == ("documents", "", "pdf")
+    assert (documents.include, documents.quality) == (("*",), 50)
+    assert (photos.name, photos.prefix, photos.target) == ("photos", "p/", "jpg")
+    assert (photos.include, photos.quality) == (("*.heic",), None)
+    assert photos.min_size == documents.min_size == 1000
 
 
 def test_a_job_that_overrides_nothing_is_a_job_all_the_same(ini: Path) -> None:
@@ -498,14 +538,24 @@ def test_a_wrong_value_in_a_job_is_named_with_the_job(ini: Path) -> None:
 
 def test_a_job_can_be_changed_from_the_command_line(ini: Path) -> None:
     photos = load(ini, TWO_JOBS, None, "--set", "job photos.target=png").jobs[1]
-    assert (photos.name, photos.options.target, photos.options.include) == ("photos", "png", ("*.heic",))
+    assert (photos.name, photos.target, photos.include) == ("photos", "png", ("*.heic",))
 
 
-def test_the_fingerprint_of_a_job_is_of_what_it_makes_not_of_its_name(ini: Path) -> None:
-    usual = load(ini, COMPLETE).jobs[0].fingerprint
-    assert load(ini, COMPLETE + "[job x]\ninclude = *.png\n").jobs[0].fingerprint == usual
-    for flag in ("convert.target=png", "convert.quality=5", "s3.output_key={key}", "s3.output_bucket=other"):
-        assert load(ini, COMPLETE, None, "--set", flag).jobs[0].fingerprint != usual
+def test_the_fingerprint_of_a_job_is_of_what_it_makes_not_of_its_name_nor_of_where_that_lies(ini: Path) -> None:
+    usual = load(ini, COMPLETE).jobs[0]
+    named = load(ini, COMPLETE + "[job x]\ninclude = *.png\n").jobs[0]
+    assert (named.fingerprint, named.place) == (usual.fingerprint, usual.place)
+    for flag in ("convert.target=png", "convert.quality=5"):
+        assert load(ini, COMPLETE, None, "--set", flag).jobs[0].fingerprint != usual.fingerprint
+    for flag in ("s3.output_key={key}", "s3.output_key={job}/{key}"):
+        moved = load(ini, COMPLETE, None, "--set", flag).jobs[0]
+        assert (moved.fingerprint, moved.place != usual.place) == (usual.fingerprint, True)
+
+
+def test_the_name_of_a_job_is_a_part_of_its_place_only_where_the_template_has_it(ini: Path) -> None:
+    template = "[s3]\nbucket = b\noutput_key = {job}/{key}.{target}\n"
+    jobs = load(ini, COMPLETE.replace("[s3]\nbucket = b\n", template) + "[job x]\n[job y]\n").jobs
+    assert [job.place for job in jobs] == ["x/{key}.{target}", "y/{key}.{target}"]
 
 
 ########################################################################
@@ -539,7 +589,7 @@ def test_a_bad_key_from_the_command_line_or_environment_is_not_shown(ini: Path) 
 def test_a_file_with_a_key_that_others_can_read_is_refused(ini: Path, mode: int) -> None:
     ini.write_text(COMPLETE, encoding="utf-8")
     ini.chmod(mode)
-    with pytest.raises(program.UserError) as refused:
+    with pytest.raises(program.RunError) as refused:
         program.load_settings(ini, {}, [])
     assert refused.value.message == f"{ini} holds the API key and others can read it (mode {mode:04o})"
     assert refused.value.hint == f"run: chmod 600 {ini}"

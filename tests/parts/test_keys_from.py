@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import itertools
 import json
 import os
 import subprocess
 import sys
-import threading
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import datetime, timezone
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote_plus
@@ -20,12 +18,10 @@ from urllib.parse import quote_plus
 import pytest
 
 import s3_bulk_convert as program
-from s3_bulk_convert import ObjectFailed, RunStopped, S3Object, UserError, keys_from
+from s3_bulk_convert import ExitCode, RunError, SourceObject
 from tests.runs.test_what_is_converted import ODD_KEYS as CONVERTED_KEYS
 from tests.standins.key_files import DATE, SCHEMA, SOURCE, full_row, inventory_rows, write, write_manifest
 from tests.standins.program import SCRIPT
-from tests.standins.relay import Relay
-from tests.test_feeder import settings as feeder_settings
 from tests.test_s3_server import DOTTED_KEYS
 from tests.test_s3_server import ODD_KEYS as SERVER_KEYS
 
@@ -54,19 +50,14 @@ def source(s3: S3Server) -> Iterator[program.Bucket]:
         yield make_bucket()
 
 
+def keys_from(path: Path | str, source: program.Bucket) -> Iterator[list[SourceObject]]:
+    """What a file names, by pages, for a run that nobody stops."""
+    return program.keys_from(str(path), source, program.StopFlag())
+
+
 def keys(path: Path | str, source: program.Bucket) -> list[str]:
     """All keys that a file names."""
-    return [found.key for page in keys_from(str(path), source) for found in page]
-
-
-########################################################################
-# The version that is there now
-########################################################################
-
-
-def named(*given: str) -> list[S3Object]:
-    """Objects of which only the key is known."""
-    return [S3Object(key, "", 0, "") for key in given]
+    return [found.key for page in keys_from(path, source) for found in page]
 
 
 ODD_KEYS = list(dict.fromkeys([*CONVERTED_KEYS, *SERVER_KEYS, *DOTTED_KEYS]))
@@ -111,7 +102,7 @@ def test_odd_keys_come_through_every_form(form: Callable[[Path], Path], source: 
 def test_stdin_takes_every_form(form: Callable[[Path], Path], source: program.Bucket, tmp_path: Path) -> None:
     path = form(tmp_path)
     # The data files of a manifest are looked for from where the program runs.
-    command = "import sys, tests.test_keys_from as t; print(ascii(t.keys('-', t.make_bucket())))"
+    command = "import sys, tests.parts.test_keys_from as t; print(ascii(t.keys('-', t.make_bucket())))"
     python = [sys.executable, "-c", command]
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent)}
     ran = subprocess.run(
@@ -127,19 +118,33 @@ def test_plain_keys_are_taken_verbatim(source: program.Bucket, tmp_path: Path) -
 
 def test_pages_are_bounded_and_name_a_key_once(source: program.Bucket, tmp_path: Path) -> None:
     path = write(tmp_path / "keys", "".join(f"k{number // 2}\n" for number in range(5_000)))
-    pages = list(keys_from(str(path), source))
+    pages = list(keys_from(path, source))
     assert [len(page) for page in pages] == [500] * 5
-    assert [found for page in pages for found in page] == [S3Object(f"k{number}", "", 0, "") for number in range(2_500)]
+    assert [found for page in pages for found in page] == [
+        SourceObject(f"k{number}", "", 0, "") for number in range(2_500)
+    ]
+
+
+def test_a_key_is_not_named_again_while_it_may_be_at_work(
+    source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "KEYS_REMEMBERED", 1_000)
+    lines = [*range(1_000), *range(1_000), *range(1_000, 2_000), 0]
+    path = write(tmp_path / "keys", "".join(f"k{number}\n" for number in lines))
+    assert [len(page) for page in keys_from(path, source)] == [1_000, 0, 1_000, 1]
 
 
 def test_an_empty_file_names_nothing(source: program.Bucket, tmp_path: Path) -> None:
-    assert list(keys_from(str(write(tmp_path / "none.csv.gz", "")), source)) == []
+    assert list(keys_from(write(tmp_path / "none.csv.gz", ""), source)) == []
 
 
-def test_memory_does_not_grow_with_the_file(source: program.Bucket, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_file(
+    source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(program, "KEYS_REMEMBERED", 1_000)
     path = write(tmp_path / "keys.gz", "".join(f"folder/{number:060}.png\n" for number in range(300_000)))
     tracemalloc.start()
-    for page in keys_from(str(path), source):
+    for page in keys_from(path, source):
         assert len(page) == program.PAGE_KEYS
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -149,11 +154,19 @@ def test_memory_does_not_grow_with_the_file(source: program.Bucket, tmp_path: Pa
 def test_failures_of_this_very_run_are_not_read_again(source: program.Bucket, tmp_path: Path) -> None:
     path = write(tmp_path / "failures.jsonl", "".join(failure(f"k{number}") + "\n" for number in range(1_500)))
     pages = 0
-    for page in itertools.islice(keys_from(str(path), source), 5):
+    for page in itertools.islice(keys_from(path, source), 5):
         pages += 1
         with path.open("a", encoding="utf-8") as lines:
             lines.writelines(failure(found.key) + "\n" for found in page)
     assert pages == 2
+
+
+@contextlib.contextmanager
+def ends_with(code: ExitCode, said: str) -> Iterator[pytest.ExceptionInfo[RunError]]:
+    """A block that ends with an error that has this exit code, a message and a hint."""
+    with pytest.raises(RunError, match=said) as ended:
+        yield ended
+    assert (ended.value.exit_code, bool(ended.value.hint)) == (code, True)
 
 
 ########################################################################
@@ -168,8 +181,8 @@ def test_an_inventory_gives_the_newest_versions_with_what_it_knows(source: progr
         full_row("gone.png", deleted="true"),
         full_row("cold.png", storage="DEEP_ARCHIVE"),
     ]
-    [page] = keys_from(str(write_manifest(tmp_path, rows)), source)
-    assert page == [S3Object("a b+c.png", "e1", 7, DATE), S3Object("cold.png", "e1", 7, DATE, archived=True)]
+    [page] = keys_from(write_manifest(tmp_path, rows), source)
+    assert page == [SourceObject("a b+c.png", "e1", 7, DATE), SourceObject("cold.png", "e1", 7, DATE, archived=True)]
 
 
 @pytest.mark.parametrize("missing", ["ETag", "Size", "LastModifiedDate"])
@@ -179,8 +192,8 @@ def test_a_row_of_an_inventory_without_all_columns_is_a_plain_key(
     kept = [number for number, column in enumerate(SCHEMA.split(", ")) if column != missing]
     rows = [[row[number] for number in kept] for row in [full_row("a.png")]]
     schema = ", ".join(SCHEMA.split(", ")[number] for number in kept)
-    [page] = keys_from(str(write_manifest(tmp_path, rows, fileSchema=schema)), source)
-    assert page == [S3Object("a.png", "", 0, "")]
+    [page] = keys_from(write_manifest(tmp_path, rows, fileSchema=schema), source)
+    assert page == [SourceObject("a.png", "", 0, "")]
 
 
 @pytest.mark.parametrize("root", ["", "inv", "inv/bucket", "inv/bucket/daily"])
@@ -218,15 +231,15 @@ def test_a_damaged_inventory_gives_no_key(source: program.Bucket, tmp_path: Path
     manifest = write_manifest(tmp_path, [full_row(f"{number}") for number in range(3_000)])
     [part] = tmp_path.rglob("*.csv.gz")
     write(part, inventory_rows([full_row(f"{number}") for number in range(2_000)]))
-    with pytest.raises(UserError, match=r"1.csv.gz is damaged"):
-        next(keys_from(str(manifest), source))
+    with ends_with(ExitCode.USAGE, r"1.csv.gz is damaged"):
+        next(keys_from(manifest, source))
 
 
 def test_an_inventory_that_is_not_there_ends_the_run(source: program.Bucket, tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path, [])
     [part] = tmp_path.rglob("*.csv.gz")
     part.unlink()
-    with pytest.raises(RunStopped, match=r"S3 refused reading s3://inventories/inv/bucket/daily/data/1.csv.gz"):
+    with ends_with(ExitCode.STOPPED, r"S3 refused reading s3://inventories/inv/bucket/daily/data/1.csv.gz"):
         keys(manifest, source)
 
 
@@ -245,9 +258,8 @@ def test_an_inventory_that_is_not_there_ends_the_run(source: program.Bucket, tmp
 def test_a_manifest_that_does_not_fit_is_refused(
     changes: dict[str, Any], said: str, source: program.Bucket, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=said) as refused:
+    with ends_with(ExitCode.USAGE, said):
         keys(write_manifest(tmp_path, [full_row("a.png")], **changes), source)
-    assert refused.value.hint
 
 
 ########################################################################
@@ -282,16 +294,15 @@ def test_a_bad_line_is_named_with_its_number(
     name: str, content: bytes, said: str, source: program.Bucket, tmp_path: Path
 ) -> None:
     path = write(tmp_path / name, content)
-    with pytest.raises(UserError, match=said) as refused:
+    with ends_with(ExitCode.USAGE, said) as refused:
         keys(path, source)
     assert refused.value.message.startswith(str(path))
-    assert refused.value.hint
 
 
 def test_a_file_that_cannot_be_opened_is_named(source: program.Bucket, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none.txt cannot be read: No such file or directory"):
+    with ends_with(ExitCode.USAGE, r"none.txt cannot be read: No such file or directory"):
         keys(tmp_path / "none.txt", source)
-    with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
+    with ends_with(ExitCode.USAGE, r"cannot be read: Is a directory"):
         keys(tmp_path, source)
 
 
@@ -306,113 +317,18 @@ def test_a_damaged_gz_is_never_taken_for_whole(damage: str, source: program.Buck
         packed[{"header": 2, "middle": len(packed) // 2, "checksum": -8}[damage]] ^= 0x55
     path = tmp_path / "keys.gz"
     path.write_bytes(packed)
-    with pytest.raises(UserError, match=r"keys.gz"):
+    with ends_with(ExitCode.USAGE, r"keys.gz"):
         keys(path, source)
 
 
 def test_trouble_after_the_first_page_stops_the_run(source: program.Bucket, tmp_path: Path) -> None:
     path = write(tmp_path / "keys", b"k\n" * 1_000 + b"\xff\n")
-    pages = keys_from(str(path), source)
-    assert next(pages) == [S3Object("k", "", 0, "")]
-    with pytest.raises(RunStopped, match=r"line 1001 is not UTF-8"):
+    pages = keys_from(path, source)
+    assert next(pages) == [SourceObject("k", "", 0, "")]
+    with ends_with(ExitCode.STOPPED, r"line 1001 is not UTF-8"):
         next(pages)
 
 
 def test_a_manifest_in_a_bucket_that_refuses_stops_the_run(source: program.Bucket) -> None:
-    with pytest.raises(RunStopped, match=r"S3 refused reading s3://no-such-bucket/manifest.json"):
+    with ends_with(ExitCode.STOPPED, r"S3 refused reading s3://no-such-bucket/manifest.json"):
         keys("s3://no-such-bucket/manifest.json", source)
-
-
-@pytest.mark.usefixtures("source")
-def test_current_objects_are_as_a_listing_has_them(bucket: TestBucket) -> None:
-    for key in ODD_KEYS:
-        bucket.put(key, key.encode())
-    ours = make_bucket(bucket.name)
-    listed = {found.key: found for page in ours.list_pages("", lambda: 1) for found in page}
-    found = [one for one in ours.current(named(*ODD_KEYS)) if isinstance(one, S3Object)]
-    assert [one._replace(last_modified="") for one in found] == [
-        listed[key]._replace(last_modified="") for key in ODD_KEYS
-    ]
-    assert all(abs(one.modified - listed[one.key].modified) <= 1 for one in found)
-
-
-@pytest.fixture
-def relayed(
-    s3: S3Server, bucket: TestBucket, source: program.Bucket, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Relay, program.Bucket]]:
-    """A relay before the S3 server, and the program's bucket behind it, with a.png in it."""
-    source.client.put_object(Bucket=bucket.name, Key="a.png", Body=b"a")
-    with Relay(s3) as relay:
-        threading.Thread(target=relay.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", relay.url)
-        yield relay, make_bucket(bucket.name)
-        relay.shutdown()
-
-
-def test_an_object_that_is_not_there_is_said_to_be_gone(relayed: tuple[Relay, program.Bucket]) -> None:
-    _, missing = relayed[1].current(named("a.png", "b.png"))
-    assert isinstance(missing, ObjectFailed)
-    assert (missing.code, missing.permanent) == ("source_gone", False)
-
-
-def test_among_others_a_refused_object_is_blamed_alone(relayed: tuple[Relay, program.Bucket]) -> None:
-    relay, ours = relayed
-    relay.refuse = lambda _, path: "secret" in path
-    refused, seen = ours.current(named("secret.png", "a.png"))
-    assert isinstance(refused, ObjectFailed)
-    assert (refused.code, "AccessDenied" in refused.message) == ("source_unreadable", True)
-    assert isinstance(seen, S3Object)
-
-
-def test_credentials_that_end_within_a_page_blame_no_object(relayed: tuple[Relay, program.Bucket]) -> None:
-    relay, ours = relayed
-    relay.refuse = lambda command, path: "late" in path and command in {"HEAD", "GET"}
-    relay.refusal = b"<Error><Code>ExpiredToken</Code><Message>no</Message></Error>"
-    with pytest.raises(RunStopped, match=r"S3 refused reading from .*: ExpiredToken"):
-        ours.current(named("a.png", "late.png"))
-
-
-def test_a_page_that_is_refused_altogether_stops_the_run(relayed: tuple[Relay, program.Bucket]) -> None:
-    relay, ours = relayed
-    relay.refuse = lambda *_: True
-    with pytest.raises(RunStopped, match=r"S3 refused reading from .*: AccessDenied"):
-        ours.current(named(*(f"{number}.png" for number in range(10))))
-
-
-@pytest.mark.parametrize(
-    ("storage", "restore", "archived"),
-    [
-        ("GLACIER", None, True),
-        ("DEEP_ARCHIVE", 'ongoing-request="true"', True),
-        ("GLACIER", 'ongoing-request="false", expiry-date="Fri, 21 Dec 2029 00:00:00 GMT"', False),
-        (None, None, False),
-    ],
-)
-def test_an_archived_object_is_known_by_its_head(*, storage: str | None, restore: str | None, archived: bool) -> None:
-    head = {"ETag": '"e"', "ContentLength": 1, "LastModified": datetime.now(timezone.utc)}
-    more = {"StorageClass": storage, "Restore": restore}
-    found = program.headed_object("k", {**head, **{name: value for name, value in more.items() if value}})
-    assert (found.key, found.etag, found.archived) == ("k", "e", archived)
-
-
-def test_a_key_of_a_file_is_counted_by_one_shard_and_looked_at_by_two_at_most(
-    source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(tmp_path / "keys", "".join(f"{number}.png\n" for number in range(60)))
-    looked: list[str] = []
-
-    def gone(page: Sequence[S3Object]) -> list[S3Object | ObjectFailed]:
-        looked.extend(named.key for named in page)
-        return [ObjectFailed("source_gone", "", permanent=False) for _ in page]
-
-    monkeypatch.setattr(source, "current", gone)
-    counted: list[str] = []
-    for index in range(5):
-        wanted = replace(feeder_settings(), shard=program.Shard(index, 5), keys_from=str(path))
-        with program.Journal(tmp_path / f"{index}.sqlite3", SOURCE, SOURCE) as journal:
-            planner = program.Planner(wanted, source, journal, program.StopFlag())
-            assert [page for page, _ in planner.pages(lambda: 1)] == [[]]
-        counted += [outcome.task.key for outcome in planner.settled]
-        assert planner.counts == {("default", program.LISTED): len(planner.settled)}
-    assert sorted(counted) == sorted(f"{number}.png" for number in range(60))
-    assert len(looked) <= 2 * 60

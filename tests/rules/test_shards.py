@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import s3_bulk_convert as program
+from tests.rules.test_settings import COMPLETE
 from tests.runs.test_shards import REMEDY, kubernetes
-from tests.test_settings import COMPLETE
 
 Load = Callable[..., program.Settings]
 COUNTS = st.integers(1, 200)
@@ -100,13 +100,13 @@ def test_each_shard_has_a_file_of_its_own(path: str, expected: str) -> None:
 
 @pytest.mark.parametrize(("text", "expected"), [("0/1", (0, 1)), ("7/8", (7, 8)), ("9999/10000", (9999, 10_000))])
 def test_a_shard_is_read(text: str, expected: tuple[int, int]) -> None:
-    assert program.shard(text) == program.Shard(*expected)
+    assert program.Shard.parse(text) == program.Shard(*expected)
 
 
 @pytest.mark.parametrize("text", ["", "1", "8/8", "0/0", "-1/8", "1/ 8", "1/8/8", "a/b", "0/10001", "1.0/8", "¹/8"])
 def test_what_is_no_shard_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=f"^{I_OF_N}$"):
-        program.shard(text)
+        program.Shard.parse(text)
 
 
 ########################################################################
@@ -135,7 +135,7 @@ def test_what_is_no_shard_is_refused(text: str) -> None:
 )
 def test_the_environment_of_an_array_job_names_the_shard(environ: dict[str, str], expected: tuple[int, int]) -> None:
     problems: list[str] = []
-    assert program.shard_from_environment(environ, problems) == program.Shard(*expected)
+    assert program.Shard.from_environment(environ, problems) == program.Shard(*expected)
     assert problems == []
 
 
@@ -205,13 +205,13 @@ def test_the_environment_of_an_array_job_names_the_shard(environ: dict[str, str]
 )
 def test_an_ambiguous_environment_is_a_problem_with_its_remedy(environ: dict[str, str], expected: str) -> None:
     problems: list[str] = []
-    program.shard_from_environment(environ, problems)
+    program.Shard.from_environment(environ, problems)
     assert problems == [f"{expected}, {REMEDY}"]
 
 
 def test_a_problem_of_one_engine_is_named_even_if_another_is_complete() -> None:
     problems: list[str] = []
-    program.shard_from_environment({**batch("1", "4"), "JOB_COMPLETION_INDEX": "1"}, problems)
+    program.Shard.from_environment({**batch("1", "4"), "JOB_COMPLETION_INDEX": "1"}, problems)
     assert problems == [f"JOB_COMPLETION_INDEX = 1: set SHARD_COUNT too, {REMEDY}"]
 
 
@@ -229,7 +229,7 @@ def load(tmp_path: Path) -> Load:
         flag: str | None = None,
         environ: Mapping[str, str] | None = None,
         more: str = "",
-        given: Sequence[program.Given] = (),
+        given: Sequence[program.RawOption] = (),
     ) -> program.Settings:
         path.write_text(COMPLETE + more, encoding="utf-8")
         path.chmod(0o600)
@@ -247,7 +247,10 @@ def test_the_command_line_overrides_any_environment(load: Load) -> None:
 def test_a_shard_has_its_own_files_and_its_share_of_the_cap_but_the_whole_rate(
     load: Load,
 ) -> None:
-    capped = [program.Given("api", "max_conversions", "4", ""), program.Given("api", "requests_per_minute", "60", "")]
+    capped = [
+        program.RawOption("api", "max_conversions", "4", ""),
+        program.RawOption("api", "requests_per_minute", "60", ""),
+    ]
     settings = load("1/3", more="summary = out/s.json\nmetrics = out/s.prom\n", given=capped)
     assert (settings.run.summary, settings.run.metrics) == ("out/s.1-of-3.json", "out/s.1-of-3.prom")
     assert settings.run.checkpoint == "s3_bulk_convert.1-of-3.sqlite3"
@@ -263,11 +266,11 @@ def test_without_a_shard_nothing_changes(load: Load) -> None:
 
 
 def test_problems_with_the_shard_come_with_all_the_others(load: Load) -> None:
-    with pytest.raises(program.ConfigError) as refused:
+    with pytest.raises(program.RunError) as refused:
         load("8/8", more="wokers = 1\n")
     assert refused.value.message.split("\n  - ")[1:] == [
         "[run] wokers is not an option; did you mean workers?",
         f"--shard = 8/8: {I_OF_N}",
     ]
-    with pytest.raises(program.ConfigError, match=r"wokers(.|\n)*SHARD_COUNT = 8: set JOB_COMPLETION_INDEX too"):
+    with pytest.raises(program.RunError, match=r"wokers(.|\n)*SHARD_COUNT = 8: set JOB_COMPLETION_INDEX too"):
         load(environ={"SHARD_COUNT": "8"}, more="wokers = 1\n")

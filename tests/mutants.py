@@ -1,0 +1,733 @@
+"""Plant defects in the program, one at a time, and see whether the tests notice: what cannot fail proves nothing.
+
+    python -m tests.mutants [WORD ...]      only the defects whose sentence or tests contain one of the words
+
+Each runs its own tests alone, on a copy of the tracked files. First they all run on the program as it is: what fails
+there sees nothing. Exit code 1: a defect is not seen, or its row in the table does not fit the program or the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import monotonic
+from typing import NamedTuple
+
+PROJECT = Path(__file__).resolve().parents[1]
+SCRIPT = "s3_bulk_convert.py"
+PYTEST = (sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "-m", "not real", "-p", "no:cacheprovider", "-q")
+
+
+class Defect(NamedTuple):
+    """One change that makes the program wrong, and the tests that must see it, by name: the first to fail is enough."""
+
+    sentence: str
+    text: str  # in the program, exactly once
+    replacement: str
+    tests: tuple[str, ...]
+
+
+def defect(sentence: str, text: str, replacement: str, *tests: str) -> Defect:
+    """A row of the table."""
+    return Defect(sentence, text, replacement, tests)
+
+
+def redirected(which: str, where: str, test: str) -> Defect:
+    """Two lines keep redirects from being followed; both are taken away where a condition holds."""
+    text = """allow_redirects=False, timeout=self._timeout, **named)
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        \"\"\"Nowhere. requests would rewind the body even for a redirect that it is told not to follow.\"\"\"
+        return None
+"""
+    followed = text.replace("allow_redirects=False", f"allow_redirects=({where})")
+    followed = followed.replace("return None", "return super().get_redirect_target(resp)")
+    return defect(f"redirects of {which} are followed", text, followed, test)
+
+
+EVERY_KEY = "test_every_key_is_listed_once_though_many_pages_are_read_at_a_time"
+OPTIONS_OF_OUTPUTS = "test_conversions_and_copies_are_written_with_the_options_that_are_set"
+LARGE_OUTPUT = "test_a_large_output_says_what_it_was_made_of_and_is_found_without_the_checkpoint"
+WHO_PAYS = "test_whoever_pays_for_requests_says_so_in_each_of_them"
+HIDDEN_KEY = "test_a_key_that_the_api_repeats_is_written_nowhere"
+APPEND_ONLY = "test_what_the_log_says_cannot_be_changed_or_taken_away"
+A_DAY_LATER = "test_a_request_that_was_first_sent_a_day_ago_is_no_replay_however_often_it_was_sent_again"
+ORDER = "test_a_listing_out_of_order_stops_the_run_before_anything_is_paid"
+WHOLE_PAGE = "test_a_page_that_lacks_an_entry_is_asked_for_again"
+NOT_NEWER = "test_another_program_s_output_that_is_not_newer_than_its_source_is_not_taken_for_done"
+SENT_UNWRITTEN = "test_nothing_is_sent_while_the_checkpoint_cannot_be_written"
+INI_MODE = "test_an_ini_with_the_key_is_its_owner_s_alone"
+
+LISTING = (
+    defect(
+        "the key at which a span was cut is lost",
+        "if source.key <= key_range.until]",
+        "if source.key < key_range.until]",
+        EVERY_KEY,
+    ),
+    defect(
+        "the rest of a span is lost after an empty page that is not the last",
+        "if page.is_last or last >= self.until:",
+        "if page.is_last or not page.objects or last >= self.until:",
+        f"{EVERY_KEY}[empty pages among them]",
+    ),
+    defect(
+        "the rest of a span is lost where a page ends just before a cut",
+        "if page.is_last or last >= self.until:",
+        "if page.is_last or self._position(last) + 95**5 >= self._position(self.until):",
+        EVERY_KEY,
+    ),
+    defect(
+        "keys named twice in a file are taken twice",
+        "yield [named for key, named in page.items() if key not in recent]",
+        "yield list(page.values())",
+        "test_a_key_that_a_file_names_again_and_again_is_taken_once",
+    ),
+    defect(
+        "an existing output at the very end of a page is missed",
+        "(page.is_last or wanted[-1] <= after)",
+        "(page.is_last or wanted[-1] < after)",
+        "test_an_output_at_the_very_end_of_a_page_is_found",
+    ),
+    defect(
+        "a page without all its entries is taken",
+        "(count is not None and int(count) != len(objects))",
+        "False",
+        f"{WHOLE_PAGE}[a whole entry]",
+    ),
+    defect(
+        "an entry that is not whole is left out of its page",
+        'raise ValueError("an entry without key, size or time")',
+        "continue",
+        f"{WHOLE_PAGE}[the time of an entry, and of no count]",
+    ),
+    defect(
+        "a page that is not whole is taken for an empty last one",
+        'customized_response_dict["Problem"] = str(problem)',
+        'customized_response_dict["Page"] = Page([], is_last=True)',
+        "test_one_page_that_breaks_changes_neither_what_is_converted_nor_what_is_paid",
+    ),
+    defect(
+        "a listing out of order is taken",
+        "if not all(map(operator.lt, keys, keys[1:])):",
+        "if code and not all(map(operator.lt, keys, keys[1:])):",
+        f"{ORDER}[sources]",
+    ),
+    defect(
+        "a listing of outputs out of order is taken",
+        "if not all(map(operator.lt, keys, keys[1:])):",
+        "if not code and not all(map(operator.lt, keys, keys[1:])):",
+        f"{ORDER}[outputs]",
+    ),
+    defect(
+        "shards by key instead of output",
+        "not shard.owns(KeyParts.slot_of(job.output_of(source.key)))",
+        "not shard.owns(source.key)",
+        "test_two_sources_of_one_output_meet_in_one_shard",
+    ),
+    defect(
+        "the whole cap for every shard",
+        "cap = None if api.max_conversions is None else shard.share(api.max_conversions)",
+        "cap = api.max_conversions",
+        "test_a_share_of_nothing_converts_nothing_and_says_so",
+    ),
+    defect(
+        "an inventory's old versions are taken",
+        'cells.get("IsLatest") == "false" or ',
+        "",
+        "test_what_is_no_newest_version_is_left_out",
+    ),
+    defect(
+        "an inventory's delete markers are taken",
+        ' or cells.get("IsDeleteMarker") == "true"',
+        "",
+        "test_what_is_no_newest_version_is_left_out",
+    ),
+    defect(
+        "an inventory's file of another MD5 is taken",
+        'if self._md5 not in {"", digest.hexdigest()}:',
+        "if False:",
+        "test_of_a_damaged_inventory_nothing_is_converted",
+    ),
+    defect(
+        "a file that was cut ends the list of keys",
+        "except (OSError, EOFError, zlib.error) as problem:\n            what =",
+        "except EOFError:\n            return\n        except (OSError, zlib.error) as problem:\n            what =",
+        "test_a_file_that_was_cut_is_not_taken_for_whole",
+    ),
+    defect(
+        "a bug is said in place of the feeder's reason",
+        "reason = RunError(error.message, error.hint, exit_code, error.code)",
+        'reason = RunError("the program has a bug (the feeder failed)", error.hint, exit_code, "bug")',
+        "test_a_listing_that_is_refused_is_said_and_is_no_bug",
+    ),
+)
+
+SOURCES = (
+    defect(
+        "If-Match is dropped where a source is read",
+        '{"IfMatch": source.if_match} if source.if_match else {}',
+        "{}",
+        "test_a_source_that_is_overwritten_after_it_was_looked_at_is_not_sent_as_what_was_seen",
+    ),
+    defect(
+        "a source is not compared with its listing",
+        "if listed.version and not seen.is_version_of(listed):",
+        "if False:",
+        "test_a_source_that_is_overwritten_after_it_was_listed_is_not_sent_as_what_was_listed",
+    ),
+    defect(
+        "If-Match is dropped where a source is copied",
+        'extra["CopySourceIfMatch"] = source.if_match',
+        "pass",
+        "test_nothing_is_copied_of_a_source_that_is_not_what_was_looked_at",
+    ),
+    defect(
+        "a source that the API has fetched is not looked at again",
+        "bucket.require_unchanged(task.source, head)",
+        "pass",
+        "test_nothing_is_stored_of_a_source_that_was_overwritten_while_it_was_fetched",
+    ),
+    defect(
+        "requester pays is not said when a source is read",
+        "Key=source.key, **condition, **self._payer)",
+        "Key=source.key, **condition)",
+        f"{WHO_PAYS}[upload]",
+    ),
+    defect(
+        "requester pays is not said in a URL",
+        '"x-amz-request-payer": "requester"}',
+        "}",
+        f"{WHO_PAYS}[url]",
+    ),
+    defect(
+        "requester pays is not said in a listing",
+        '"MaxKeys": PAGE_KEYS, **where, **self._payer}',
+        '"MaxKeys": PAGE_KEYS, **where}',
+        WHO_PAYS,
+    ),
+    defect(
+        "requester pays is not said in a look",
+        "self.client.head_object(Bucket=bucket, Key=key, **self._payer)",
+        "self.client.head_object(Bucket=bucket, Key=key)",
+        WHO_PAYS,
+    ),
+    defect(
+        "requester pays is not said when an output is written",
+        '{"Metadata": metadata, **self._payer, ',
+        '{"Metadata": metadata, ',
+        WHO_PAYS,
+    ),
+)
+
+OUTPUTS = (
+    *(
+        defect(f"s3.{option} is not sent", f'"{name}": options.{option},', f'"{name}": None,', OPTIONS_OF_OUTPUTS)
+        for option, name in {
+            "storage_class": "StorageClass",
+            "sse": "ServerSideEncryption",
+            "sse_kms_key_id": "SSEKMSKeyId",
+            "acl": "ACL",
+            "cache_control": "CacheControl",
+        }.items()
+    ),
+    defect(
+        "a large output is put without metadata and options",
+        "upload_fileobj(file.body, self.output_name, key, ExtraArgs=extra,",
+        "upload_fileobj(file.body, self.output_name, key, ExtraArgs={},",
+        LARGE_OUTPUT,
+    ),
+    defect(
+        "a large output is put with its options and without its metadata",
+        "upload_fileobj(file.body, self.output_name, key, ExtraArgs=extra,",
+        'upload_fileobj(file.body, self.output_name, key, ExtraArgs={**extra, "Metadata": {}},',
+        LARGE_OUTPUT,
+    ),
+    defect(
+        "nothing is looked at before it is overwritten among the sources",
+        "is_there = task.output_key in there",
+        "is_there = task.output_key in there and not self.settings.puts_among_sources(jobs[task.job])",
+        "test_among_the_sources_nothing_is_overwritten_that_nobody_has_looked_at",
+    ),
+    defect(
+        "what the checkpoint knows is overwritten unseen when its source has changed",
+        "is_there = task.output_key in there",
+        "is_there = task.output_key in there and task.known is None",
+        "test_among_the_sources_an_output_that_somebody_has_replaced_is_not_overwritten_when_its_source_changes",
+    ),
+    defect(
+        "an archive's key is not claimed",
+        'return output_key.removesuffix(".zip")',
+        "return output_key",
+        "test_the_key_of_an_archive_that_is_yet_to_be_made_is_taken",
+    ),
+    defect(
+        "an archive's key is not looked at by a worker",
+        'for key in (task.output_key, f"{task.output_key}.zip") if task.look else ():',
+        "for key in (task.output_key,) if task.look else ():",
+        "test_an_archive_of_pages_overwrites_no_other_archive",
+    ),
+    defect(
+        "an archive's key is not looked for in the listing of outputs",
+        'made in (key, f"{key}.zip")}',
+        "made in (key,)}",
+        "test_an_archive_of_pages_overwrites_no_other_archive",
+    ),
+    defect(
+        "what was claimed on the page before is forgotten",
+        'how = "REPLACE" if anew else "IGNORE"',
+        'how = self._temporary.execute("DELETE FROM claims") and ("REPLACE" if anew else "IGNORE")',
+        "test_a_key_that_is_taken_on_one_page_is_no_other_source_s_on_the_next",
+    ),
+    defect(
+        "a refused look at an output is taken for absent",
+        "            head = self.head(self.output_name, key)\n",
+        """            try:
+                head = self.head(self.output_name, key)
+            except ObjectFailed:
+                head = None
+""",
+        "test_an_output_that_may_not_be_looked_at_is_not_overwritten",
+    ),
+    defect(
+        "nothing is looked at right before it is stored",
+        "        self._require_place(task, key)\n        extra",
+        "        extra",
+        "test_what_is_put_there_while_a_source_is_converted_is_not_overwritten",
+    ),
+    defect(
+        "a yes of S3's without an ETag is believed",
+        'bare_etag(reply.get("ETag")) or bare_etag(self._head_stored(key).get("ETag"))',
+        'bare_etag(reply.get("ETag"))',
+        "test_what_only_a_portal_says_it_has_taken_is_not_stored",
+    ),
+    defect(
+        "the request of what is given up is forgotten",
+        "permanent=True, runs_failed=runs)",
+        "permanent=True, runs_failed=runs, pending=None)",
+        "test_what_was_paid_for_and_given_up_is_not_paid_for_again",
+    ),
+    defect(
+        "a refused look at a source is taken for absent",
+        "except ObjectFailed:\n            return None\n        return head is None",
+        "except ObjectFailed:\n            return True\n        return head is None",
+        "test_what_was_paid_keeps_its_key_while_its_source_may_not_be_looked_at",
+    ),
+    defect(
+        "an output older than its source is taken for done",
+        'is_newer = "LastModified" in head and head["LastModified"].timestamp() > source.modified',
+        "is_newer = True",
+        f"{NOT_NEWER}[older]",
+    ),
+    defect(
+        "an output as old as its source is taken for done",
+        'head["LastModified"].timestamp() > source.modified',
+        'head["LastModified"].timestamp() >= source.modified',
+        f"{NOT_NEWER}[of the same second]",
+    ),
+    defect(
+        "another bucket's output is replaced",
+        "if not is_of_key or bucket != self.name:",
+        "if not is_of_key:",
+        "test_of_two_buckets_with_one_output_bucket_none_overwrites_the_other_s",
+    ),
+)
+
+REQUESTS = (
+    defect(
+        "a 5xx leaves nothing open",
+        "ErrorAction.RETRY: RequestState.UNKNOWN,",
+        "ErrorAction.RETRY: RequestState.UNSENT,",
+        "test_what_a_gateway_could_not_hand_on_is_asked_for_by_the_next_run_and_not_paid_again",
+    ),
+    defect(
+        "URLs live one hour",
+        "ExpiresIn=IDEMPOTENCY_WINDOW_SECONDS",
+        "ExpiresIn=3600",
+        "test_a_url_lives_as_long_as_the_api_repeats_its_answer",
+    ),
+    defect(
+        "the remaining quota of a replay is believed",
+        "is_stale = self._is_replay and ApiReply.is_older(answer.headers, self._asked_at)",
+        "is_stale = False",
+        "test_what_remains_of_the_month_is_not_taken_from_an_answer_of_another_day",
+    ),
+    defect(
+        "a job under the key of the call before it",
+        'current.following(":j", path=JOBS_PATH)',
+        'current.following("", path=JOBS_PATH)',
+        "test_a_job_in_place_of_a_call_has_a_key_of_its_own",
+    ),
+    defect(
+        "a request goes on while its row is being written",
+        "request.change(first_sent=time.time())\n            ledger.mark_sent(self.task, request.row)",
+        """request.change(first_sent=time.time())
+            threading.Thread(target=ledger.mark_sent, args=(self.task, request.row)).start()""",
+        SENT_UNWRITTEN,
+    ),
+    defect(
+        "a request is not written down",
+        "request.change(first_sent=time.time())\n            ledger.mark_sent(self.task, request.row)",
+        "request.change(first_sent=time.time())",
+        SENT_UNWRITTEN,
+        "test_a_run_that_was_killed_in_the_middle_is_finished_by_the_next",
+    ),
+    defect(
+        "a resumed request gets a new first time",
+        "if is_forgotten or not request.row.first_sent:",
+        "if True:",
+        A_DAY_LATER,
+    ),
+    defect(
+        "an overdue request is taken for a replay",
+        "request.is_paid, request.state = False, RequestState.PUT_OFF",
+        "request.is_paid = False",
+        A_DAY_LATER,
+    ),
+    defect(
+        "no request is ever overdue",
+        "return bool(self.row.first_sent) and time.time() - self.row.first_sent > IDEMPOTENCY_WINDOW_SECONDS",
+        "return False",
+        A_DAY_LATER,
+    ),
+    defect(
+        "an overdue request counts as no double charge",
+        "request.change(url=url, is_doubtful=1)",
+        "request.change(url=url)",
+        A_DAY_LATER,
+    ),
+    defect(
+        "no ETag in the idempotency key",
+        "version = (source.key, source.version, source.size, int(source.modified))",
+        "version = (source.key, source.size, int(source.modified))",
+        "test_another_version_of_the_same_size_is_asked_for_under_another_key",
+    ),
+    defect(
+        "no time in the idempotency key",
+        "version = (source.key, source.version, source.size, int(source.modified))",
+        "version = (source.key, source.version, source.size)",
+        "test_nothing_is_stored_of_a_source_that_was_overwritten_while_it_was_fetched",
+    ),
+    defect(
+        "no bucket in the idempotency key",
+        '"s3_bulk_convert/2", endpoint, bucket, *version',
+        '"s3_bulk_convert/2", endpoint, *version',
+        "test_the_same_object_in_another_bucket_is_asked_for_under_another_key",
+    ),
+    defect(
+        "no quality in the idempotency key",
+        "task.target, task.quality, place])",
+        "task.target, place])",
+        "test_what_was_in_flight_with_another_quality_is_not_taken_for_done",
+    ),
+    defect(
+        "no place in the idempotency key",
+        "task.target, task.quality, place])",
+        "task.target, task.quality])",
+        "test_two_jobs_with_equal_options_put_their_outputs_into_two_places",
+    ),
+    defect(
+        "no look before a resumed request",
+        "look=is_there or task.pending is not None",
+        "look=is_there and task.pending is None",
+        "test_what_was_stored_before_a_kill_is_found_and_not_sent_again",
+    ),
+    defect(
+        "409 is a failure",
+        'r"(409|429) .*": ErrorAction.WAIT',
+        'r"429 .*": ErrorAction.WAIT',
+        "test_409_is_waited_for_and_uses_up_no_attempt",
+    ),
+    defect(
+        "409 is an attempt",
+        "again.is_free = action is ErrorAction.WAIT and is_own",
+        "again.is_free = status == 429 and is_own",
+        "test_409_is_waited_for_and_uses_up_no_attempt",
+    ),
+    redirected("the POST", 'method == "POST"', "test_a_request_follows_no_redirect"),
+    redirected(
+        "a poll", '"/v1/jobs/" in address and "/download/" not in address', "test_a_redirect_is_not_followed[poll]"
+    ),
+    redirected("a download", '"/download/" in address', "test_a_redirect_is_not_followed[download]"),
+    redirected("/v1/usage", '"/v1/usage" in address', "test_a_redirect_is_not_followed[usage]"),
+)
+
+ANSWERS = (
+    defect(
+        "an answer without length or chunks is taken",
+        'is_told = length.isdigit() or answer.headers.get("Transfer-Encoding", "").lower() == "chunked"',
+        "is_told = True",
+        "test_half_of_an_answer_that_does_not_say_where_it_ends_is_not_stored",
+    ),
+    defect(
+        "an answer that is longer than it says is taken",
+        "is_told &= not cast(_Reply, answer.raw._original_response).has_surplus",
+        "pass",
+        "test_of_an_answer_that_is_longer_than_it_says_no_half_is_stored",
+    ),
+    defect(
+        "a job's size is not compared with its file",
+        "if isinstance(size, int) and size != file.size:",
+        "if False:",
+        "test_a_file_of_another_size_than_its_job_says_is_fetched_again",
+    ),
+    defect(
+        "a compressed body's unpacked bytes are compared with the length on the wire",
+        "answer.raw.tell() != int(length)",
+        "size != int(length)",
+        "test_an_answer_that_somebody_packed_on_the_way_is_stored_unpacked",
+    ),
+    defect(
+        "a body that breaks off is taken for whole",
+        "except NETWORK_ERRORS as error:\n            raise InvalidResponse(",
+        "except NETWORK_ERRORS as error:\n            return\n            raise InvalidResponse(",
+        "test_of_a_large_answer_in_chunks_that_breaks_off_nothing_is_stored",
+    ),
+    defect(
+        "a compressed body that ends early is taken for whole",
+        "if not unpacker.eof:",
+        "if False:",
+        "test_what_comes_packed_is_unpacked_whole_or_not_stored",
+    ),
+)
+
+FIGURES = (
+    defect(
+        "p95 is p50",
+        '"p95_seconds": self.percentile(95),',
+        '"p95_seconds": self.percentile(50),',
+        "test_the_95th_percentile_is_that_of_the_slow_ones",
+    ),
+    defect(
+        "failures that cost nothing are counted by the brake",
+        "Counter({code: count for code, count in self._report.failed.items() if code not in FREE_FAILURES})",
+        "Counter(self._report.failed)",
+        "test_failures_that_cost_nothing_do_not_stop_a_run",
+    ),
+    defect(
+        "a worker that failed is forgotten when all is done",
+        'self.reason = None if self.reason.code in {"quota", "cap", "time"} else self.reason',
+        "self.reason = None",
+        "test_a_worker_that_dies_when_all_is_done_is_no_success",
+    ),
+    defect(
+        "requests of worker processes are not counted",
+        "self._context.limiter.requests += message.requests",
+        "pass",
+        "test_requests_of_worker_processes_are_counted_though_they_were_given_up",
+    ),
+)
+
+SECRETS = (
+    defect(
+        "the API key is sent to the own host by plain http",
+        "return self._server_of(address) == self._server_of(self._own)",
+        "return self._server_of(address)[1] == self._server_of(self._own)[1]",
+        "test_the_key_does_not_go_to_the_own_host_by_plain_http",
+    ),
+    defect(
+        "the API key is sent to any host",
+        "if self._key and self.is_own(str(request.url)):",
+        "if self._key:",
+        "test_the_key_does_not_go_to_the_own_host_by_plain_http",
+    ),
+    defect(
+        "the API's words on an object are written without hiding the key",
+        "hide(why.message)[:MESSAGE_CHARACTERS]",
+        "why.message[:MESSAGE_CHARACTERS]",
+        f"{HIDDEN_KEY}[an object's failure]",
+        f"{HIDDEN_KEY}[a job]",
+        f"{HIDDEN_KEY}[a download]",
+    ),
+    defect(
+        "the API's code is written without hiding the key",
+        "hide(why.code),",
+        "why.code,",
+        f"{HIDDEN_KEY}[an object's failure]",
+    ),
+    defect(
+        "the reason to stop is written without hiding the key",
+        "RunError(hide(error.message), hide(error.hint), error.exit_code, error.code)",
+        "error",
+        f"{HIDDEN_KEY}[the reason to stop]",
+        f"{HIDDEN_KEY}[the reason to stop in JSON]",
+    ),
+    defect(
+        "--check writes the API's words without hiding the key",
+        'print_line(self.settings.hide(f"{verdict:<4} {what}: {said}"))',
+        'print_line(f"{verdict:<4} {what}: {said}")',
+        f"{HIDDEN_KEY}[check]",
+    ),
+    defect(
+        "--dry-run writes the API's words without hiding the key",
+        "print_line(settings.hide(line))",
+        "print_line(line)",
+        f"{HIDDEN_KEY}[dry run]",
+    ),
+    defect(
+        "only what looks like a key is hidden",
+        'return redact(message.replace(self.api.key or "\\0", "..."))',
+        "return redact(message)",
+        f"{HIDDEN_KEY}[an object's failure]",
+    ),
+    defect(
+        "a checkpoint that others can read stays so",
+        "if stat.S_IMODE(path.stat().st_mode) != 0o600:",
+        "if False:",
+        "test_nobody_else_can_read_a_checkpoint",
+    ),
+    defect(
+        "everybody can read a checkpoint",
+        "!= 0o600:\n                    self.set_mode(path, 0o600)",
+        "!= 0o644:\n                    self.set_mode(path, 0o644)",
+        "test_nobody_else_can_read_a_checkpoint",
+    ),
+    defect(
+        "an INI file with the key may be read by all",
+        'and os.name == "posix" and mode & (stat.S_IRGRP | stat.S_IROTH):\n            told',
+        "and False:\n            told",
+        "test_an_ini_with_the_key_that_others_can_read_is_refused",
+    ),
+    defect(
+        "an INI file with the key may be read by a group",
+        "mode & (stat.S_IRGRP | stat.S_IROTH):\n            told",
+        "mode & stat.S_IROTH:\n            told",
+        INI_MODE,
+    ),
+    defect(
+        "an INI file with the key may be read by others",
+        "mode & (stat.S_IRGRP | stat.S_IROTH):\n            told",
+        "mode & stat.S_IRGRP:\n            told",
+        INI_MODE,
+    ),
+)
+
+CHECKPOINT = (
+    defect(
+        "synchronous is NORMAL instead of FULL",
+        "PRAGMA synchronous = FULL;",
+        "PRAGMA synchronous = NORMAL;",
+        "test_every_commit_waits_for_the_disk",
+    ),
+    defect(
+        "the log lets rows be deleted",
+        "BEFORE DELETE ON log BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;",
+        "BEFORE DELETE ON log BEGIN SELECT 1; END;",
+        APPEND_ONLY,
+    ),
+    defect(
+        "the log lets values be changed",
+        "BEFORE UPDATE ON log BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;",
+        "BEFORE UPDATE ON log BEGIN SELECT 1; END;",
+        APPEND_ONLY,
+    ),
+    defect(
+        "the log lets rows be replaced",
+        "AND id = NEW.id)\n    BEGIN SELECT RAISE(ABORT, 'log is append-only'); END;",
+        "AND id = NEW.id)\n    BEGIN SELECT 1; END;",
+        APPEND_ONLY,
+    ),
+    defect(
+        "a bug is said in place of a full disk",
+        'raise RunError(f"the checkpoint {path} cannot be written: {said}", hint, code="disk") from None',
+        "raise RuntimeError(said) from None",
+        "test_a_disk_that_is_full_stops_the_run_and_loses_nothing",
+    ),
+    defect(
+        "a run forgets the old requests of other buckets",
+        "WHERE sent_at < ? AND job IN ({ours})",
+        "WHERE sent_at < ? AND (1 OR job IN ({ours}))",
+        "test_a_run_forgets_no_other_bucket_s_requests",
+    ),
+)
+
+DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT)
+
+
+def copy_of_the_checkout(folder: Path) -> Path:
+    """The tracked files as they stand, in a folder."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=PROJECT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (PROJECT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(PROJECT / name, folder / name)
+    return folder
+
+
+def places_of_tests() -> dict[str, list[str]]:
+    """Test function -> the files that have one of that name."""
+    found: dict[str, list[str]] = {}
+    for path in sorted((PROJECT / "tests").rglob("test_*.py")):
+        for name in re.findall(r"^def (test_\w+)\(", path.read_text(encoding="utf-8"), re.MULTILINE):
+            found.setdefault(name, []).append(str(path.relative_to(PROJECT)))
+    return found
+
+
+def problem_of(planted: Defect, program: str, places: dict[str, list[str]]) -> str:
+    """Why a row of the table cannot be used; empty if it can."""
+    if (count := program.count(planted.text)) != 1:
+        return f"its text is there {count} times: {planted.text.splitlines()[0].strip()}"
+    for test in planted.tests:
+        if (count := len(places.get(test.partition("[")[0], ()))) != 1:
+            return f"there are {count} tests {test}"
+    try:
+        compile(program.replace(planted.text, planted.replacement), SCRIPT, "exec")
+    except SyntaxError as error:
+        return f"the program with it is no Python: {error}"
+    return ""
+
+
+def run_tests(folder: Path, tests: list[str], *options: str) -> tuple[list[str], str]:
+    """The tests that failed, as pytest names them, and what kept it from running them all, if anything did."""
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)  # the change may be of the same size and second
+    environment = {**os.environ, "COLUMNS": "400"}
+    command = [*PYTEST, *options, *tests]  # a test that hangs has failed after the time in pytest.ini
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    failed = re.findall(r"^FAILED (?:\S*/)?(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if crash := re.search(r"\b(NameError|UnboundLocalError|AttributeError): .*", done.stdout):
+        return [], f"the program with it has names that are not there: {crash[0]}"
+    is_usual = done.returncode == 0 or (done.returncode == 1 and failed)
+    said = (done.stdout + done.stderr).strip().splitlines()[-1:]
+    return failed, "" if is_usual else f"pytest ended with {done.returncode}: {''.join(said)}"
+
+
+def addresses(tests: tuple[str, ...], places: dict[str, list[str]]) -> list[str]:
+    """How pytest finds tests."""
+    return [f"{places[test.partition('[')[0]][0]}::{test}" for test in tests]
+
+
+def main() -> int:
+    """Plant what is asked for; 1 if any of it is not seen."""
+    words = [word.lower() for word in sys.argv[1:]]
+    told = {each: f"{each.sentence} {each.tests}".lower() for each in DEFECTS}
+    chosen = [each for each in DEFECTS if not words or any(word in told[each] for word in words)]
+    program, places = (PROJECT / SCRIPT).read_text(encoding="utf-8"), places_of_tests()
+    problems = {each: problem_of(each, program, places) for each in chosen}
+    needed = {test: None for each in chosen if not problems[each] for test in addresses(each.tests, places)}
+    seen = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = copy_of_the_checkout(Path(name))
+        broken, trouble = run_tests(folder, list(needed)) if needed else ([], "")
+        said = trouble or f"{len(broken)} failed {broken or ''}".strip()
+        print(f"{len(needed)} tests on the program as it is: {said}", flush=True)
+        for each in chosen:
+            started, failed, problem = monotonic(), list[str](), problems[each]
+            if not problem:
+                changed = program.replace(each.text, each.replacement)
+                (folder / SCRIPT).write_text(changed, encoding="utf-8")
+                failed, problem = run_tests(folder, addresses(each.tests, places), "-x")
+            is_seen = bool(failed) and not problem and failed[0] not in broken
+            seen += is_seen
+            verdict, by = ("seen", failed[0]) if is_seen else ("NOT SEEN", problem or f"by {', '.join(each.tests)}")
+            print(f"{verdict:<8} {monotonic() - started:4.0f} s  {each.sentence}: {by}", flush=True)
+    print(f"{len(chosen)} defects, {seen} seen")
+    return 0 if chosen and seen == len(chosen) and not (broken or trouble) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""One room of the program each, on real files, sockets and threads."""

@@ -1,0 +1,61 @@
+"""--check and --status: what they say of this machine and of the checkpoint."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import s3_bulk_convert as program
+from s3_bulk_convert import Journal, Outcome, OutcomeKind, SourceObject, Task
+
+
+def settings(*assignments: str) -> program.Settings:
+    """A complete configuration with these options."""
+    complete = ("s3.bucket=bucket", "convert.target=jpg", "api.key=ctf_sk_test_1", *assignments)
+    flags = [part for assignment in complete for part in ("--set", assignment)]
+    return program.load_settings(None, {}, program.read_flags(program.build_parser().parse_args(flags)))
+
+
+def test_packages_that_are_too_old_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "OLDEST_PACKAGES", {"requests": "99.1"})
+    program.Diagnostics(settings()).check_versions()
+    assert capsys.readouterr().out.startswith("FAIL versions: too old for requests>=99.1; run: ")
+
+
+@pytest.mark.parametrize(("limit", "verdict"), [("LITTLE_DISK_BYTES", "WARN"), ("SCARCE_DISK_BYTES", "FAIL")])
+def test_a_disk_that_is_nearly_full_is_told(
+    limit: str, verdict: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(program, limit, 10**18)
+    program.Diagnostics(settings(f"run.checkpoint={tmp_path}/checkpoint")).check_space()
+    assert f"{verdict} space in {tmp_path}: " in capsys.readouterr().out
+
+
+def test_each_object_is_counted_by_its_newest_row(tmp_path: Path) -> None:
+    path, dice, newest = (
+        tmp_path / "checkpoint.sqlite3",
+        random.Random(5),
+        dict[tuple[str, str], tuple[str, bool, str]](),
+    )
+    failures = [(OutcomeKind.FAILED, "x", True), (OutcomeKind.FAILED, "y", False)]
+    kinds = [(OutcomeKind.CONVERTED, "", False), (OutcomeKind.FOUND, "", False), *failures]
+    wanted = settings("job f.quality=1", "job g.quality=2", "run.checkpoint=none")
+    with Journal(path, "aws", wanted) as journal:
+        journal.begin_run(1.0)
+        for _ in range(300):
+            key, job, (kind, code, lasts) = dice.choice("abcdefgh"), dice.choice(wanted.jobs), dice.choice(kinds)
+            task = Task(job.name, job.fingerprint, SourceObject(key, "e1", 1), "jpg", None, f"{key}.jpg")
+            journal.settle([Outcome(task, kind, code, permanent=lasts)], 1.0)
+            newest[job.name, key] = (kind.value, lasts, code)
+    with Journal(path, "aws", wanted, read_only=True) as reader:
+        counted = {counts["configured_as"]: counts for counts in reader.counts()}
+    for name in "fg":
+        states = Counter(state for (of, _), state in newest.items() if of == name)
+        found = counted[name]
+        assert found["converted"] == states["converted", False, ""]
+        assert found["found"] == states["found", False, ""]
+        assert found["failed_for_good"] == {code: n for (_, lasts, code), n in states.items() if lasts}
+        assert found["failed_for_now"] == {code: n for (_, lasts, code), n in states.items() if code and not lasts}
