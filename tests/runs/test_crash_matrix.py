@@ -26,7 +26,9 @@ CASES = [
     pytest.param(effect, when, transfer, marks=[] if is_quick else [pytest.mark.slow])
     for effect, when in MOMENTS
     for transfer in (("url",) if effect == "source-looked-at-again" else ("url", "upload"))
-    for is_quick in [transfer == "url" if effect in WITHOUT_A_TRANSFER else (when, transfer) in QUICK]
+    for is_quick in [
+        (when, transfer) == ("after", "url") if effect in WITHOUT_A_TRANSFER else (when, transfer) in QUICK
+    ]
 ]
 
 fill_bucket = partial(fill, count=OBJECTS, name="in/picture {}", repeated=400)

@@ -72,6 +72,20 @@ def given_up(name: str, fault: Callable[[], Fault], code: str, paid: int = 0) ->
     return Row(name, (fault,), options=("api.retries=1",), exit_code=1, code=code, paid=paid, second_requests=1)
 
 
+def failed_job(shape: Any, code: str) -> Row:
+    """A job that fails, which says so in one of the forms that it may have."""
+    return Row(
+        f"a job that failed, {shape}",
+        (Fault.accepted_as_job,),
+        {"job_states": ("failed",), "job_error": shape},
+        ("api.transfer=upload",),
+        exit_code=1,
+        code=code,
+        permanent=True,
+        paid=0,
+    )
+
+
 ROWS = [
     refused("400 bad_request", 400, "bad_request", "bad_request"),
     refused("422 unsupported_route", 422, "unsupported_route", "unsupported_route"),
@@ -82,14 +96,12 @@ ROWS = [
     survived("429 rate_limited, seconds", reply(429, "rate_limited", retry_after="1")),
     survived("503 with an HTML page", lambda: Fault.html_page(503)),
     Row("three 504s, and no jobs", (lambda: Fault.work_lost(504, times=3),), options=("api.jobs_above=never",)),
-    Row("three 504s from the queue of jobs", (lambda: Fault.work_lost(504, times=3),), options=("api.jobs_above=1",)),
     survived("connection cut before the work", Fault.cut_before_work),
     survived("connection cut after the work", Fault.cut_after_work),
     survived("an HTML page in a 200, once", Fault.html_page),
     survived("half of the answer", Fault.truncated_answer),
     survived("a JSON envelope with result.file_url", Fault.json_envelope, envelope_link="result.file_url"),
     survived("202 and a job", Fault.accepted_as_job),
-    Row("202 and a job with half a letter", (lambda: Fault(status=202, body=b'{"job_id": "\\ud83d"}'),), double=1),
     Row("two 504s: a job instead", (lambda: Fault.work_lost(504, times=2),), {"job_states": ("completed",)}, double=1),
     given_up("404 for the endpoint itself", reply(404, "not_found", times=None), "not_found"),
     given_up("a redirect", lambda: Fault.redirect("http://127.0.0.1:9/elsewhere", times=None), "http_307"),
@@ -103,19 +115,7 @@ ROWS = [
         code="wrong_type",
         permanent=True,
     ),
-    *(
-        Row(
-            f"a job that failed, {shape}",
-            (Fault.accepted_as_job,),
-            {"job_states": ("failed",), "job_error": shape},
-            ("api.transfer=upload",),
-            exit_code=1,
-            code=code,
-            permanent=True,
-            paid=0,
-        )
-        for shape, code in (("object", "conversion_failed"), ("string", "job_failed"), ("absent", "job_failed"))
-    ),
+    failed_job("object", "conversion_failed"),
     Row(
         "422: the key is taken by another body",
         (reply(422, "bad_request"),),
@@ -133,6 +133,9 @@ FORMS_OF_RETRY_AFTER = {
 }
 # What another row stands for.
 LONG_ROWS = [
+    Row("three 504s from the queue of jobs", (lambda: Fault.work_lost(504, times=3),), options=("api.jobs_above=1",)),
+    Row("202 and a job with half a letter", (lambda: Fault(status=202, body=b'{"job_id": "\\ud83d"}'),), double=1),
+    *(failed_job(shape, "job_failed") for shape in ("string", "absent")),
     *(
         survived(f"429 rate_limited, {name}", reply(429, "rate_limited", retry_after=header))
         for name, header in FORMS_OF_RETRY_AFTER.items()
