@@ -241,6 +241,109 @@ BRANDS = {
 }
 
 ########################################################################################################################
+# Words. How things are said, to people and in logs. Every line is redacted on its way out, whoever wrote it.
+########################################################################################################################
+
+
+def pluralize(count: int, noun: str) -> str:
+    """A count and its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def printable(text: str) -> str:
+    """A key or a message of somebody else's on one line: it may hold line ends and orders to the terminal."""
+    plain = text if text.isprintable() else json.dumps(text)
+    return plain if len(plain) <= 200 else plain[:197] + "..."
+
+
+def human_bytes(count: float) -> str:
+    """A size for people, in decimal units, as S3's price list counts."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """A duration for people, in its largest unit."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def iso_time(seconds: float) -> str:
+    """A time (Unix seconds) in ISO 8601, in the local zone, with its offset."""
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def local_date(seconds: float) -> str:
+    """A time (Unix seconds) in the local zone, with how long ago that is."""
+    return f"{iso_time(seconds).replace('T', ' ')} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
+
+
+def redact(message: str) -> str:
+    """A text without API keys and without what stands behind the `?` of a URL (a presigned URL's signature)."""
+    # S3's and the API's own messages may repeat the URL that they were asked for.
+    message = re.sub(r"(https?://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
+    message = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token))=[^\s&\"'<>]*", r"\1=...", message)
+    return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
+
+
+def without_secrets(value: Any) -> Any:
+    """A value of a JSON document, with every text in it redacted."""
+    if isinstance(value, dict):
+        return {name: without_secrets(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(part) for part in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def log_event(event: str, message: str, *, level: int = logging.WARNING, **fields: Any) -> None:
+    """Log a message; as JSON it has the kind of thing that happened, and its numbers."""
+    log.log(level, "%s", message, extra={"event": event, "fields": fields})
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to stderr, above the progress bar: lines for people, or JSON objects; tracebacks only on demand."""
+
+    def __init__(self, *, verbose: bool, as_json: bool) -> None:
+        super().__init__()
+        self._verbose, self._as_json = verbose, as_json
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record without secrets."""
+        when, error = iso_time(record.created), record.exc_info[1] if record.exc_info else None
+        event, fields = getattr(record, "event", "message"), getattr(record, "fields", {})
+        told = traceback.format_exception if self._verbose else traceback.format_exception_only
+        message, trace = record.getMessage(), "".join(told(error)) if error else ""
+        if self._as_json:
+            standard = {"ts": when, "level": record.levelname.lower(), "event": event, "message": message}
+            return json.dumps(without_secrets(standard | fields | ({"traceback": trace} if trace else {})))
+        if event == "error":
+            return redact(f"{trace}error: {message}\nhint: {fields['hint']}")
+        return redact(f"{when} {message}" + (f"\n{trace.rstrip()}" if trace else ""))
+
+
+def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
+    """Send this program's messages to stderr; other libraries' only with -v."""
+    # One handler for all: a library's message must not tear the progress bar either.
+    handler = ConsoleHandler(verbose=verbose, as_json=as_json)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+    # urllib3 warns at each retry, with the path of the request; the summary has the counts.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+    # What comes of credentials that cannot be had is said where they are needed, once and with its remedy.
+    logging.getLogger("botocore.credentials").setLevel(logging.NOTSET if verbose else logging.ERROR)
+    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+########################################################################################################################
 # Errors and stopping. Two kinds of failure: RunError ends the run (or keeps it from starting) and blames no object;
 # ObjectFailed is one object's. Anything else is a bug of this script and keeps its traceback.
 #   - RunError is caught by `main`, and by whoever runs a thread, which then asks the whole run to stop.
@@ -312,11 +415,6 @@ class InvalidResponse(TryAgain):
         super().__init__(code, message, permanent=permanent, status=200)
 
 
-def pluralize(count: int, noun: str) -> str:
-    """A count and its noun."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 STOP_SIGNALS = [signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in signal.Signals.__members__]
 
 
@@ -376,11 +474,6 @@ class StopFlag:
         os._exit(code)
 
 
-def log_event(event: str, message: str, *, level: int = logging.WARNING, **fields: Any) -> None:
-    """Log a message; as JSON it has the kind of thing that happened, and its numbers."""
-    log.log(level, "%s", message, extra={"event": event, "fields": fields})
-
-
 class OutageMonitor:
     """Whether the API, or S3, can be reached, as all threads of a process find out together.
 
@@ -415,10 +508,314 @@ class OutageMonitor:
 
 
 ########################################################################################################################
+# Rules. Pure: no files, no network, no clock. Everything that decides what is paid for and what is stored.
+#   - Keys are data: they are never a path, a format string or a pattern.
+#   - A change to `idempotency_key` or `Job.fingerprint` makes every finished object new work that is paid for again.
+########################################################################################################################
+
+
+class KeyParts(NamedTuple):
+    """A key taken apart as text. Keys are not paths: nothing is normalised."""
+
+    key: str
+    folder: str  # ends in "/" or is empty
+    name: str
+    stem: str
+    ext: str  # without the dot, as written
+
+    @classmethod
+    def of(cls, key: str) -> "KeyParts":
+        """Take a key apart; only a short alphanumeric end after a dot, with a letter in it, is an extension."""
+        folder, slash, name = key.rpartition("/")
+        stem, _, ext = name.rpartition(".")
+        # A hidden file's name is no extension, and neither is the end of a sentence, or of a date as in "12.05.2023".
+        if not stem or not re.fullmatch(r"(?=[0-9]*[A-Za-z])[A-Za-z0-9]{1,10}", ext):
+            stem, ext = name, ""
+        return cls(key, folder + slash, name, stem, ext)
+
+    @staticmethod
+    def slot_of(output_key: str) -> str:
+        """The slot of an output key: the same for the archive of pages that an answer may turn out to be."""
+        return output_key.removesuffix(".zip")
+
+    @property
+    def has_dot_segments(self) -> bool:
+        """Whether HTTP clients would normalise the key's path, so that a presigned URL for it cannot be fetched."""
+        return not {".", ".."}.isdisjoint(self.key.split("/"))
+
+    @property
+    def upload_filename(self) -> str:
+        """A file name for the multipart form: plain ASCII with the right extension."""
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", self.stem)[-60:] or "file"
+        # The API would take what stands behind a dot for the format.
+        return f"{stem}.{self.ext}" if self.ext else stem.replace(".", "_")
+
+
+def digest(parts: Sequence[str | int | None]) -> str:
+    """32 hex digits of SHA-256 over values whose borders cannot be confused."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def idempotency_key(endpoint: str, bucket: str, task: "Task", place: str) -> str:
+    """The API's key for one conversion (docs/idempotency): another object, version, option or place has another.
+
+    The time counts as well: what was overwritten and put back while the API fetched it must not be replayed.
+    """
+    source = task.source
+    version = (source.key, source.version, source.size, int(source.modified))
+    return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place])
+
+
+def unix_seconds(date: str) -> float:
+    """A date in ISO 8601 or as HTTP has it, in Unix seconds; NaN, which is before and after nothing, if it is none."""
+    try:
+        try:
+            # Python 3.10 does not read the Z.
+            found = datetime.fromisoformat(date.replace("Z", "+00:00"))
+        except ValueError:
+            found = email.utils.parsedate_to_datetime(date)
+        # A date without a zone is GMT, and must not be taken for this machine's.
+        return found.replace(tzinfo=found.tzinfo or timezone.utc).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return math.nan
+
+
+@dataclass(frozen=True)
+class FileType:
+    """What a body is: the media type to store it under, and what its key gets at the end."""
+
+    # How bodies begin that are no result: an error page, the API's error envelope, S3's; and XML, in UTF-8 or UTF-16.
+    HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head)\b", re.IGNORECASE)
+    ERROR_ENVELOPE = re.compile(rb"\s*\{\s*\"error\"\s*:")
+    ERROR_ELEMENT = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<Error[\s>].*<Code>", re.DOTALL)
+    MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<|\xff\xfe<\0|\xfe\xff\0<")
+    # A whole text that is nothing but what servers call an error, such as `502 Bad Gateway`; nginx's and Envoy's too.
+    PHRASES = "|".join(re.escape(status.phrase) for status in http.HTTPStatus if status >= 400).encode()
+    PHRASES += b"|Gateway Time-out|no healthy upstream|upstream request timeout|upstream connect error.*"
+    ERROR_WORDS = re.compile(
+        rb"\s*(error:?\s+)?(\d{3}:?\s+)?(%b)[.!]?\s*|\s*error code: \d+\s*" % PHRASES, re.IGNORECASE
+    )
+
+    media_type: str
+    suffix: str = ""
+
+    @staticmethod
+    def canonical(ext: str) -> str:
+        """One name for each format: jpeg is jpg."""
+        return FORMAT_ALIASES.get(ext.lower(), ext.lower())
+
+    @staticmethod
+    def plain_type(media_type: str) -> str:
+        """A media type without its parameters."""
+        return media_type.partition(";")[0].strip()
+
+    @staticmethod
+    def media_kind(media_type: str) -> str:
+        """The format that a media type names; empty if it says nothing."""
+        plain = FileType.plain_type(media_type).lower()
+        if plain in GENERIC_TYPES:
+            return ""
+        if plain in {"application/json", "application/problem+json", "text/json"}:
+            return "json"
+        known = (kind for kind, named in EXTRA_MEDIA_TYPES.items() if named == plain)
+        return next(known, None) or FileType.canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
+
+    @staticmethod
+    def media_type_of(target: str) -> str:
+        """The usual media type of a format."""
+        return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
+
+    @staticmethod
+    def begins_like(kind: str, head: bytes) -> bool:
+        """Whether the first bytes of a body can begin a file of a format that has a signature."""
+        major = head[8:12] if head[4:8] == b"ftyp" else b""
+        # A film may be compatible with an image's brand; it is the other way round that no image is a film.
+        if kind in {"mp4", "m4a", "mov"} and any(major in brands for brands in BRANDS.values()):
+            return False
+        if kind in BRANDS:
+            # The brands that the file is compatible with follow the major one, up to the end of their box.
+            end = min(int.from_bytes(head[:4], "big"), len(head))
+            found = {head[8:12], *(head[start : start + 4] for start in range(16, end, 4))}
+            # With nothing nearer than "an image", it is the older of the two.
+            is_some_image = kind == "heic" and found & BRANDS[""] and not found & BRANDS["avif"]
+            if not found & BRANDS[kind] and not is_some_image:
+                return False
+        return any(head[offset : offset + len(magic)] == magic for offset, magic in SIGNATURES[kind])
+
+    @staticmethod
+    def is_whole_file(kind: str, size: int, head: bytes, tail: bytes) -> bool:
+        """Whether a file says by itself that nothing is missing at its end. False: no, or it cannot say so."""
+        if kind in ENDINGS:
+            return tail.rstrip().endswith(ENDINGS[kind])
+        if kind in {"webp", "wav", "avi"}:
+            return 8 + int.from_bytes(head[4:8], "little") == size
+        if kind == "bmp":
+            return int.from_bytes(head[2:6], "little") == size
+        # The end record of a ZIP, without a comment, says how long is what comes before it.
+        record = tail[-22:]
+        told = int.from_bytes(record[12:16], "little") + int.from_bytes(record[16:20], "little") + len(record)
+        return kind in ZIP_BASED and record.startswith(b"PK\5\6") and told == size
+
+    @classmethod
+    def identify(cls, target: str, media_type: str, disposition: str, head: bytes) -> "FileType":
+        """What the body of a 200 is (docs/conversions/sync), from its headers and first bytes, never the target alone.
+
+        Raises InvalidResponse if it cannot be a file of the target format: an error page, a JSON error, another format.
+        """
+        kind, declared, plain = cls.canonical(target), cls.media_kind(media_type), cls.plain_type(media_type)
+        # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
+        if kind not in {"html", "xhtml", "mhtml"} and (declared == "html" or cls.HTML.match(head)):
+            raise InvalidResponse("html_answer", "the API answered with an HTML page instead of the file")
+        is_json = kind in {"json", "ndjson", "jsonl"}  # any JSON, and so perhaps one that begins as the envelope does
+        is_error = cls.ERROR_ENVELOPE.match(head) and (not is_json or ApiReply.is_error_alone(head))
+        if is_error or (declared == "json" and kind not in JSON_FORMATS):
+            raise InvalidResponse("json_answer", "the API answered with JSON instead of the file")
+        has_signature, says_nothing = kind in SIGNATURES, plain.lower() in GENERIC_TYPES
+        # A ZIP of one file a page, as for a PDF with several pages to jpg. Where nothing says it, a format that is
+        # known to begin otherwise cannot be anything else.
+        is_archive = declared == "zip" or disposition.lower().rstrip('"; ').endswith(".zip")
+        is_archive |= says_nothing and (has_signature or kind in TEXT_FORMATS)
+        if is_archive and kind not in ZIP_BASED and cls.begins_like("zip", head):
+            return cls("application/zip", ".zip")
+        begins_wrongly = has_signature and not cls.begins_like(kind, head)
+        begins_wrongly |= kind in {"svg", "xml"} and cls.MARKUP.match(head) is None
+        # In a `txt` the words may be the file's own: nobody can tell.
+        is_words = plain.lower() == "text/plain" and cls.ERROR_WORDS.fullmatch(head)
+        says_error = kind != "txt" and (is_words or cls.ERROR_ELEMENT.match(head))
+        if says_error or (begins_wrongly and plain.lower() in {"text/plain", "text/xml", "application/xml"}):
+            raise InvalidResponse("text_answer", "the API answered with plain text instead of the file")
+        # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
+        if begins_wrongly:
+            raise InvalidResponse("wrong_type", f"the answer does not begin as a {target} file does", permanent=True)
+        if not has_signature and any(cls.begins_like(other, head) for other in ("png", "jpg", "pdf", "zip", "gif")):
+            raise InvalidResponse("wrong_type", f"the answer is of another format than {target}", permanent=True)
+        # The first bytes are right; where the media type contradicts them, they are believed.
+        if says_nothing or (has_signature and declared in SIGNATURES and not cls.begins_like(declared, head)):
+            return cls(cls.media_type_of(kind))
+        return cls(media_type if kind in TEXT_FORMATS else plain)
+
+
+class ErrorAction(Enum):
+    """What an error reply asks for."""
+
+    RETRY = "the same request again; it uses up an attempt"
+    WAIT = "the same request again later, free of charge"
+    NEW_KEY = "the key is taken by another body"
+    REJECT = "the API's own word on this object; of a job: the API does not know it"
+    FAIL = "somebody's refusal of this request; it proves nothing; of a download: the link is stale"
+    STOP_RUN = "no object can be converted"
+
+    @staticmethod
+    def choose(rules: Mapping[str, "ErrorAction"], status: int, code: str) -> "ErrorAction":
+        """The action of the first rule whose pattern matches the status and the API's code, with a space between."""
+        told = f"{status} {code}"
+        return next(action for pattern, action in rules.items() if re.fullmatch(pattern, told, re.DOTALL))
+
+
+# Replies to a conversion (docs/errors). The API's own word on its key or on the month, and a proxy's on its password,
+# are said of every request. A redirect, a 403, and what comes without the API's code may be a gateway's.
+CONVERSION_RULES = {
+    r"\d+ quota_exceeded|401 .+|407 .*": ErrorAction.STOP_RUN,
+    r"(409|429) .*": ErrorAction.WAIT,
+    r"422 bad_request": ErrorAction.NEW_KEY,
+    r"(408|425|[125-9]..) .*": ErrorAction.RETRY,
+    r"4(?!0[1-5]).. .+": ErrorAction.REJECT,
+    r".*": ErrorAction.FAIL,
+}
+# Replies to the question for a job. That a job is unknown is believed only from the API.
+POLL_RULES = {
+    r"(404|410) not_found": ErrorAction.REJECT,
+    r"\d+ quota_exceeded|(401|403) .+": ErrorAction.STOP_RUN,
+    r"429 .*": ErrorAction.WAIT,
+    r".*": ErrorAction.RETRY,
+}
+# Replies to the request for a result. A stale link is stale, whoever says so and why.
+DOWNLOAD_RULES = {r"429 .*": ErrorAction.WAIT, r"(?!408|425)[34].. .*": ErrorAction.FAIL, r".*": ErrorAction.RETRY}
+
+
+class ApiReply:
+    """Readers of what the API's replies say. They take whatever may come in the place of a reply."""
+
+    @staticmethod
+    def parse(body: bytes) -> dict[str, Any]:
+        """A JSON object, with `?` for half of a surrogate pair, which no file takes; empty for anything else."""
+        try:
+            told = json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return {}
+        return told if isinstance(told, dict) else {}
+
+    @staticmethod
+    def error(told: Mapping[str, Any]) -> tuple[str, str]:
+        """Code and message of an error; empty where a reply is HTML, cut, or in another form."""
+        error = told.get("error")
+        if isinstance(error, dict):
+            return str(error.get("code") or ""), str(error.get("message") or "")
+        return "", error if isinstance(error, str) else ""
+
+    @staticmethod
+    def is_error_alone(body: bytes) -> bool:
+        """Whether JSON is the API's error envelope and nothing else, so that it cannot be a file about some error."""
+        told = ApiReply.parse(body)
+        error = told.get("error") if len(told) == 1 else None
+        if not isinstance(error, dict) or not error.keys() <= {"code", "message", "details"}:
+            return False
+        return isinstance(error.get("code"), str)
+
+    @staticmethod
+    def is_older(headers: Mapping[str, str], asked: float) -> bool:
+        """Whether an answer was made before it was asked for, in Unix seconds: the API repeats it, headers and all."""
+        reset = headers.get("X-RateLimit-Reset", "")
+        is_past = reset.isdigit() and int(reset) < asked
+        return is_past or unix_seconds(headers.get("Date", "")) < math.floor(asked)
+
+    @staticmethod
+    def retry_after_seconds(header: str | None, now: float) -> float | None:
+        """What `Retry-After` asks for, capped: seconds or an HTTP date; None if it is absent or makes no sense."""
+        try:
+            seconds = float(header or "nan")
+        except ValueError:
+            seconds = unix_seconds(str(header)) - now
+        # The API's windows last a minute: more than five is a mistake or an attack.
+        return None if math.isnan(seconds) else min(max(seconds, 0.0), 300.0)
+
+
+def backoff(attempt: int, asked: float | None, jitter: float) -> float:
+    """Seconds before the next attempt: what the server asked for plus 0 to 50 %, else 2^attempt; `jitter`: 0 to 1."""
+    grown = min(2.0 ** min(attempt, 20), BACKOFF_CAP_SECONDS)
+    if asked is None:
+        return grown * (0.5 + jitter / 2)
+    # After many waits in a row the server's word is not enough: it would be asked too often.
+    return max(asked, grown if attempt > 8 else 0.0) * (1 + jitter / 2)
+
+
+def inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What gzip or deflate has packed, told apart by how it begins. Raises EOFError if it ends early, zlib.error."""
+    unpacker = zlib.decompressobj(zlib.MAX_WBITS + 32)
+    for piece in pieces:
+        packed = piece
+        # A file may be packed in several parts, and end in zeros.
+        while packed := packed.lstrip(b"\0") if unpacker.eof else packed:
+            unpacker = zlib.decompressobj(zlib.MAX_WBITS + 32) if unpacker.eof else unpacker
+            yield unpacker.decompress(packed)
+            packed = unpacker.unused_data
+    if not unpacker.eof:
+        raise EOFError("it ends early")
+
+
+########################################################################################################################
 # Records. What crosses a border between rooms, threads and processes: frozen, made of strings and numbers only.
 #   - A Decision says what becomes of one object in one job; a Task is a Decision that needs a worker.
 #   - An Outcome says all that the journal, the failures file and the report will ever know of a task.
 ########################################################################################################################
+
+# How objects are counted.
+LISTED, RETRIED, LEFT = "listed", "retried", "left"
+NOT_MATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
+SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE, ALREADY_DONE = "same_format", "own_output", "failed_before", "already_done"
+SKIP_REASONS = (NOT_MATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
+# Failures that cost nothing and say nothing of the API or of S3. They are decided anew in every run.
+FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
 
 
 class SourceObject(NamedTuple):
@@ -945,11 +1342,6 @@ ENVIRONMENT = {
 }
 
 
-def digest(parts: Sequence[str | int | None]) -> str:
-    """32 hex digits of SHA-256 over values whose borders cannot be confused."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
 @dataclass(frozen=True)
 class Job(ConvertOptions):
     """One route: which objects, to which format, under which keys."""
@@ -1230,289 +1622,10 @@ def load_settings(
     return Settings(s3, api, run, jobs, shard, key_problem=key_problem)
 
 
-########################################################################################################################
-# Rules. Pure: no files, no network, no clock. Everything that decides what is paid for and what is stored.
-#   - Keys are data: they are never a path, a format string or a pattern.
-#   - A change to `idempotency_key` or `Job.fingerprint` makes every finished object new work that is paid for again.
-########################################################################################################################
-
-
-class KeyParts(NamedTuple):
-    """A key taken apart as text. Keys are not paths: nothing is normalised."""
-
-    key: str
-    folder: str  # ends in "/" or is empty
-    name: str
-    stem: str
-    ext: str  # without the dot, as written
-
-    @classmethod
-    def of(cls, key: str) -> "KeyParts":
-        """Take a key apart; only a short alphanumeric end after a dot, with a letter in it, is an extension."""
-        folder, slash, name = key.rpartition("/")
-        stem, _, ext = name.rpartition(".")
-        # A hidden file's name is no extension, and neither is the end of a sentence, or of a date as in "12.05.2023".
-        if not stem or not re.fullmatch(r"(?=[0-9]*[A-Za-z])[A-Za-z0-9]{1,10}", ext):
-            stem, ext = name, ""
-        return cls(key, folder + slash, name, stem, ext)
-
-    @staticmethod
-    def slot_of(output_key: str) -> str:
-        """The slot of an output key: the same for the archive of pages that an answer may turn out to be."""
-        return output_key.removesuffix(".zip")
-
-    @property
-    def has_dot_segments(self) -> bool:
-        """Whether HTTP clients would normalise the key's path, so that a presigned URL for it cannot be fetched."""
-        return not {".", ".."}.isdisjoint(self.key.split("/"))
-
-    @property
-    def upload_filename(self) -> str:
-        """A file name for the multipart form: plain ASCII with the right extension."""
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "_", self.stem)[-60:] or "file"
-        # The API would take what stands behind a dot for the format.
-        return f"{stem}.{self.ext}" if self.ext else stem.replace(".", "_")
-
-
-def idempotency_key(endpoint: str, bucket: str, task: Task, place: str) -> str:
-    """The API's key for one conversion (docs/idempotency): another object, version, option or place has another.
-
-    The time counts as well: what was overwritten and put back while the API fetched it must not be replayed.
-    """
-    source = task.source
-    version = (source.key, source.version, source.size, int(source.modified))
-    return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place])
-
-
-def unix_seconds(date: str) -> float:
-    """A date in ISO 8601 or as HTTP has it, in Unix seconds; NaN, which is before and after nothing, if it is none."""
-    try:
-        try:
-            # Python 3.10 does not read the Z.
-            found = datetime.fromisoformat(date.replace("Z", "+00:00"))
-        except ValueError:
-            found = email.utils.parsedate_to_datetime(date)
-        # A date without a zone is GMT, and must not be taken for this machine's.
-        return found.replace(tzinfo=found.tzinfo or timezone.utc).timestamp()
-    except (TypeError, ValueError, OverflowError, OSError):
-        return math.nan
-
-
-@dataclass(frozen=True)
-class FileType:
-    """What a body is: the media type to store it under, and what its key gets at the end."""
-
-    # How bodies begin that are no result: an error page, the API's error envelope, S3's; and XML, in UTF-8 or UTF-16.
-    HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head)\b", re.IGNORECASE)
-    ERROR_ENVELOPE = re.compile(rb"\s*\{\s*\"error\"\s*:")
-    ERROR_ELEMENT = re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?<Error[\s>].*<Code>", re.DOTALL)
-    MARKUP = re.compile(rb"(\xef\xbb\xbf)?\s*<|\xff\xfe<\0|\xfe\xff\0<")
-    # A whole text that is nothing but what servers call an error, such as `502 Bad Gateway`; nginx's and Envoy's too.
-    PHRASES = "|".join(re.escape(status.phrase) for status in http.HTTPStatus if status >= 400).encode()
-    PHRASES += b"|Gateway Time-out|no healthy upstream|upstream request timeout|upstream connect error.*"
-    ERROR_WORDS = re.compile(
-        rb"\s*(error:?\s+)?(\d{3}:?\s+)?(%b)[.!]?\s*|\s*error code: \d+\s*" % PHRASES, re.IGNORECASE
-    )
-
-    media_type: str
-    suffix: str = ""
-
-    @staticmethod
-    def canonical(ext: str) -> str:
-        """One name for each format: jpeg is jpg."""
-        return FORMAT_ALIASES.get(ext.lower(), ext.lower())
-
-    @staticmethod
-    def plain_type(media_type: str) -> str:
-        """A media type without its parameters."""
-        return media_type.partition(";")[0].strip()
-
-    @staticmethod
-    def media_kind(media_type: str) -> str:
-        """The format that a media type names; empty if it says nothing."""
-        plain = FileType.plain_type(media_type).lower()
-        if plain in GENERIC_TYPES:
-            return ""
-        if plain in {"application/json", "application/problem+json", "text/json"}:
-            return "json"
-        known = (kind for kind, named in EXTRA_MEDIA_TYPES.items() if named == plain)
-        return next(known, None) or FileType.canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
-
-    @staticmethod
-    def media_type_of(target: str) -> str:
-        """The usual media type of a format."""
-        return EXTRA_MEDIA_TYPES.get(target) or mimetypes.guess_type(f"x.{target}")[0] or "application/octet-stream"
-
-    @staticmethod
-    def begins_like(kind: str, head: bytes) -> bool:
-        """Whether the first bytes of a body can begin a file of a format that has a signature."""
-        major = head[8:12] if head[4:8] == b"ftyp" else b""
-        # A film may be compatible with an image's brand; it is the other way round that no image is a film.
-        if kind in {"mp4", "m4a", "mov"} and any(major in brands for brands in BRANDS.values()):
-            return False
-        if kind in BRANDS:
-            # The brands that the file is compatible with follow the major one, up to the end of their box.
-            end = min(int.from_bytes(head[:4], "big"), len(head))
-            found = {head[8:12], *(head[start : start + 4] for start in range(16, end, 4))}
-            # With nothing nearer than "an image", it is the older of the two.
-            is_some_image = kind == "heic" and found & BRANDS[""] and not found & BRANDS["avif"]
-            if not found & BRANDS[kind] and not is_some_image:
-                return False
-        return any(head[offset : offset + len(magic)] == magic for offset, magic in SIGNATURES[kind])
-
-    @staticmethod
-    def is_whole_file(kind: str, size: int, head: bytes, tail: bytes) -> bool:
-        """Whether a file says by itself that nothing is missing at its end. False: no, or it cannot say so."""
-        if kind in ENDINGS:
-            return tail.rstrip().endswith(ENDINGS[kind])
-        if kind in {"webp", "wav", "avi"}:
-            return 8 + int.from_bytes(head[4:8], "little") == size
-        if kind == "bmp":
-            return int.from_bytes(head[2:6], "little") == size
-        # The end record of a ZIP, without a comment, says how long is what comes before it.
-        record = tail[-22:]
-        told = int.from_bytes(record[12:16], "little") + int.from_bytes(record[16:20], "little") + len(record)
-        return kind in ZIP_BASED and record.startswith(b"PK\5\6") and told == size
-
-    @classmethod
-    def identify(cls, target: str, media_type: str, disposition: str, head: bytes) -> "FileType":
-        """What the body of a 200 is (docs/conversions/sync), from its headers and first bytes, never the target alone.
-
-        Raises InvalidResponse if it cannot be a file of the target format: an error page, a JSON error, another format.
-        """
-        kind, declared, plain = cls.canonical(target), cls.media_kind(media_type), cls.plain_type(media_type)
-        # A gateway's error page comes with 200 as well, and sometimes under the media type of the file.
-        if kind not in {"html", "xhtml", "mhtml"} and (declared == "html" or cls.HTML.match(head)):
-            raise InvalidResponse("html_answer", "the API answered with an HTML page instead of the file")
-        is_json = kind in {"json", "ndjson", "jsonl"}  # any JSON, and so perhaps one that begins as the envelope does
-        is_error = cls.ERROR_ENVELOPE.match(head) and (not is_json or ApiReply.is_error_alone(head))
-        if is_error or (declared == "json" and kind not in JSON_FORMATS):
-            raise InvalidResponse("json_answer", "the API answered with JSON instead of the file")
-        has_signature, says_nothing = kind in SIGNATURES, plain.lower() in GENERIC_TYPES
-        # A ZIP of one file a page, as for a PDF with several pages to jpg. Where nothing says it, a format that is
-        # known to begin otherwise cannot be anything else.
-        is_archive = declared == "zip" or disposition.lower().rstrip('"; ').endswith(".zip")
-        is_archive |= says_nothing and (has_signature or kind in TEXT_FORMATS)
-        if is_archive and kind not in ZIP_BASED and cls.begins_like("zip", head):
-            return cls("application/zip", ".zip")
-        begins_wrongly = has_signature and not cls.begins_like(kind, head)
-        begins_wrongly |= kind in {"svg", "xml"} and cls.MARKUP.match(head) is None
-        # In a `txt` the words may be the file's own: nobody can tell.
-        is_words = plain.lower() == "text/plain" and cls.ERROR_WORDS.fullmatch(head)
-        says_error = kind != "txt" and (is_words or cls.ERROR_ELEMENT.match(head))
-        if says_error or (begins_wrongly and plain.lower() in {"text/plain", "text/xml", "application/xml"}):
-            raise InvalidResponse("text_answer", "the API answered with plain text instead of the file")
-        # A body that begins wrongly was paid for: it is permanent, because a second payment would buy the same.
-        if begins_wrongly:
-            raise InvalidResponse("wrong_type", f"the answer does not begin as a {target} file does", permanent=True)
-        if not has_signature and any(cls.begins_like(other, head) for other in ("png", "jpg", "pdf", "zip", "gif")):
-            raise InvalidResponse("wrong_type", f"the answer is of another format than {target}", permanent=True)
-        # The first bytes are right; where the media type contradicts them, they are believed.
-        if says_nothing or (has_signature and declared in SIGNATURES and not cls.begins_like(declared, head)):
-            return cls(cls.media_type_of(kind))
-        return cls(media_type if kind in TEXT_FORMATS else plain)
-
-
-class ErrorAction(Enum):
-    """What an error reply asks for."""
-
-    RETRY = "the same request again; it uses up an attempt"
-    WAIT = "the same request again later, free of charge"
-    NEW_KEY = "the key is taken by another body"
-    REJECT = "the API's own word on this object; of a job: the API does not know it"
-    FAIL = "somebody's refusal of this request; it proves nothing; of a download: the link is stale"
-    STOP_RUN = "no object can be converted"
-
-    @staticmethod
-    def choose(rules: Mapping[str, "ErrorAction"], status: int, code: str) -> "ErrorAction":
-        """The action of the first rule whose pattern matches the status and the API's code, with a space between."""
-        told = f"{status} {code}"
-        return next(action for pattern, action in rules.items() if re.fullmatch(pattern, told, re.DOTALL))
-
-
-# Replies to a conversion (docs/errors). The API's own word on its key or on the month, and a proxy's on its password,
-# are said of every request. A redirect, a 403, and what comes without the API's code may be a gateway's.
-CONVERSION_RULES = {
-    r"\d+ quota_exceeded|401 .+|407 .*": ErrorAction.STOP_RUN,
-    r"(409|429) .*": ErrorAction.WAIT,
-    r"422 bad_request": ErrorAction.NEW_KEY,
-    r"(408|425|[125-9]..) .*": ErrorAction.RETRY,
-    r"4(?!0[1-5]).. .+": ErrorAction.REJECT,
-    r".*": ErrorAction.FAIL,
-}
-# Replies to the question for a job. That a job is unknown is believed only from the API.
-POLL_RULES = {
-    r"(404|410) not_found": ErrorAction.REJECT,
-    r"\d+ quota_exceeded|(401|403) .+": ErrorAction.STOP_RUN,
-    r"429 .*": ErrorAction.WAIT,
-    r".*": ErrorAction.RETRY,
-}
-# Replies to the request for a result. A stale link is stale, whoever says so and why.
-DOWNLOAD_RULES = {r"429 .*": ErrorAction.WAIT, r"(?!408|425)[34].. .*": ErrorAction.FAIL, r".*": ErrorAction.RETRY}
-
-
-class ApiReply:
-    """Readers of what the API's replies say. They take whatever may come in the place of a reply."""
-
-    @staticmethod
-    def parse(body: bytes) -> dict[str, Any]:
-        """A JSON object, with `?` for half of a surrogate pair, which no file takes; empty for anything else."""
-        try:
-            told = json.loads(json.dumps(json.loads(body), ensure_ascii=False).encode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            return {}
-        return told if isinstance(told, dict) else {}
-
-    @staticmethod
-    def error(told: Mapping[str, Any]) -> tuple[str, str]:
-        """Code and message of an error; empty where a reply is HTML, cut, or in another form."""
-        error = told.get("error")
-        if isinstance(error, dict):
-            return str(error.get("code") or ""), str(error.get("message") or "")
-        return "", error if isinstance(error, str) else ""
-
-    @staticmethod
-    def is_error_alone(body: bytes) -> bool:
-        """Whether JSON is the API's error envelope and nothing else, so that it cannot be a file about some error."""
-        told = ApiReply.parse(body)
-        error = told.get("error") if len(told) == 1 else None
-        if not isinstance(error, dict) or not error.keys() <= {"code", "message", "details"}:
-            return False
-        return isinstance(error.get("code"), str)
-
-    @staticmethod
-    def is_older(headers: Mapping[str, str], asked: float) -> bool:
-        """Whether an answer was made before it was asked for, in Unix seconds: the API repeats it, headers and all."""
-        reset = headers.get("X-RateLimit-Reset", "")
-        is_past = reset.isdigit() and int(reset) < asked
-        return is_past or unix_seconds(headers.get("Date", "")) < math.floor(asked)
-
-    @staticmethod
-    def retry_after_seconds(header: str | None, now: float) -> float | None:
-        """What `Retry-After` asks for, capped: seconds or an HTTP date; None if it is absent or makes no sense."""
-        try:
-            seconds = float(header or "nan")
-        except ValueError:
-            seconds = unix_seconds(str(header)) - now
-        # The API's windows last a minute: more than five is a mistake or an attack.
-        return None if math.isnan(seconds) else min(max(seconds, 0.0), 300.0)
-
-
-def backoff(attempt: int, asked: float | None, jitter: float) -> float:
-    """Seconds before the next attempt: what the server asked for plus 0 to 50 %, else 2^attempt; `jitter`: 0 to 1."""
-    grown = min(2.0 ** min(attempt, 20), BACKOFF_CAP_SECONDS)
-    if asked is None:
-        return grown * (0.5 + jitter / 2)
-    # After many waits in a row the server's word is not enough: it would be asked too often.
-    return max(asked, grown if attempt > 8 else 0.0) * (1 + jitter / 2)
-
-
-def redact(message: str) -> str:
-    """A text without API keys and without what stands behind the `?` of a URL (a presigned URL's signature)."""
-    # S3's and the API's own messages may repeat the URL that they were asked for.
-    message = re.sub(r"(https?://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
-    message = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token))=[^\s&\"'<>]*", r"\1=...", message)
-    return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
+def describe(settings: Settings) -> str:
+    """What a run is about, in a few words."""
+    routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.target}" for job in settings.jobs)
+    return ", ".join(dict.fromkeys(routes)) + settings.shard.named
 
 
 ########################################################################################################################
@@ -1654,6 +1767,23 @@ class Trouble:
             told = ", ".join(f"{name} = {path}" for name, path in named.items())
             hint = f"set {' or '.join(named)} to a file that is there and can be used, or to nothing"
             raise usage_error(f"TLS cannot be set up with {told}: {problem.strerror or problem}", hint) from None
+
+
+@contextlib.contextmanager
+def no_space_stops_the_run() -> Iterator[None]:
+    """Raise RunError where a temporary file cannot be written: every object would meet that."""
+    try:
+        yield
+    except OSError as problem:
+        # Where none can be written at all, there is no name either.
+        where = tempfile.tempdir or "a temporary folder"
+        raise RunError(f"{where} cannot be written: {problem.strerror}", "free some space, or set TMPDIR") from None
+
+
+def temporary_file() -> IO[bytes]:
+    """A file without a name, for a body too large for memory; in TMPDIR."""
+    with no_space_stops_the_run():
+        return cast(IO[bytes], tempfile.TemporaryFile())
 
 
 ########################################################################################################################
@@ -3038,16 +3168,11 @@ class KeyFile:
 ########################################################################################################################
 # Plan. What becomes of each object of a page, in each job: the feeder, --dry-run, --why and the count of the total all
 # consume the same decisions.
-#   - Each object and job gets exactly one decision (I3); no network beyond listings, and no request per object.
+#   - Each object and job gets exactly one decision (I3). No request is made per object, but for a look at what another
+#     source may hold: one whose request is in flight, or one that has claimed the same key.
 #   - The journal is asked once for each page, job and question. Requests in flight are asked for before outputs are
 #     listed: what is settled in between lies there by then.
 ########################################################################################################################
-
-NOT_MATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
-SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE, ALREADY_DONE = "same_format", "own_output", "failed_before", "already_done"
-SKIP_REASONS = (NOT_MATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
-# Failures that cost nothing and say nothing of the API or of S3. They are decided anew in every run.
-FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
 
 
 def skip_reason(source: SourceObject) -> str:
@@ -3763,37 +3888,6 @@ class ConvertedFile:
             raise InvalidResponse("slow_answer", "the answer did not end in time") from None
         except NETWORK_ERRORS as error:
             raise InvalidResponse("cut_answer", f"the answer broke off: {type(error).__name__}") from None
-
-
-def inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """What gzip or deflate has packed, told apart by how it begins. Raises EOFError if it ends early, zlib.error."""
-    unpacker = zlib.decompressobj(zlib.MAX_WBITS + 32)
-    for piece in pieces:
-        packed = piece
-        # A file may be packed in several parts, and end in zeros.
-        while packed := packed.lstrip(b"\0") if unpacker.eof else packed:
-            unpacker = zlib.decompressobj(zlib.MAX_WBITS + 32) if unpacker.eof else unpacker
-            yield unpacker.decompress(packed)
-            packed = unpacker.unused_data
-    if not unpacker.eof:
-        raise EOFError("it ends early")
-
-
-@contextlib.contextmanager
-def no_space_stops_the_run() -> Iterator[None]:
-    """Raise RunError where a temporary file cannot be written: every object would meet that."""
-    try:
-        yield
-    except OSError as problem:
-        # Where none can be written at all, there is no name either.
-        where = tempfile.tempdir or "a temporary folder"
-        raise RunError(f"{where} cannot be written: {problem.strerror}", "free some space, or set TMPDIR") from None
-
-
-def temporary_file() -> IO[bytes]:
-    """A file without a name, for a body too large for memory; in TMPDIR."""
-    with no_space_stops_the_run():
-        return cast(IO[bytes], tempfile.TemporaryFile())
 
 
 ########################################################################################################################
@@ -4801,7 +4895,6 @@ def running_process(settings: Settings, workers: int) -> Iterator[tuple[Any, "Co
 #   - Ten failures in a row for the same reason are evidence against all: they are held back until that is decided.
 ########################################################################################################################
 
-LISTED, RETRIED, LEFT = "listed", "retried", "left"
 # Metric -> the figure of the run that it has, and what that is. Each run counts from zero, which Prometheus takes for
 # the restart that it is.
 METRICS = {
@@ -4880,29 +4973,6 @@ def hint_for(code: str) -> str:
         return "the API's side: run it again later"
     unknown = "open one of the files: it may be damaged or protected by a password; its message says more"
     return HINTS.get(code, HINTS["http_403"] if re.fullmatch("http_[134]..", code) else unknown)
-
-
-def printable(text: str) -> str:
-    """A key or a message of somebody else's on one line: it may hold line ends and orders to the terminal."""
-    plain = text if text.isprintable() else json.dumps(text)
-    return plain if len(plain) <= 200 else plain[:197] + "..."
-
-
-def human_bytes(count: float) -> str:
-    """A size for people, in decimal units, as S3's price list counts."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def human_seconds(seconds: float) -> str:
-    """A duration for people, in its largest unit."""
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 class OutputFile:
@@ -5528,12 +5598,6 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         return report
 
 
-def describe(settings: Settings) -> str:
-    """What a run is about, in a few words."""
-    routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.target}" for job in settings.jobs)
-    return ", ".join(dict.fromkeys(routes)) + settings.shard.named
-
-
 ########################################################################################################################
 # Looking. Commands that convert nothing and leave nothing behind: `--dry-run` and `--why` consume the decisions of the
 # plan, with a worker's looks where they decide; `--status` reads the checkpoint alone; `--check` does what a run does.
@@ -5705,11 +5769,6 @@ class Estimate:
         yield "S3 requests   " + ", ".join(f"{count} {name}" for name, count in found["s3_requests"].items() if count)
         yield from (f"warning       {warning}" for warning in found["warnings"])
         yield "nothing was sent to be converted, and nothing was written"
-
-
-def local_date(seconds: float) -> str:
-    """A time (Unix seconds) in the local zone, with how long ago that is."""
-    return f"{iso_time(seconds).replace('T', ' ')} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
 
 
 def status_lines(settings: Settings) -> Iterator[str]:
@@ -6195,7 +6254,6 @@ class Diagnostics:
 ########################################################################################################################
 # Command line. Only `main` decides the exit.
 #   - Words for people go to stderr as they come, the summary of a run goes to stdout.
-#   - Every line is redacted on its way out, whoever wrote it.
 ########################################################################################################################
 
 # Flags that stand for an option: section, name, what the value is called, purpose.
@@ -6275,58 +6333,6 @@ def read_flags(arguments: argparse.Namespace) -> list[RawOption]:
     # A space that a shell had to be told to keep is a part of the keys.
     blank = {"prefix": "\r\n", "output_key": "\r\n"}
     return [entry._replace(value=entry.value.strip(blank.get(entry.name))) for entry in given]
-
-
-def iso_time(seconds: float) -> str:
-    """A time (Unix seconds) in ISO 8601, in the local zone, with its offset."""
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
-
-
-def without_secrets(value: Any) -> Any:
-    """A value of a JSON document, with every text in it redacted."""
-    if isinstance(value, dict):
-        return {name: without_secrets(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(part) for part in value]
-    return redact(value) if isinstance(value, str) else value
-
-
-class ConsoleHandler(logging.Handler):
-    """Writes to stderr, above the progress bar: lines for people, or JSON objects; tracebacks only on demand."""
-
-    def __init__(self, *, verbose: bool, as_json: bool) -> None:
-        super().__init__()
-        self._verbose, self._as_json = verbose, as_json
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
-        with contextlib.suppress(OSError):
-            tqdm.write(self.format(record), file=sys.stderr)
-
-    def format(self, record: logging.LogRecord) -> str:
-        """One record without secrets."""
-        when, error = iso_time(record.created), record.exc_info[1] if record.exc_info else None
-        event, fields = getattr(record, "event", "message"), getattr(record, "fields", {})
-        told = traceback.format_exception if self._verbose else traceback.format_exception_only
-        message, trace = record.getMessage(), "".join(told(error)) if error else ""
-        if self._as_json:
-            standard = {"ts": when, "level": record.levelname.lower(), "event": event, "message": message}
-            return json.dumps(without_secrets(standard | fields | ({"traceback": trace} if trace else {})))
-        if event == "error":
-            return redact(f"{trace}error: {message}\nhint: {fields['hint']}")
-        return redact(f"{when} {message}" + (f"\n{trace.rstrip()}" if trace else ""))
-
-
-def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
-    """Send this program's messages to stderr; other libraries' only with -v."""
-    # One handler for all: a library's message must not tear the progress bar either.
-    handler = ConsoleHandler(verbose=verbose, as_json=as_json)
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
-    # urllib3 warns at each retry, with the path of the request; the summary has the counts.
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-    # What comes of credentials that cannot be had is said where they are needed, once and with its remedy.
-    logging.getLogger("botocore.credentials").setLevel(logging.NOTSET if verbose else logging.ERROR)
-    log.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
 
 
 def finish(report: Report, settings: Settings) -> ExitCode:

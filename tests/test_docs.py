@@ -1,11 +1,15 @@
 """README and config.example.ini say what is true of the program."""
 
+import ast
+import bisect
 import dataclasses
 import json
 import os
 import re
 import subprocess
+import symtable
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -107,6 +111,28 @@ def test_every_name_of_the_program_in_the_documentation_of_its_inside_exists() -
     assert len(names) > 30
     # One name is of the tests, in the sentence that says so.
     assert {name for name in names if not words.issuperset(name.split("."))} == {"EFFECTS"}
+
+
+def globals_used(table: symtable.SymbolTable) -> Iterator[tuple[str, int]]:
+    """The global names that a scope and those inside it use, with the line where the scope begins."""
+    for inner in table.get_children():
+        yield from ((symbol.get_name(), inner.get_lineno()) for symbol in inner.get_symbols() if symbol.is_global())
+        yield from globals_used(inner)
+
+
+def test_each_room_of_the_script_uses_only_rooms_above_it() -> None:
+    text = SCRIPT.read_text(encoding="utf-8")
+    starts = [text[: found.start()].count("\n") for found in re.finditer(r"^#{120}\n# [A-Z]", text, re.MULTILINE)]
+    defined: dict[str, int] = {}
+    for statement in ast.parse(text).body:
+        targets = getattr(statement, "targets", [getattr(statement, "target", ast.Pass())])
+        stored = {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+        for name in stored | {getattr(statement, "name", "")}:
+            defined.setdefault(name, bisect.bisect(starts, statement.lineno))
+    used = globals_used(symtable.symtable(text, "script", "exec"))
+    upwards = {name for name, line in used if defined.get(name, 0) > bisect.bisect(starts, line)}
+    assert len(defined) > 100
+    assert upwards == set()
 
 
 def test_the_example_runs_with_bucket_and_key_alone(tmp_path: Path) -> None:
