@@ -142,6 +142,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
+def cheap(api: ConversionApi) -> None:
+    """Conversions that cost nothing, and say what they were made of."""
+    api.behaviour.convert = marking
+
+
+@pytest.fixture
 def cheap_object(api: ConversionApi, bucket: TestBucket) -> None:
     """One object whose conversion costs nothing."""
     api.behaviour.convert = marking

@@ -10,7 +10,7 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import Conversion, marking
-from tests.standins.program import Run, script_with
+from tests.standins.program import lose_checkpoint, script_with
 from tests.standins.promises import PNG, assert_all_promises_are_kept
 from tests.standins.relay import Relay, Spoilt
 
@@ -31,12 +31,6 @@ def put_sources(bucket: Any) -> dict[str, bytes]:
         f"converted/{name}.jpg": marking(Conversion(source, "png", "jpg", None)).body
         for name, source in sources.items()
     }
-
-
-def lose_checkpoint(run: Run) -> None:
-    """Delete the checkpoint that a run has left: then the listing of the outputs is all that says what was paid."""
-    for path in run.workdir.glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
 
 
 def asked_page(path: str) -> tuple[tuple[str, str], ...]:
@@ -85,7 +79,7 @@ def test_one_page_that_breaks_changes_neither_what_is_converted_nor_what_is_paid
     run = run_cli(command=script_with(PAGE_OF_FOUR), AWS_ENDPOINT_URL_S3=relay.url)
     assert of_sources.struck == 1
     assert_all_promises_are_kept(run, api, bucket, expected)
-    lose_checkpoint(run)
+    lose_checkpoint(run.workdir)
     relay.spoil = of_outputs = Breaks(spoilt, prefix="converted/")
     run = run_cli(command=script_with(PAGE_OF_FOUR), AWS_ENDPOINT_URL_S3=relay.url)
     assert of_outputs.struck == 1
@@ -115,7 +109,7 @@ def test_where_pages_do_not_say_how_to_go_on_it_is_after_their_last_key(
     relay.rewrite = without_token(left)
     run = run_cli(command=script_with(PAGE_OF_FOUR), AWS_ENDPOINT_URL_S3=relay.url)
     assert_all_promises_are_kept(run, api, bucket, expected)
-    lose_checkpoint(run)
+    lose_checkpoint(run.workdir)
     run = run_cli(command=script_with(PAGE_OF_FOUR), AWS_ENDPOINT_URL_S3=relay.url)
     assert_all_promises_are_kept(run, api, bucket, expected)
 
@@ -157,7 +151,7 @@ def test_outputs_that_cannot_be_listed_to_their_end_are_not_paid_again(
     expected = put_sources(bucket)
     run = run_cli()
     assert run.exit_code == 0
-    lose_checkpoint(run)
+    lose_checkpoint(run.workdir)
     outputs = rb"(?s)<Contents><Key>converted/.*</Contents>|<KeyCount>.*?</KeyCount>|" + TOKEN
     relay.rewrite = lambda body: re.sub(outputs, b"", body) if b"<Prefix>converted" in body else body
     run = run_cli(command=script_with(PAGE_OF_FOUR), AWS_ENDPOINT_URL_S3=relay.url)

@@ -17,10 +17,10 @@ import pytest
 from tests.runs.test_stopping import wait_until_said
 from tests.standins import promises
 from tests.standins.conversion_api import ConversionApi, Fault, Request
-from tests.standins.converters import marking
 from tests.standins.program import script_with
 from tests.standins.relay import Relay
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 CHECKPOINT = "s3_bulk_convert.sqlite3"
 ONE_WORKER = ("--workers", "1", "--set", "api.retries=0", "--set", "run.max_failure_rate=never")
@@ -29,12 +29,6 @@ TOMORROW = script_with(
     "import os, time\nnow = time.time\nprogram.time.time = lambda: now() + 25 * 3600 * os.path.exists('tomorrow')"
 )
 fill = partial(promises.fill, name="{}", repeated=1)
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, and whose bytes are known."""
-    api.behaviour.convert = marking
 
 
 def bodies(bucket: Any) -> dict[str, bytes]:

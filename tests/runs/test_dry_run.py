@@ -11,16 +11,9 @@ import pytest
 
 from tests.runs.test_looking import kill_with_one_in_flight, left_in, picture
 from tests.standins.conversion_api import ConversionApi, Fault, Request
-from tests.standins.converters import marking
 from tests.standins.program import script_with
 
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing: what is looked at here is not what they make."""
-    api.behaviour.convert = marking
-
-
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 JSON = ("--log-format", "json")
 # More of these objects fail than the 2 % at which a run would stop.

@@ -12,19 +12,13 @@ import pytest
 from tests.runs.test_processes import wait_until
 from tests.runs.test_stopping import wait_until_said
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 from tests.standins.program import script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 from tests.standins.relay import Relay
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 AT_FULL_PACE = ("--set", "api.requests_per_minute=100000")
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 # ----------------------------------------------------------------------------------------------------------------------

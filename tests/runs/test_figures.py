@@ -11,16 +11,10 @@ import pytest
 
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Request
-from tests.standins.converters import marking
 from tests.standins.promises import fill
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _cheap(api: ConversionApi) -> None:
-    """Conversions cost nothing, and say what they were made of."""
-    api.behaviour.convert = marking
 
 
 def test_the_95th_percentile_is_that_of_the_slow_ones(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:

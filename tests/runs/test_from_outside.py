@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import Converted, marking, wrapped
-from tests.standins.program import SCRIPT
+from tests.standins.program import SCRIPT, lose_checkpoint
 from tests.standins.relay import Relay
 from tests.standins.samples import number_in, photo, picture
 
@@ -118,8 +118,7 @@ def test_without_the_checkpoint_no_output_of_another_source_is_overwritten(
     put_pngs(bucket, "b.png")
     assert run_cli().exit_code == 0
     put_pngs(bucket, "b.heic")
-    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
+    lose_checkpoint(tmp_path / "work")
     assert [line["key"] for line in run_cli().failures] == ["b.heic"]
     assert source_of(bucket, "converted/b.jpg") == "b.png"
     assert len(api.paid) == 1

@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi
-from tests.standins.converters import marking
 from tests.standins.key_files import full_row, write, write_manifest
 from tests.standins.promises import PNG
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 DATA_FILE = "inv/bucket/daily/data/1.csv.gz"
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 def inventory_of(bucket: Any, root: Path, rows: Sequence[Sequence[str]], **changes: Any) -> str:

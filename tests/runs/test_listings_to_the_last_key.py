@@ -12,6 +12,7 @@ import pytest
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import marking
 from tests.standins.pages import SmallPages
+from tests.standins.program import lose_checkpoint
 from tests.standins.promises import PNG, fill
 from tests.standins.relay import Relay
 from tests.standins.s3_server import S3Server
@@ -56,8 +57,7 @@ def test_an_output_at_the_very_end_of_a_page_is_found(
     expected = fill(bucket, 2 * KEYS_IN_A_PAGE)
     relay.instead = SmallPages(s3, KEYS_IN_A_PAGE)
     assert run_cli(AWS_ENDPOINT_URL_S3=relay.url).summary["converted"] == len(expected)
-    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
+    lose_checkpoint(tmp_path / "work")
     run = run_cli(AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["already_done"], run.summary["converted"]) == (0, len(expected), 0)
     assert (len(api.paid), api.paid_twice()) == (len(expected), [])

@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of what is said."""
-    api.behaviour.convert = marking
-
-
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -19,17 +20,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 from tests.standins.program import PYTHON, SCRIPT, shard_of
 from tests.standins.relay import Relay
 
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing: what is looked at here is not what they make."""
-    api.behaviour.convert = marking
-
-
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 IN_SHELL = "import os, sys; os.execv('/bin/sh', ['sh', '-c', sys.argv[1], 'sh', *sys.argv[2:]])"
 PLACE = "converted/{dir}{stem}.{target}"
@@ -362,13 +356,14 @@ def test_a_command_that_is_interrupted_says_so(flags: tuple[str, ...], start: Cl
     assert (run.exit_code, run.err) == (130, "\ninterrupted\n")
 
 
-def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png"):
         bucket.put(name, picture(name))
     api.faults.add(Fault.status_reply(422, "conversion_failed"))
     api.faults.add(Fault.status_reply(503, "service_unavailable"))
     before = left_in(run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload"))
-    time.sleep(2)  # to ask is no activity
+    earlier = time.time() - 3
+    os.utime(tmp_path / "work" / "s3_bulk_convert.sqlite3", (earlier, earlier))  # to ask is no activity
     run = run_cli("--status", CTF_API_KEY=None, AWS_ENDPOINT_URL_S3="http://127.0.0.1:1")
     assert run.exit_code == 0
     assert re.search(

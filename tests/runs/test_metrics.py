@@ -10,15 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of what is counted."""
-    api.behaviour.convert = marking
-
-
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 METRICS = ("--set", "run.metrics=convert.prom")
 # What promtool calls abbreviated, and what it wants as seconds, bytes or ratios.

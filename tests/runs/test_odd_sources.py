@@ -11,6 +11,7 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import Conversion, Converted, marking
+from tests.standins.program import lose_checkpoint
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 from tests.standins.relay import Relay, Spoilt
 
@@ -178,8 +179,7 @@ def test_an_output_key_without_room_for_an_archive_is_too_long_before_anything_i
     assert [failure["key"] for failure in run.failures] == [f"{longer}.png"]
     assert bucket.keys("o/") == [f"o/{fits}.jpg.zip"]
     # Without its checkpoint, a run finds the archive by looking at keys of that length.
-    for path in run.workdir.glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
+    lose_checkpoint(run.workdir)
     assert run_cli(*place).summary["failed"] == {"output_key_too_long": 1}
     assert len(api.paid) == 1
 

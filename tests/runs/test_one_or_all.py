@@ -8,21 +8,15 @@ import pytest
 
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault, Request
-from tests.standins.converters import marking
 from tests.standins.program import HASTY
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 PAGE = b"<!DOCTYPE html><html><body><h1>This site is blocked</h1></body></html>"
 ONE_BY_ONE = ("--workers", "1", "--set", "api.requests_per_minute=100000")
 # Slowly enough that what is counted is seen before the next ten are sent.
 IN_ORDER = ("--workers", "2", "--set", "api.requests_per_minute=3000")
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 def is_about(key: str) -> Callable[[Request], bool]:

@@ -12,32 +12,21 @@ import pytest
 
 from tests.runs.test_resume import killed_when_paid, until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 from tests.standins.key_files import write
-from tests.standins.program import script_with, shard_of
+from tests.standins.program import lose_checkpoint, script_with, shard_of
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 from tests.standins.relay import Asked, Relay
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 PRECIOUS = b"somebody's own"
 ENTRY = re.compile(rb"<Contents>.*?</Contents>", re.DOTALL)
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 @pytest.fixture
 def there(relay: Relay) -> dict[str, str]:
     """The environment of a run that reaches S3 through the relay."""
     return {"AWS_ENDPOINT_URL_S3": relay.url}
-
-
-def lose_checkpoint(tmp_path: Path) -> None:
-    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
 
 
 def shows(key: str) -> Callable[[str, str], bool]:
@@ -95,7 +84,7 @@ def test_a_listing_out_of_order_stops_the_run_before_anything_is_paid(
     if what == "outputs":
         assert run_cli(**there).exit_code == 0
         paid = 3
-        lose_checkpoint(tmp_path)
+        lose_checkpoint(tmp_path / "work")
     relay.rewrite = lambda body: reversed_entries(body) if (what == "sources") is (b"<Key>000.png<" in body) else body
     run = run_cli(**there)
     assert run.exit_code == 3, run.out
@@ -170,7 +159,7 @@ def test_an_output_that_was_found_is_no_other_source_s_on_the_next_page(
     bucket.put("a.png", PNG + b"the second")
     until_next_second()  # so that the output is newer than both
     assert run_cli("--set", "convert.include=a.heic").summary["converted"] == 1
-    lose_checkpoint(tmp_path)
+    lose_checkpoint(tmp_path / "work")
     # A page for each, and what was found on the first is not in the checkpoint when the second is planned.
     run = run_cli(command=script_with("program.PAGE_KEYS, program.COMMIT_SECONDS = 1, 1"))
     assert [(line["key"], line["code"]) for line in run.failures] == [("a.png", "output_collision")]
@@ -251,7 +240,7 @@ def test_an_output_that_is_not_newer_than_its_source_is_not_taken_for_done(
 ) -> None:
     bucket.put("a.png", PNG + b"version 1")
     assert run_cli(**there).summary["converted"] == 1
-    lose_checkpoint(tmp_path)
+    lose_checkpoint(tmp_path / "work")
     if is_same_second:
         same = b"<LastModified>2026-01-02T03:04:05.000Z</LastModified>"
         relay.rewrite = lambda body: re.sub(rb"<LastModified>[^<]*</LastModified>", same, body)

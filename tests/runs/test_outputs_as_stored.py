@@ -8,10 +8,11 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import Conversion, marking
-from tests.standins.program import script_with
+from tests.standins.program import lose_checkpoint, script_with
 from tests.standins.promises import PNG
 from tests.standins.relay import Asked, Relay
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 # Two parts: little to do, and as large as boto3 makes parts of.
 IN_PARTS = script_with("program.MULTIPART_BYTES = 8_500_000")
@@ -25,18 +26,6 @@ OPTIONS = {
 }
 WRITTEN = {header: value for value, header in OPTIONS.values()}
 WITH_OPTIONS = [part for name, (value, _) in OPTIONS.items() for part in ("--set", f"{name}={value}")]
-
-
-@pytest.fixture(autouse=True)
-def _cheap(api: ConversionApi) -> None:
-    """Conversions cost nothing, and say what they were made of."""
-    api.behaviour.convert = marking
-
-
-def forget(work: Path) -> None:
-    """Lose the checkpoint."""
-    for path in work.glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
 
 
 def written(relay: Relay) -> dict[str, Asked]:
@@ -81,7 +70,7 @@ def test_a_large_output_says_what_it_was_made_of_and_is_found_without_the_checkp
     head = bucket.client.head_object(Bucket=bucket.name, Key="large.png")
     own = {"source-key": "large.png", "source-etag": head["ETag"].strip('"')}
     assert metadata == {**outputs["converted/small.jpg"][2], **own}
-    forget(tmp_path / "work")
+    lose_checkpoint(tmp_path / "work")
     again = run_cli(**changed)
     assert (again.exit_code, again.summary["already_done"], len(api.paid)) == (0, 2, 2)
 

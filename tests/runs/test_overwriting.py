@@ -12,17 +12,11 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import Conversion, Converted, marking
-from tests.standins.program import TestBucket
+from tests.standins.program import TestBucket, lose_checkpoint
 from tests.standins.relay import Asked, Relay
 from tests.standins.samples import photo
 
-
-@pytest.fixture(autouse=True)
-def _cheap(api: ConversionApi) -> None:
-    """The stand-in does not really convert."""
-    api.behaviour.convert = marking
-
-
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 PNG, JPG = b"\x89PNG\r\n\x1a\n", photo(1, "jpg")
 BESIDE = ("--prefix", "in/", "--set", "s3.output_key={stem}.{target}")
@@ -161,11 +155,9 @@ def test_an_output_of_another_bucket_is_not_found_without_a_checkpoint_that_know
     wait_for_another_second()
     shared = ("--set", f"s3.output_bucket={outputs.name}")
     first = run_cli(*shared, S3_BUCKET=one.name)
-    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
+    lose_checkpoint(tmp_path / "work")
     assert refused(run_cli(*shared, S3_BUCKET=other.name))
-    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
+    lose_checkpoint(tmp_path / "work")
     assert (first.summary["converted"], run_cli(*shared, S3_BUCKET=one.name).summary["already_done"]) == (1, 1)
 
 

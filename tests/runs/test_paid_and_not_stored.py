@@ -12,19 +12,13 @@ import pytest
 
 from tests.runs.test_resume import killed_when_paid, until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 from tests.standins.program import HASTY
 from tests.standins.promises import assert_all_promises_are_kept, fill
 from tests.standins.relay import Relay
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 ONE_WORKER = ("--workers", "1")
-
-
-@pytest.fixture(autouse=True)
-def _cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 def let_a_day_pass(run: Any, api: ConversionApi) -> None:

@@ -16,16 +16,9 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault, Step
-from tests.standins.converters import marking
 from tests.standins.program import script_with
 
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of what is shown."""
-    api.behaviour.convert = marking
-
-
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 SHORT_SILENCE = "program.LINE_SECONDS = program.SILENCE_SECONDS = 0.5"
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d .+")

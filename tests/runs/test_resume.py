@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from tests.standins.conversion_api import ConversionApi, Event, Fault, Request
 from tests.standins.converters import Conversion, Converted, marking
-from tests.standins.program import AS_A_MODULE, SCRIPT, Run, TestBucket
+from tests.standins.program import AS_A_MODULE, SCRIPT, Run, TestBucket, lose_checkpoint
 from tests.standins.s3_server import S3Server
 
 Cli = Callable[..., Any]
@@ -285,8 +285,7 @@ class Resuming(RuleBasedStateMachine):
         self._run(replace(trap))
         if not self.model.can_lose_checkpoint():
             return
-        for path in self.workdir.glob("s3_bulk_convert.sqlite3*"):
-            path.unlink()
+        lose_checkpoint(self.workdir)
         self.model.lose_checkpoint()
         self._run(None)
 
@@ -490,8 +489,7 @@ def test_a_checkpoint_lost_twice_within_a_day_keeps_no_object_from_being_convert
     by_url = ("--set", "api.transfer=url")
     for _ in range(2):
         killed_when_paid(start, api, *by_url)
-        for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
-            path.unlink()
+        lose_checkpoint(tmp_path / "work")
         until_next_second()  # in which a presigned URL is another one
     run = start(*by_url).wait()
     assert run.exit_code == 0, run.failures

@@ -15,20 +15,14 @@ import pytest
 
 from tests.runs.test_resume import Trap, killed_when_paid
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 from tests.standins.program import script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 from tests.standins.relay import Relay
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 PNG = b"\x89PNG\r\n\x1a\n"
 UPLOAD, BY_URL = ("--set", "api.transfer=upload"), ("--set", "api.transfer=url")
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 def hours_later(hours: int) -> tuple[str, str]:

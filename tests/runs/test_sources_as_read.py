@@ -7,17 +7,11 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi
-from tests.standins.converters import marking
 from tests.standins.promises import PNG, fill
 from tests.standins.relay import Asked, Relay
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _cheap(api: ConversionApi) -> None:
-    """Conversions cost nothing, and say what they were made of."""
-    api.behaviour.convert = marking
 
 
 def test_a_source_that_is_overwritten_after_it_was_listed_is_not_sent_as_what_was_listed(

@@ -11,16 +11,10 @@ import pytest
 from tests.runs.test_processes import wait_until
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.converters import marking
 from tests.standins.promises import assert_all_promises_are_kept, fill
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 def put_some(bucket: Any, count: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import Conversion, marking
+from tests.standins.program import lose_checkpoint
 from tests.standins.samples import number_in, photo
 
 Cli = Callable[..., Any]
@@ -229,7 +230,7 @@ def test_a_lost_checkpoint_pays_nothing_again(run_cli: Cli, bucket: Any, api: Co
     for number in range(5):
         bucket.put(f"in/{number}.png", photo(number, "png"))
     assert run_cli().summary["converted"] == 5
-    lose_checkpoint(tmp_path)
+    lose_checkpoint(tmp_path / "work")
     run = run_cli()
     assert (run.exit_code, run.summary["already_done"], len(api.requests)) == (0, 5, 5)
     assert {row["event"] for row in run.rows()} == {"found"}
@@ -241,15 +242,10 @@ def test_without_skip_existing_a_lost_checkpoint_converts_again(
     bucket.put("a.png", photo(1, "png"))
     upload = ("--set", "api.transfer=upload", "--set", "run.skip_existing=no")
     run_cli(*upload)
-    lose_checkpoint(tmp_path)
+    lose_checkpoint(tmp_path / "work")
     assert run_cli(*upload).summary["converted"] == 1
     # The same bytes under the same key: the API answers from its memory.
     assert (len(api.requests), len(api.paid)) == (2, 1)
-
-
-def lose_checkpoint(tmp_path: Path) -> None:
-    for path in (tmp_path / "work").glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
 
 
 def test_another_quality_under_the_same_key_is_converted_again(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
@@ -265,7 +261,7 @@ def test_a_lost_checkpoint_does_not_take_one_source_s_output_for_another_s(
     bucket.put("a.png", photo(1, "png"))
     assert run_cli().summary["converted"] == 1
     bucket.put("a.heic", photo(2, "heic"))
-    lose_checkpoint(tmp_path)
+    lose_checkpoint(tmp_path / "work")
     run = run_cli()
     assert [(line["key"], line["code"]) for line in run.failures] == [("a.heic", "output_collision")]
     assert number_in(bucket.outputs()["converted/a.jpg"][0]) == 1

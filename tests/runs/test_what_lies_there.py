@@ -20,25 +20,14 @@ from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import Conversion, Converted, marking
 from tests.standins.pages import SmallPages
-from tests.standins.program import TestBucket, script_with
+from tests.standins.program import TestBucket, lose_checkpoint, script_with
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 from tests.standins.relay import Asked, Relay
 from tests.standins.s3_server import S3Server
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 SHARED_KEY = ("--set", "s3.output_key=converted/{stem}.{target}")
-
-
-@pytest.fixture(autouse=True)
-def _cheap(api: ConversionApi) -> None:
-    """Conversions cost nothing, and say what they were made of."""
-    api.behaviour.convert = marking
-
-
-def forget(work: Path) -> None:
-    """Lose the checkpoint."""
-    for path in work.glob("s3_bulk_convert.sqlite3*"):
-        path.unlink()
 
 
 def marked(source: bytes, ext: str = "png") -> bytes:
@@ -123,7 +112,7 @@ def test_a_bucket_that_was_copied_to_another_name_has_nothing_left_to_do(
     assert run_cli().summary["converted"] == 3
     copy_bucket(bucket, other_bucket)
     if not is_known:
-        forget(work)
+        lose_checkpoint(work)
     moved = {"S3_BUCKET": other_bucket.name}
     predicted = run_cli("--dry-run", **moved)
     assert re.search(r"done +3\b", predicted.out), predicted.out
@@ -189,7 +178,7 @@ def test_a_checkpoint_that_is_a_week_old_pays_for_nothing_that_lies_there(
     shutil.copy(work / "s3_bulk_convert.sqlite3", work / "old")
     bucket.put("000.png", PNG + b"another version")
     assert run_cli().summary["converted"] == 2
-    forget(work)
+    lose_checkpoint(work)
     (work / "old").rename(work / "s3_bulk_convert.sqlite3")
     run = run_cli()
     assert (run.exit_code, run.summary["already_done"], len(api.paid)) == (0, 2, 3)

@@ -11,19 +11,13 @@ import pytest
 from tests.runs.test_jobs import JOBS, is_poll
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault, Request
-from tests.standins.converters import marking
 from tests.standins.program import HASTY, script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 from tests.standins.tcp_proxy import PrivateCa, TcpProxy
 
+pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 ONE_WORKER = ("--workers", "1")
-
-
-@pytest.fixture(autouse=True)
-def _cheap(api: ConversionApi) -> None:
-    """Conversions that cost nothing, for tests of the flow."""
-    api.behaviour.convert = marking
 
 
 def sent(api: ConversionApi) -> list[Request]:

@@ -39,6 +39,12 @@ def script_with(changes: str) -> tuple[str, str]:
 HASTY = script_with("program.JOB_POLL_SECONDS, program.BACKOFF_CAP_SECONDS = (0.1, 0.2), 0.2")
 
 
+def lose_checkpoint(workdir: Path) -> None:
+    """Delete the checkpoint that runs have left: then what lies in the bucket is all that says what was paid."""
+    for path in workdir.glob("s3_bulk_convert.sqlite3*"):
+        path.unlink()
+
+
 def shard_of(output_key: str, count: int) -> int:
     """The shard that an object belongs to, by the key of its output: README says how it is found."""
     digest = hashlib.blake2b(output_key.removesuffix(".zip").encode(), digest_size=8).digest()
