@@ -24,19 +24,25 @@ THREE = ("--workers", "6", "--set", "run.processes=3")
 PATIENCE_SECONDS = 30
 
 
+def read_proc(path: Path) -> bytes:
+    """What the kernel says of a process or a thread; nothing of one that has ended in the meantime."""
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def worker_pids(run: Any) -> list[int]:
     """The worker processes of a run that is at work."""
-    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
-    found = [int(pid) for task in children.parent.parent.iterdir() for pid in (task / "children").read_text().split()]
-    return [pid for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    threads = Path(f"/proc/{run.process.pid}/task").iterdir()
+    found = [int(pid) for thread in threads for pid in read_proc(thread / "children").split()]
+    return [pid for pid in found if b"spawn_main" in read_proc(Path(f"/proc/{pid}/cmdline"))]
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process is there and is more than a record of its end."""
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
+    status = read_proc(Path(f"/proc/{pid}/status"))
+    return status != b"" and b"\nState:\tZ" not in status
 
 
 def wait_until(holds: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
