@@ -180,9 +180,11 @@ ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 # How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
 GLOB_MISTAKES = {
-    r".*,|.*,\*.*": "separate globs by spaces, without commas",
-    r".*\{.*,.*\}.*": "give a glob of its own for each, as in *.jpg *.png",
-    r"/.*": "keys do not begin with /",
+    r".*[,;|]|.*[,;|]\*.*": "separate globs by spaces alone",
+    r".*\{.*,.*\}.*|.*\.\{.*\}|.*\.\(.*\)|.*\(.*\|.*\).*": "give a glob of its own for each, as in *.jpg *.png",
+    r"s3://.*": "give only what follows the bucket",
+    r"(\.{0,2}/).*": "keys do not begin with /, ./ or ../",
+    r"!.*": "expected globs without !; include says what to convert, exclude what to leave out",
     r".*\\\..*": "expected globs such as *.png, and no regular expressions",
     r"""(["']).*\1""": "expected globs such as *.png",
     r"[^*?[]*/": "did you mean {}*?",
@@ -619,6 +621,15 @@ class FileType:
             return "json"
         known = (kind for kind, named in EXTRA_MEDIA_TYPES.items() if named == plain)
         return next(known, None) or FileType.canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
+
+    @staticmethod
+    def doubt_of(target: str) -> str:
+        """What to say of a target that is perhaps misspelt, for no table knows it; empty for a known format."""
+        known = {*SIGNATURES, *TEXT_FORMATS, *JSON_FORMATS, *EXTRA_MEDIA_TYPES, *FORMAT_ALIASES}
+        if target in known or mimetypes.guess_type(f"x.{target}", strict=False) != (None, None):
+            return ""
+        near = difflib.get_close_matches(target, known, n=1)
+        return f"{target} is no format that is known here{f': did you mean {near[0]}?' if near else ''}"
 
     @staticmethod
     def media_type_of(target: str) -> str:
@@ -1374,12 +1385,15 @@ class Job(ConvertOptions):
         # One pass over the template: braces inside a key are a part of the key.
         return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.output_key)
 
-    def wants(self, source: SourceObject) -> bool:
-        """Whether prefix and globs let an object in; and size and age, unless only its key is known."""
-        key = source.key
+    def lets_in(self, key: str) -> bool:
+        """Whether prefix and globs let a key in."""
         if not key.startswith(self.prefix) or self._excluded.match(key):
             return False
-        if not ("*" in self.include or self._included.match(key)):
+        return "*" in self.include or self._included.match(key) is not None
+
+    def wants(self, source: SourceObject) -> bool:
+        """Whether prefix and globs let an object in; and size and age, unless only its key is known."""
+        if not self.lets_in(source.key):
             return False
         if not source.version:
             return True
@@ -1399,9 +1413,14 @@ class Job(ConvertOptions):
 
     @staticmethod
     def globs_pattern(globs: Sequence[str]) -> re.Pattern[str]:
-        """Matches keys, without regard to case: any glob with a slash the whole key, or any other the name."""
+        """Matches keys, without regard to case: any glob with a slash the whole key, or any other the name.
+
+        `**/` stands for folders of any number, none among them.
+        """
+        translated = [(glob, fnmatch.translate(re.sub(r"(?<![^/])\*\*/", "\0", glob))) for glob in globs]
         on_key, on_name = (
-            "|".join(fnmatch.translate(glob) for glob in globs if ("/" in glob) is with_slash) or "(?!)"
+            "|".join(made.replace("\0", "(?:.*/)?") for glob, made in translated if ("/" in glob) is with_slash)
+            or "(?!)"
             for with_slash in (True, False)
         )
         return re.compile(rf"{on_key}|(?s:.*/)?(?![^/]*/)(?:{on_name})", re.IGNORECASE)
@@ -1409,6 +1428,10 @@ class Job(ConvertOptions):
     def is_same_format(self, key: str) -> bool:
         """Whether a key's extension names the target."""
         return key.lower().endswith(self._same_endings) and KeyParts.of(key).ext != ""
+
+    def leaves_as_it_is(self, key: str) -> bool:
+        """Whether a key is skipped because it names the target."""
+        return self.same_format == "skip" and self.is_same_format(key)
 
     @functools.cached_property
     def _same_endings(self) -> tuple[str, ...]:
@@ -2154,6 +2177,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             cursor = self._db.execute(query, values)
             cursor.row_factory = sqlite3.Row
             return [dict(row) for row in cursor]
+
+    def has_converted(self, job: str) -> bool:
+        """Whether anything was ever converted in a job."""
+        return bool(self._ask("SELECT 1 FROM log WHERE job = ? AND event = 'converted' LIMIT 1", self._job_ids[job]))
 
     def latencies(self) -> list[float]:
         """How many seconds conversions took, of some of them."""
@@ -3190,10 +3217,13 @@ class Planner:
     def __init__(self, settings: Settings, bucket: Bucket, journal: Journal, stop: StopFlag) -> None:
         self.settings, self.bucket, self.journal, self._stop = settings, bucket, journal, stop
         self._own_prefixes = settings.own_prefixes
-        self._own_endings = (*(f".{job.target}" for job in settings.jobs), ".zip", "/")
         self._outputs = OutputLister(bucket)
-        self._unmarked_looks = 16  # at keys that look like outputs, for a warning
+        self._unmarked_looks = 16  # at keys that lie where outputs go, for a warning
         self._holder_looks = 16  # in vain, at sources that have claimed a key: so many collisions are none of outputs
+        # What no key has matched yet, for a warning; of a shard's part, that may well be so.
+        jobs = settings.jobs if settings.shard.count == 1 else ()
+        self._unmet_prefixes = dict.fromkeys(() if settings.keys_from else (job.prefix for job in jobs))
+        self._unmet_jobs = {job.name: False for job in jobs}  # name -> whether there was any key at all
         self.warnings: dict[str, str] = {}  # by kind: what a person should know
 
     def decisions(self, max_parallel: Callable[[], int]) -> Iterator[list[Decision]]:
@@ -3201,22 +3231,36 @@ class Planner:
 
         `max_parallel` says how many pages may be read at a time. Raises RunError, StopRequested.
         """
-        is_empty = not self.settings.keys_from and self.settings.shard.count == 1  # of a part, that may well be so
+        doubts = {job.name: doubt for job in self.settings.jobs if (doubt := FileType.doubt_of(job.target))}
+        # What was converted to before is a format, whoever knows it.
+        self._warn("target", (doubt for name, doubt in doubts.items() if not self.journal.has_converted(name)))
         for page in self.pages(max_parallel):
-            is_empty = is_empty and not page
             decisions = self.plan(page)
             self.journal.postpone([(each.job, each.source) for each in decisions if each.kind is DecisionKind.POSTPONE])
             yield decisions
-        if is_empty:
-            self.warnings["empty"] = "; ".join(self._empty_listings())
+        self._warn("empty", self._unmatched())
         for postponed in self.journal.postponed():
             yield [decision._replace(is_retry=True) for decision in self._decide(postponed, is_last=True)]
 
-    def _empty_listings(self) -> Iterator[str]:
-        for prefix in dict.fromkeys(job.prefix for job in self.settings.jobs):
+    def _warn(self, kind: str, said: Iterable[str]) -> None:
+        if told := "; ".join(dict.fromkeys(said)):
+            self.warnings[kind] = told
+
+    def _unmatched(self) -> Iterator[str]:
+        """What was asked for and matches nothing, now that everything was listed."""
+        where = self.settings.keys_from or f"s3://{self.settings.s3.bucket}"
+        for prefix in self._unmet_prefixes:
             near = f'; keys rarely begin with "/": did you mean "{prefix.lstrip("/")}"?' if prefix[:1] == "/" else ""
             found = f"no key begins with {json.dumps(prefix, ensure_ascii=False)}" if prefix else "there is no object"
-            yield f"{found} in s3://{self.settings.s3.bucket}{near}"
+            yield f"{found} in {where}{near}"
+        for name, was_any in self._unmet_jobs.items():
+            job = self.settings.by_name[name]
+            # Where there is nothing but outputs, all was converted and taken away.
+            if was_any and job.prefix not in self._unmet_prefixes:
+                asked = {"prefix": job.prefix, "include": " ".join(job.include)}
+                asked |= {"exclude": " ".join(job.exclude)} if job.exclude != ConvertOptions.exclude else {}
+                told = ", ".join(f"{option} = {value}" for option, value in asked.items() if value)
+                yield f"job {name} wants none of the keys in {where}: {told}"
 
     def pages(self, max_parallel: Callable[[], int]) -> Iterator[list[SourceObject]]:
         """What there is, by pages. A prefix inside another is part of its listing. Raises RunError, StopRequested."""
@@ -3238,6 +3282,8 @@ class Planner:
         selected: list[tuple[str, SourceObject]] = []
         for source in page:
             reason = self._is_own(source.key) or skip_reason(source)
+            if self._unmet_prefixes or self._unmet_jobs:
+                self._note_match(source.key, reason)
             wanting = () if reason else self._wanting(source)
             if not wanting and shard.owns(source.key):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
@@ -3245,18 +3291,27 @@ class Planner:
                 # All sources that want one output key meet in one shard: two shards would both write it.
                 if shard.count > 1 and not shard.owns(KeyParts.slot_of(job.output_of(source.key))):
                     continue
-                if job.same_format == "skip" and job.is_same_format(source.key):
+                if job.leaves_as_it_is(source.key):
                     decisions.append(Decision(DecisionKind.SKIP, source, job.name, SAME_FORMAT))
                 else:
                     selected.append((job.name, source))
         return decisions + self._decide(selected, is_last=is_last)
 
+    def _note_match(self, key: str, reason: str) -> None:
+        for prefix in list(filter(key.startswith, self._unmet_prefixes)):
+            del self._unmet_prefixes[prefix]
+        for name in () if reason in {OWN_OUTPUT, FOLDER} else list(self._unmet_jobs):
+            self._unmet_jobs[name] = True
+            if self.settings.by_name[name].lets_in(key):
+                del self._unmet_jobs[name]
+
     def _is_own(self, key: str) -> str:
         """OWN_OUTPUT if a key lies where outputs go. Such keys are skipped; a warning names sources among them."""
         if not key.startswith(self._own_prefixes):
             return ""
-        # A few looks, for a warning alone, at what no output is called.
-        if self._unmarked_looks and not key.endswith(self._own_endings):
+        # A few looks, for a warning alone, at what some job would take if it lay elsewhere.
+        jobs = self.settings.jobs if self._unmarked_looks and not key.endswith((".zip", "/")) else ()
+        if any(job.lets_in(key) and not job.leaves_as_it_is(key) for job in jobs):
             self._unmarked_looks -= 1
             if self.bucket.is_no_source(key) is False:
                 self._unmarked_looks = 0
@@ -4925,7 +4980,8 @@ METRICS = {
 # What to do about a failure, by its code: the API's, or one of this program's.
 HINTS = {
     "bad_request": "the API does not take this input: open one of them; it may be damaged, or not what its name says",
-    "unsupported_route": "the API does not convert from this format to that: leave it out with convert.exclude",
+    "unsupported_route": "the API does not convert from this format to that: correct convert.target, or leave it out "
+    "with convert.exclude",
     "file_too_large": "your plan takes no larger ones: lower api.max_size to skip the attempt, or change the plan",
     "fetch_failed": "the API could not read the presigned URL: set api.transfer = upload",
     "service_unavailable": "the API's converter was down: run it again later",
@@ -5980,6 +6036,9 @@ class Diagnostics:
         """Prove everything, what is nearest first."""
         self.check_versions()
         self._report("OK", "configuration", describe(self.settings))
+        for target in dict.fromkeys(job.target for job in self.settings.jobs):
+            if doubt := FileType.doubt_of(target):
+                self._report("WARN", "convert.target", doubt)
         self._check_files()
         self._check_threads()
         self.check_space()

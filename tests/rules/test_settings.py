@@ -17,7 +17,8 @@ SAME_KEY = "every output would get the same key; expected {stem}, {name} or {key
 NOT_UTF_8 = "'utf-8' codec can't decode byte 0xff in position 14: invalid start byte"
 AN_EXTENSION = "expected a file extension such as jpg or pdf"
 HINT = "see --help and config.example.ini; nothing was listed or converted"
-SPACES = "separate globs by spaces, without commas"
+SPACES = "separate globs by spaces alone"
+ONE_EACH = "give a glob of its own for each, as in *.jpg *.png"
 NO_SPACES = "expected printable ASCII without spaces"
 SECRET = "ctf_sk_live_abcdefgh"
 COMPLETE = "[s3]\nbucket = b\n[convert]\ntarget = jpg\n[api]\nkey = ctf_sk_1\n[run]\nworkers = 3\n"
@@ -178,13 +179,25 @@ def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: obje
         ("convert.include", "*.png, *.tiff", SPACES),
         ("convert.include", "*.png,*.tiff", SPACES),
         ("convert.include", "*.png,", SPACES),
-        ("convert.include", "*.{png,tiff}", "give a glob of its own for each, as in *.jpg *.png"),
-        ("convert.exclude", "/uploads/*", "keys do not begin with /"),
+        ("convert.include", "*.png;*.tiff", SPACES),
+        ("convert.include", "*.png|*.tiff", SPACES),
+        ("convert.include", "*.{png,tiff}", ONE_EACH),
+        ("convert.include", "*.{png}", ONE_EACH),
+        ("convert.include", "*.(png|tiff)", ONE_EACH),
+        ("convert.include", "*.(png)", ONE_EACH),
+        ("convert.exclude", "/uploads/*", "keys do not begin with /, ./ or ../"),
+        ("convert.include", "./a.png", "keys do not begin with /, ./ or ../"),
+        ("convert.include", "s3://my-bucket/uploads/*", "give only what follows the bucket"),
+        (
+            "convert.exclude",
+            "!keep/*",
+            "expected globs without !; include says what to convert, exclude what to leave out",
+        ),
         ("convert.include", r".*\.png$", "expected globs such as *.png, and no regular expressions"),
         ("convert.include", '"*.png"', "expected globs such as *.png; take the quotes away"),
         ("convert.include", "png", "did you mean *.png?"),
         ("convert.exclude", "*.png thumbnails/", "did you mean thumbnails/*?"),
-        ("convert.include", "*.png ; photos", "did you mean *.;?; comments stand on lines of their own"),
+        ("convert.include", "*.png ; photos", f"{SPACES}; comments stand on lines of their own"),
         ("convert.target", "jpg ; the usual", f"{AN_EXTENSION}; comments stand on lines of their own"),
         ("run.workers", '"4"', "expected a whole number from 1 to 1000; take the quotes away"),
     ],

@@ -176,6 +176,42 @@ def test_a_prefix_that_matches_nothing_is_warned_of(run_cli: Cli, bucket: Any) -
     assert run_cli("-q", "--prefix", "uploads").err == ""
 
 
+def test_what_was_asked_for_and_matches_nothing_is_named(run_cli: Cli, bucket: Any, work: Path) -> None:
+    put_all(bucket, "a.png", "p/b.docx")
+    ini = work / "config.ini"
+    ini.write_text("[job a]\ninclude = *.heif *.webp\n[job b]\nprefix = q/\n[job c]\nprefix = p/\nexclude = *.docx\n")
+    where = f"s3://{bucket.name}"
+    said = f'no key begins with "q/" in {where}; job a wants none of the keys in {where}: include = *.heif *.webp; '
+    said += f"job c wants none of the keys in {where}: prefix = p/, include = *, exclude = *.docx"
+    assert foreseen(run_cli)["warnings"][0] == said
+    assert run_cli("-q").err.partition(" ")[2] == f"{said}\n"
+    # A key from a file is matched as well.
+    (work / "keys").write_text("/p/b.docx\n")
+    ini.write_text("[job a]\ninclude = p/*\n")
+    assert run_cli("-q", "--keys-from", "keys").err.endswith("job a wants none of the keys in keys: include = p/*\n")
+    # What matches is not named, be it new, done, or all gone but for the outputs.
+    for _ in range(2):
+        assert run_cli("-q", "--target", "pdf").err == ""
+    bucket.client.delete_object(Bucket=bucket.name, Key="p/b.docx")
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    assert run_cli("-q", "--target", "pdf").err == ""
+
+
+def test_a_target_that_nobody_knows_is_asked_about_before_it_is_paid_for(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    put_all(bucket, "a.png")
+    said = "docxx is no format that is known here: did you mean docx?"
+    assert foreseen(run_cli, "--target", "docxx")["warnings"][0] == said
+    assert f"WARN convert.target: {said}\n" in run_cli("-q", "--check", "--target", "docxx").out
+    run = run_cli("-q", "--target", "docxx")
+    assert (run.err.partition(" ")[2], "correct convert.target" in run.out) == (f"{said}\n", True)
+    # What was converted to before is a format, whoever knows it.
+    doubting = script_with("program.FileType.doubt_of = lambda target: target + '?'")
+    assert [run_cli("-q", command=doubting).err.partition(" ")[2] for _ in range(2)] == ["jpg?\n", ""]
+    assert len(api.paid) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "exit_code", "said"),
     [

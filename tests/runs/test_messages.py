@@ -15,7 +15,8 @@ from tests.standins.samples import photo
 
 Cli = Callable[..., Any]
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d"  # that a line for cron's log begins with
-DOES_NOT_CONVERT = "the API does not convert from this format to that: leave it out with convert.exclude"
+DOES_NOT_CONVERT = "the API does not convert from this format to that: correct convert.target, or leave it out with "
+DOES_NOT_CONVERT += "convert.exclude"
 
 
 def assert_refused(run: Any, exit_code: int, *said: str) -> None:

@@ -152,6 +152,19 @@ def test_sources_that_begin_as_outputs_do_are_named(run_cli: Cli, bucket: Any, a
     assert sorted(bucket.keys("made/")) == ["made/in/b.jpg", "made/outdoor/a.jpg"]
 
 
+def test_sources_that_end_as_outputs_do_are_named_if_a_job_would_take_them(
+    run_cli: Cli, bucket: Any, api: ConversionApi, work: Path
+) -> None:
+    jobs = "[job camera]\ninclude = *.heic\ntarget = png\noutput_key = thumbs/{stem}.{target}\n"
+    (work / "config.ini").write_text(f"{jobs}[job web]\ninclude = *.png\n")
+    # What lies there as well, and no job would take, is no reason to warn.
+    bucket.put("converted/old.jpg", b"\xff\xd8\xff of another program")
+    assert run_cli("-q").err == ""
+    bucket.put("thumbs/b.png", PNG)
+    assert "thumbs/b.png lies where outputs go and is none of this program's" in run_cli("-q").err
+    assert api.paid == []
+
+
 ########################################################################
 # Of which version an output is
 ########################################################################
