@@ -267,6 +267,11 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def human_cost(cost: float) -> str:
+    """An amount of money for people. Of little money, the cents say nothing."""
+    return f"about {cost:.{4 if 0 < cost < 1 else 2}f}"
+
+
 def human_seconds(seconds: float) -> str:
     """A duration for people, in its largest unit."""
     for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
@@ -959,6 +964,7 @@ class Outcome:
     requests: int = 0
     throttled: int = 0  # answers 429
     is_replay: bool = False
+    paid: int = 0  # results that came for the first time
     possible_double_charge: bool = False
     remaining: int | None = None  # conversions this month, as the API says
     runs_failed: int = 0  # in a row, this one included
@@ -1124,6 +1130,7 @@ class Read:
     longer_than_0 = "a duration of more than 0, such as 150s, 10m, 2h or 7d"
     positive_duration = matching("(?=.*[1-9])" + number + times, longer_than_0, amount)
     percent = matching(r"(\d{1,2}(?:\.\d+)?|100(?:\.0+)?)\s*(%)", "a rate such as 2%", amount)
+    price = matching(r"(\d{1,6}(?:\.\d{1,9})?)", "a plain number such as 0.004, without a currency", float)
 
 
 @dataclass(frozen=True)
@@ -1289,6 +1296,7 @@ class ApiOptions:
     retries: int = option(Read.integer(0, 20), "transient failures that one object may have", 5)
     jobs_above: int | None = option(Read.size, "larger objects go through /v1/jobs", 100 * 10**6, never=None)
     max_size: int = option(Read.size, "larger objects are not sent", 5 * 10**9)
+    price: float | None = option(Read.price, "what one conversion costs, in your account's currency", None, none=None)
 
     def read_key(self) -> tuple[str, str]:
         """The API key, from its file if that is where it is; and what is wrong with it."""
@@ -3974,6 +3982,7 @@ class ApiRequest:
     state: RequestState = RequestState.UNSENT
     is_resumed: bool = False  # an earlier run has sent it
     is_paid: bool = False  # what the API remembers of it is among the payments
+    results: int = 0  # that came in this run, and had not come before
     is_old_job: bool = False  # the job that it was answered with had failed before it was sent
 
     def change(self, **columns: Any) -> None:
@@ -3982,6 +3991,7 @@ class ApiRequest:
 
     def mark_paid(self) -> None:
         """Note that its result came; replays of that result cost nothing."""
+        self.results += not self.is_paid
         self.change(payments=self.row.payments + (not self.is_paid))
         self.is_paid = True
 
@@ -4087,6 +4097,7 @@ class Conversation:
             requests=self._exchanges,
             throttled=self._throttled,
             is_replay=self._is_replay and kind is OutcomeKind.CONVERTED,
+            paid=sum(request.results for request in self.requests),
             possible_double_charge=bool(last and is_over and last.row.is_doubtful),
             remaining=self._remaining,
         )
@@ -4967,6 +4978,7 @@ METRICS = {
     "run_duration_seconds": ("seconds", "Age of the run, or how long it took."),
     "conversion_p50_seconds": ("p50_seconds", "Time within which half of the conversions are done."),
     "conversion_p95_seconds": ("p95_seconds", "Time within which 95 % of the conversions are done."),
+    "cost_total": ("cost", "What the conversions of the run cost, about, by api.price."),
     "remaining_conversions": ("remaining", "Conversions that the month has left, as the API says."),
     "skipped_objects_total": ("skipped", "Objects skipped in the run, by reason."),
     "failed_objects_total": ("failed", "Objects that failed in the run, by code."),
@@ -5144,7 +5156,8 @@ class Report:
         names = {OutcomeKind.SKIPPED: outcome.code, OutcomeKind.FOUND: ALREADY_DONE}
         self._count(task.job, names.get(kind, kind.value))
         numbers = {"requests": outcome.requests, "throttled": outcome.throttled, "replays": outcome.is_replay}
-        self.counts.update(numbers | {"possible_double_charges": outcome.possible_double_charge})
+        numbers |= {"possible_double_charges": outcome.possible_double_charge, "paid": outcome.paid}
+        self.counts.update(numbers)
         if outcome.possible_double_charge:
             self.examples.setdefault("", outcome)
         # Answers come out of order: the smallest number is the newest.
@@ -5198,6 +5211,12 @@ class Report:
             return self.reason.exit_code
         return ExitCode.SOME_FAILED if self.failed else ExitCode.DONE
 
+    @property
+    def cost(self) -> float | None:
+        """What the results that came in this run cost, as far as is known; None without a price."""
+        price = self._settings.api.price
+        return None if price is None else round(price * self.counts["paid"], 6)
+
     def percentile(self, percent: int) -> float | None:
         """Seconds within which so many percent of the newest conversions were done; None before the first."""
         known = sorted(self._latencies)
@@ -5238,6 +5257,7 @@ class Report:
             "p50_seconds": self.percentile(50),
             "p95_seconds": self.percentile(95),
             **{name: counted[name] for name in ("requests", "throttled", "replays", "possible_double_charges")},
+            "cost": self.cost,
             "remaining": self.remaining,
             "exit_code": int(self.exit_code),
             "stopped_because": reason and reason.message,
@@ -5252,7 +5272,8 @@ class Report:
         skipped = self.skipped.total() - before - self.skipped[OWN_OUTPUT]
         tried = f"converted {counts['converted']} in {seconds:.1f} s, already done {counts[ALREADY_DONE]}"
         failed = f"{f'failed before {before}, ' if before else ''}failed {self.failed.total()}"
-        return f"{tried}, skipped {skipped}, {failed}, left {counts[LEFT]}{self._unfinished}"
+        cost = "" if self.cost is None else f", cost {human_cost(self.cost)}"
+        return f"{tried}, skipped {skipped}, {failed}, left {counts[LEFT]}{cost}{self._unfinished}"
 
     def lines(self) -> Iterator[str]:
         """The end of the run in words: what has come of it, and what to do next."""
@@ -5304,6 +5325,9 @@ class Report:
             yield "warning", f"{twice} may have been charged twice, for example {printable(example.task.source.key)}"
             why = "the API has seen the request before, from a run that this checkpoint does not know"
             yield "", f"{why}; compare with your account's usage page"
+        if self.cost is not None:
+            paid, price = pluralize(self.counts["paid"], "conversion"), self._settings.api.price
+            yield "cost", f"{human_cost(self.cost)}: the results of {paid}, at {price:g} each (api.price)"
         if found["remaining"] is not None:
             yield "quota", f"{pluralize(found['remaining'], 'conversion')} left"
 
@@ -5463,7 +5487,7 @@ class Progress:
             for text, number in samples:
                 labels = common | ({labelled[figure]: text} if figure in labelled else {})
                 pairs = ",".join(f'{label}="{value.translate(escapes)}"' for label, value in labels.items())
-                lines.append(f"s3_bulk_convert_{name}{{{pairs}}} {round(number, 3)}")
+                lines.append(f"s3_bulk_convert_{name}{{{pairs}}} {round(number, 6)}")
         self._metrics.replace("\n".join(lines) + "\n")
 
 
@@ -5756,6 +5780,7 @@ class Estimate:
         rate = min(limits) / settings.shard.count if limits else None
         # Where no latency is known, it is the API's own median for files under 5 MB.
         latency = statistics.median(self._latencies or [0.8])
+        price = settings.api.price
         return {
             LISTED: self.listed,
             "skipped": self._jobs[""]["skipped"],
@@ -5764,12 +5789,15 @@ class Estimate:
             "conversions": conversions,
             "conversions_in_one_run": in_one_run,
             "max_conversions": cap,
+            "cost": None if price is None else round(price * conversions, 6),
+            "cost_in_one_run": None if price is None else round(price * in_one_run, 6),
             "plan": usage.plan,
             "monthly_limit": usage.monthly_limit,
             "remaining": usage.remaining,
             "requests_per_minute": rate,
             "latency_seconds": round(latency, 3),
             "latency_is_measured": bool(self._latencies),
+            "workers_that_fill_the_rate": math.ceil(rate / 60 * latency) if rate else None,
             # Bound by the rate or by the workers.
             "seconds": round(in_one_run * max(60 / rate if rate else 0.0, latency / settings.run.workers)),
             "s3_requests": {"LIST": self.pages_asked, "HEAD": 3 * conversions, "COPY": copy}
@@ -5818,9 +5846,15 @@ class Estimate:
         in_one_run = f", {found['conversions_in_one_run']} of them in the next run (api.max_conversions = {cap})"
         month = "" if left is None else f"; {left} are left of this month's {found['monthly_limit'] or 'quota'}"
         yield f"conversions   {found['conversions']} to pay for at the most{in_one_run if cap else ''}{month}"
+        if found["cost"] is not None:
+            next_run = f", {human_cost(found['cost_in_one_run'])} of it in the next run" if cap else ""
+            at = f"at {self.settings.api.price:g} each (api.price)"
+            yield f"cost          {human_cost(found['cost'])} at the most{next_run}, {at}"
         source = "as measured" if found["latency_is_measured"] else "as the API publishes"
         pace = f"{workers} workers at {found['latency_seconds']:.1f} s each ({source})"
         pace = f"{pace}; the rate limit is not known" if rate is None else f"{rate:.0f} requests a minute, {pace}"
+        if (enough := found["workers_that_fill_the_rate"]) not in {None, workers}:
+            pace = f"{pace}; {pluralize(enough, 'worker')} would fill that rate (run.workers)"
         yield f"time          about {human_seconds(found['seconds'])}: {pace}"
         yield "S3 requests   " + ", ".join(f"{count} {name}" for name, count in found["s3_requests"].items() if count)
         yield from (f"warning       {warning}" for warning in found["warnings"])

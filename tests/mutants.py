@@ -498,6 +498,18 @@ ANSWERS = (
 
 FIGURES = (
     defect(
+        "a result that came before is paid for once more",
+        "self.results += not self.is_paid",
+        "self.results += 1",
+        "test_with_a_price_each_result_is_counted_once_in_the_run_that_it_first_came_in",
+    ),
+    defect(
+        "a result that could not be stored costs nothing",
+        '"paid": outcome.paid}',
+        '"paid": outcome.kind is OutcomeKind.CONVERTED and outcome.paid}',
+        "test_with_a_price_each_result_is_counted_once_in_the_run_that_it_first_came_in",
+    ),
+    defect(
         "p95 is p50",
         '"p95_seconds": self.percentile(95),',
         '"p95_seconds": self.percentile(50),',

@@ -11,7 +11,8 @@ import pytest
 
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Request
-from tests.standins.promises import fill
+from tests.standins.promises import PNG, fill
+from tests.standins.relay import Relay
 
 pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
@@ -81,3 +82,23 @@ def test_outputs_that_this_program_has_not_made_are_counted_in_a_line_of_their_o
     assert (run.exit_code, run.summary["adopted"], run.summary["converted"], len(api.paid)) == (0, 1, 1, 1)
     assert "already done  0\nadopted       1\n" in run.out
     assert re.search(r"^s3_bulk_convert_adopted_objects_total\{.*\} 1$", (run.workdir / "x.prom").read_text(), re.M)
+
+
+def test_with_a_price_each_result_is_counted_once_in_the_run_that_it_first_came_in(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    fill(bucket, 3)
+    bucket.put("copied.jpg", PNG)
+    options = ("--set", "api.price=0.004", "--set", "run.metrics=x.prom", "--set", "convert.same_format=copy")
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    relay.refuse = lambda method, path: method == "PUT" and "converted/001.jpg" in path
+    first = run_cli(*options, "--set", "run.max_failure_rate=never", **there)
+    assert (first.summary["converted"], first.summary["failed"]) == (3, {"store_failed": 1})
+    assert (first.summary["cost"], len(api.paid)) == (0.012, 3)
+    assert "cost          about 0.0120: the results of 3 conversions, at 0.004 each (api.price)\n" in first.out
+    metrics = (first.workdir / "x.prom").read_text()
+    assert re.search(r"^s3_bulk_convert_cost_total\{.*\} 0\.012$", metrics, re.MULTILINE)
+    relay.refuse = lambda *_: False
+    again = run_cli("-q", *options, **there)
+    assert (again.summary["converted"], again.summary["cost"], len(api.paid)) == (1, 0, 3)
+    assert again.out.endswith("left 0, cost about 0.00\n")
