@@ -67,6 +67,7 @@ import os
 import queue
 import random
 import re
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -90,7 +91,7 @@ from enum import Enum, IntEnum
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeVar, cast
 from xml.etree import ElementTree
 
 # What other programs' bars are to look like is no concern of this one's, which could not draw its own by it.
@@ -285,9 +286,14 @@ def iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
-def local_date(seconds: float) -> str:
-    """A time (Unix seconds) in the local zone, with how long ago that is."""
-    return f"{iso_time(seconds).replace('T', ' ')} ({human_seconds(max(0.0, time.time() - seconds))} ago)"
+def seconds_since(moment: str) -> float:
+    """How long ago a time is that `iso_time` has written."""
+    return max(0.0, time.time() - datetime.fromisoformat(moment).timestamp())
+
+
+def local_date(moment: str) -> str:
+    """A time that `iso_time` has written, for people, with how long ago that is."""
+    return f"{moment.replace('T', ' ')} ({human_seconds(seconds_since(moment))} ago)"
 
 
 def redact(message: str) -> str:
@@ -298,13 +304,13 @@ def redact(message: str) -> str:
     return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
 
 
-def without_secrets(value: Any) -> Any:
-    """A value of a JSON document, with every text in it redacted."""
+def without_secrets(value: Any, hide: Callable[[str], str] = redact) -> Any:
+    """A value of a JSON document, with every text in it redacted: names too, which may be codes of the API's."""
     if isinstance(value, dict):
-        return {name: without_secrets(part) for name, part in value.items()}
+        return {hide(name): without_secrets(part, hide) for name, part in value.items()}
     if isinstance(value, list):
-        return [without_secrets(part) for part in value]
-    return redact(value) if isinstance(value, str) else value
+        return [without_secrets(part, hide) for part in value]
+    return hide(value) if isinstance(value, str) else value
 
 
 def log_event(event: str, message: str, *, level: int = logging.WARNING, **fields: Any) -> None:
@@ -371,11 +377,18 @@ class ExitCode(IntEnum):
     SIGTERM = 143
 
 
+# Why a run ends or cannot start, as a word for machines: README says what each means.
+StopCode = (
+    Literal["signal", "time", "cap", "quota", "api_key", "api", "s3", "listing", "same_failure", "failure_rate"]
+    | Literal["disk", "checkpoint", "environment", "usage", "locked", "bug"]
+)
+
+
 class RunError(Exception):
     """Why a run ends or cannot start, what to do, what the shell is told, and a word for machines (`stopped_code`)."""
 
     def __init__(
-        self, message: str, hint: str, exit_code: ExitCode = ExitCode.STOPPED, code: str = "environment"
+        self, message: str, hint: str, exit_code: ExitCode = ExitCode.STOPPED, code: StopCode = "environment"
     ) -> None:
         super().__init__(message, hint, exit_code, code)
         self.message, self.hint, self.exit_code, self.code = message, hint, exit_code, code
@@ -1481,6 +1494,10 @@ class Settings:
         """A text of the API's without secrets, the key itself among them."""
         return redact(message.replace(self.api.key or "\0", "..."))
 
+    def json(self, document: Mapping[str, Any]) -> str:
+        """A document on one line, without secrets."""
+        return json.dumps(without_secrets(document, self.hide))
+
 
 class RawOption(NamedTuple):
     """A value as a person wrote it."""
@@ -1727,7 +1744,7 @@ class Trouble:
     def refusal_by_api(status: int, code: str, message: str, address: str = "") -> RunError:
         """The end of the run for a reply that every object would get."""
         what, hint = "the API refused the key", "check CTF_API_KEY, api.key or api.key_file"
-        stopped_code = "api_key"
+        stopped_code: StopCode = "api_key"
         if status == 407:
             what, hint = f"the proxy {Trouble.proxy_for(address)} wants a password", PROXY_HINT
             stopped_code = "api"
@@ -1808,7 +1825,8 @@ def no_space_stops_the_run() -> Iterator[None]:
     except OSError as problem:
         # Where none can be written at all, there is no name either.
         where = tempfile.tempdir or "a temporary folder"
-        raise RunError(f"{where} cannot be written: {problem.strerror}", "free some space, or set TMPDIR") from None
+        hint = "free some space, or set TMPDIR"
+        raise RunError(f"{where} cannot be written: {problem.strerror}", hint, code="disk") from None
 
 
 def temporary_file() -> IO[bytes]:
@@ -2160,7 +2178,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             # A job may have been renamed since, or have left the configuration.
             made = tuple(found[name] for name in ("bucket", "fingerprint", "output_key"))
             ours = (each.name for each in self._jobs if (self._sources[1], each.fingerprint, each.place) == made)
-            found |= {"configured_as": next(ours, None), "converted": 0, "found": 0, "adopted": 0}
+            found |= {"configured_as": next(ours, None), "converted": 0, "found": 0, "adopted": 0, "skipped": 0}
             found |= {"failed_for_good": {}, "failed_for_now": {}}
             for event, is_permanent, code, count in self._ask(query, found.pop("id")):
                 if event == OutcomeKind.FAILED.value:
@@ -2169,15 +2187,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                     found[event] = count
             yield found
 
-    def history(self, key: str, most: int) -> list[dict[str, Any]]:
-        """The newest rows of one object of this bucket in every job, newest first."""
+    def history(self, key: str) -> list[dict[str, Any]]:
+        """The rows of one object of this bucket in every job, newest first."""
         columns = "log.*, jobs.target, jobs.output_bucket, jobs.output_key AS place, jobs.name"
         query = f"SELECT {columns} FROM jobs JOIN log ON job = jobs.id WHERE endpoint = ? AND bucket = ? AND key = ?"
-        return self._records(f"{query} ORDER BY log.id DESC LIMIT {most}", *self._sources, key)
+        return self._records(f"{query} ORDER BY log.id DESC", *self._sources, key)
 
     def requests_of(self, key: str) -> list[dict[str, Any]]:
         """The unsettled requests for one object, without their URLs."""
-        query = "SELECT etag, slot, sent_at, name FROM jobs JOIN in_flight ON job = id"
+        query = "SELECT name, sent_at, slot, etag FROM jobs JOIN in_flight ON job = id"
         return self._records(f"{query} WHERE endpoint = ? AND bucket = ? AND key = ?", *self._sources, key)
 
     def _records(self, query: str, *values: object) -> list[dict[str, Any]]:
@@ -2198,6 +2216,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 def real_file(path: Path) -> Path:
     """Where a link leads: SQLite keeps its `-wal` there, and all names of one checkpoint must come to one lock."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
+
+
+class LockHolder(NamedTuple):
+    """The process that holds a checkpoint's lock."""
+
+    pid: int
+    since: str  # ISO 8601
+
+    def __str__(self) -> str:
+        return f"process {self.pid}, for {seconds_since(self.since):.0f} s"
 
 
 class RunLock:
@@ -2270,8 +2298,8 @@ class RunLock:
         kind, _, _, length, _ = struct.unpack("hhqqi0q", found)
         return 0 if kind == fcntl.F_UNLCK else int(length)
 
-    def holder(self, *, is_held: bool = False) -> str:
-        """Who holds the lock, in words; empty if nobody does. Takes none, which would turn a starting run away.
+    def holder(self, *, is_held: bool = False) -> LockHolder | None:
+        """Who holds the lock; None if nobody does. Takes none, which would turn a starting run away.
 
         To be asked before this process opens the checkpoint: to close a file is to give up SQLite's locks on it.
         `is_held`: that somebody holds it is known.
@@ -2283,7 +2311,7 @@ class RunLock:
             match = re.fullmatch(r"(\d+) (\d+)\n", self.path.read_text(encoding="ascii"))
             if match and not pid and (is_held or self._has_flock(match[1])):
                 pid, since = int(match[1]), int(match[2])
-        return f"process {pid}, for {max(0, int(time.time()) - since)} s" if pid else ""
+        return LockHolder(pid, iso_time(since)) if pid else None
 
     @staticmethod
     def _has_flock(pid: str) -> bool:
@@ -3050,7 +3078,7 @@ def keys_from(source: str, bucket: Bucket, stop: StopFlag) -> Iterator[list[Sour
                 del recent[key]
             has_begun = True
     except RunError as error:
-        raise (RunError(error.message, error.hint) if has_begun else error) from None
+        raise (RunError(error.message, error.hint, code="listing") if has_begun else error) from None
     finally:
         pool.shutdown(wait=False)
 
@@ -5861,50 +5889,73 @@ class Estimate:
         yield "nothing was sent to be converted, and nothing was written"
 
 
-def status_lines(settings: Settings) -> Iterator[str]:
-    """What `--status` says: all that the checkpoint knows, of these jobs and of others. Raises RunError."""
-    path = Path(settings.run.checkpoint)
-    holder = RunLock(path).holder()
-    with Journal(path, "", settings, read_only=True) as journal:
-        if not journal.is_there:
-            stem, ending = map(re.escape, os.path.splitext(path.name))
-            names = sorted(other.name for other in path.parent.glob("*"))
-            shards = (re.fullmatch(rf"{stem}\.(\d+)-of-(\d+){ending}", name) for name in names)
-            hint = "start it where the runs are started, or set run.checkpoint"
-            if found := next(filter(None, shards), None):
-                hint = f"{found[0]} is here: give --shard {found[1]}/{found[2]}"
-            raise usage_error(f"there is no checkpoint {path}", hint)
-        (size, written), last, jobs = journal.size_and_time(), journal.last_run(), list(journal.counts())
-    yield f"checkpoint     {path}, {human_bytes(size)}"
-    yield f"run            {f'at work: {holder}' if holder else 'none is at work'}"
-    if last and not holder:
-        began, ended, code = last
-        how = f"ended {local_date(ended)} with exit code {code}" if ended else "did not come to its end"
-        yield f"last run       began {local_date(began)}, {how}"
-    yield f"last activity  {local_date(written)}"
-    for job in jobs:
-        ours = job["configured_as"]
-        named = f"job {ours}" if ours else f"{job['job']}, no job of this configuration"
-        yield ""
-        yield f"s3://{job['bucket']} to {job['target']} in s3://{job['output_bucket']}/{job['output_key']}: {named}"
-        yield f"  converted    {job['converted']}"
-        yield f"  found        {job['found']}"
-        if job["adopted"]:
-            yield f"  adopted      {job['adopted']}"
-        for state, words in (("failed_for_good", "for good"), ("failed_for_now", "for now")):
-            by_code = Counter(job[state])
-            listed = ", ".join(f"{code} {count}" for code, count in by_code.most_common())
-            yield f"  failed       {by_code.total()} {words}{listed and f': {listed}'}"
-        is_interrupted = job["in_flight"] and not holder
-        step = ", asked for again by the next run" if is_interrupted else ""
-        oldest = f", the oldest since {local_date(job['oldest_sent_at'])}" if job["oldest_sent_at"] else ""
-        yield f"  {'interrupted' if is_interrupted else 'in flight':<11}  {job['in_flight']}{step}{oldest}"
-        if job["possible_double_charges"]:
-            twice = pluralize(job["possible_double_charges"], "conversion")
-            yield f"  warning      {twice} may have been charged twice"
+class Status:
+    """What `--status` says: all that the checkpoint knows, of these jobs and of others."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON has it. Raises RunError if there is no checkpoint, or none that can be read."""
+        path = Path(self._settings.run.checkpoint)
+        holder = RunLock(path).holder()
+        with Journal(path, "", self._settings, read_only=True) as journal:
+            if not journal.is_there:
+                stem, ending = map(re.escape, os.path.splitext(path.name))
+                names = sorted(other.name for other in path.parent.glob("*"))
+                shards = (re.fullmatch(rf"{stem}\.(\d+)-of-(\d+){ending}", name) for name in names)
+                hint = "start it where the runs are started, or set run.checkpoint"
+                if found := next(filter(None, shards), None):
+                    hint = f"{found[0]} is here: give --shard {found[1]}/{found[2]}"
+                raise usage_error(f"there is no checkpoint {path}", hint)
+            (size, written), last, jobs = journal.size_and_time(), journal.last_run(), list(journal.counts())
+        for job in jobs:
+            job["oldest_sent_at"] = job["oldest_sent_at"] and iso_time(job["oldest_sent_at"])
+        began, ended, code = last or (None, None, None)
+        return {
+            "checkpoint": str(path),
+            "checkpoint_bytes": size,
+            "run": holder and holder._asdict(),
+            "last_run": began and {"began": iso_time(began), "ended": ended and iso_time(ended), "exit_code": code},
+            "last_activity": iso_time(written),
+            "jobs": jobs,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """All of it in words. Raises RunError as `document` does."""
+        found = self.document()
+        run, last = found["run"], found["last_run"]
+        yield f"checkpoint     {found['checkpoint']}, {human_bytes(found['checkpoint_bytes'])}"
+        yield f"run            {f'at work: {LockHolder(**run)}' if run else 'none is at work'}"
+        if last and not run:
+            how = "did not come to its end"
+            if last["ended"]:
+                how = f"ended {local_date(last['ended'])} with exit code {last['exit_code']}"
+            yield f"last run       began {local_date(last['began'])}, {how}"
+        yield f"last activity  {local_date(found['last_activity'])}"
+        for job in found["jobs"]:
+            ours = job["configured_as"]
+            named = f"job {ours}" if ours else f"{job['job']}, no job of this configuration"
+            yield ""
+            yield f"s3://{job['bucket']} to {job['target']} in s3://{job['output_bucket']}/{job['output_key']}: {named}"
+            yield f"  converted    {job['converted']}"
+            yield f"  found        {job['found']}"
+            if job["adopted"]:
+                yield f"  adopted      {job['adopted']}"
+            for state, words in (("failed_for_good", "for good"), ("failed_for_now", "for now")):
+                by_code = Counter(job[state])
+                listed = ", ".join(f"{code} {count}" for code, count in by_code.most_common())
+                yield f"  failed       {by_code.total()} {words}{listed and f': {listed}'}"
+            is_interrupted = job["in_flight"] and not run
+            step = ", asked for again by the next run" if is_interrupted else ""
+            oldest = f", the oldest since {local_date(job['oldest_sent_at'])}" if job["oldest_sent_at"] else ""
+            yield f"  {'interrupted' if is_interrupted else 'in flight':<11}  {job['in_flight']}{step}{oldest}"
+            if job["possible_double_charges"]:
+                twice = pluralize(job["possible_double_charges"], "conversion")
+                yield f"  warning      {twice} may have been charged twice"
 
 
-# How "the next run would" ends: by the reason of a decision, or else by its kind.
+# How "the next run would" ends: by the reason of what it would do, or else by its kind.
 NEXT_STEPS = {
     ALREADY_DONE: f"leave it: {ALREADY_DONE}",
     OutcomeKind.FOUND.value: "find its output, which is there, and pay nothing",
@@ -5913,6 +5964,10 @@ NEXT_STEPS = {
     SAME_FORMAT: "leave it: same_format: it is in the target format already; see convert.same_format",
     NOT_MATCHED: "leave it: not_matched: globs, sizes or ages leave it out; see convert.include",
     OWN_OUTPUT: "leave it: own_output: this program has made it, or it lies where outputs go; see s3.output_key",
+    "not_listed": "not list it, for {message}",
+    "other_shard": "leave it: {message}",
+    "absent": "do nothing: {message}",
+    "stopped": "stop before it: {message}",
     DecisionKind.SKIP.value: "leave it: {reason}",
     DecisionKind.FAIL.value: "fail: {reason}, {message}",
     DecisionKind.COPY.value: "copy it, at no charge",
@@ -5922,8 +5977,19 @@ NEXT_STEPS = {
 }
 
 
+# What may lie under an output key, in words.
+MADE_OF = {
+    "this_version": "made of this version",
+    "other_options": "made of this version with other options",
+    "another_version": "made of another version, {version}",
+    "another_object": "no output of this object",
+}
+
+
 class Why:
     """What `--why` says: all that is known about one object, and what the next run would do with it."""
+
+    HISTORY_ROWS = 10  # an object that fails in every run has a row of each
 
     def __init__(self, settings: Settings, given: str) -> None:
         try:
@@ -5935,108 +6001,210 @@ class Why:
         if not self._key:
             raise usage_error("--why: there is no key", "give the key of an object, such as photos/a.png")
 
-    def lines(self) -> Iterator[str]:
-        """The answer; the last line is about the next run. Raises RunError if the checkpoint cannot be read."""
-        settings, bucket, source, trouble = self._settings, None, None, ""
+    def document(self) -> dict[str, Any]:
+        """The answer as JSON has it. Raises RunError if the checkpoint cannot be read, or if S3 answers no more."""
+        settings, bucket, source, problem = self._settings, None, None, ""
         try:
             bucket = Bucket(settings)
             bucket.check()
             source = bucket.find(self._key)
         except RunError as error:
-            trouble = f"{error.message}; {error.hint}"
+            problem = f"{error.message}; {error.hint}"
         endpoint = bucket.endpoint if bucket else settings.s3.endpoint_url or "aws"
         with Journal(Path(settings.run.checkpoint), endpoint, settings, read_only=True) as journal:
-            yield f"object         s3://{settings.s3.bucket}/{printable(self._key)}"
-            # An object that fails in every run has a row of each.
-            rows = journal.history(self._key, 10)
-            for row in rows:
-                planned = Job(row["target"], name=row["name"], output_key=row["place"]).output_of(self._key)
-                row["output_key"] = row["output_key"] or f"{row['output_bucket']}/{planned}"
-            yield from self._checkpoint_lines(journal, rows)
-            planner = Planner(settings, bucket, journal, StopFlag()) if bucket and not trouble else None
-            facts = "no" if planner else "not known (S3 did not answer)"
-            if source:
-                facts = f"{human_bytes(source.size)}, ETag {source.version}, written {local_date(source.modified)}"
-                facts += ", archived" if source.archived else ""
-            yield f"in the bucket  {facts}"
-            stored = {KeyParts.slot_of(row["output_key"]) for row in rows if row["event"] in DONE_EVENTS}
-            for job in settings.jobs:
-                planned = job.output_of(self._key)
-                slot = journal.slot(planned)
-                _, holder = journal.holders([slot]).get(slot, ("", self._key if slot in stored else ""))
-                found = list(self._found(planner.bucket, planned, source)) if planner else []
-                if planner and slot in stored and not found:
-                    found = [("", f"it is missing: {printable(planned)} was stored, and is not there")]
-                holder = next((owner for owner, _ in found if owner), holder)
-                whose = "free" if not holder else "its own" if holder == self._key else f"taken by {printable(holder)}"
-                yield f"output key     {printable(planned)} (job {job.name}), {whose}"
-                yield from (f"output         {told}" for _, told in found)
-            step = self._next_step(planner, source) if planner else f"stop before it: {trouble}"
-            yield f"the next run would {step}"
+            bucket = None if problem else bucket
+            history = [self._event(row) for row in journal.history(self._key)]
+            jobs = [self._of_job(job, journal, bucket, source, history) for job in settings.jobs]
+            planner = Planner(settings, bucket, journal, StopFlag()) if bucket else None
+            for job, (kind, reason, message) in zip(jobs, self._steps(planner, source, problem), strict=True):
+                words, said = NEXT_STEPS.get(reason) or NEXT_STEPS[kind], printable(message) if bucket else message
+                step = words.format(reason=reason, message=said, target=job["target"])
+                job["next"] = {"kind": kind, "reason": reason or None, "message": message or None, "step": step}
+                job["repair"] = self._repair(job)
+            in_flight = [
+                {
+                    "job": sent["name"],
+                    "sent_at": iso_time(sent["sent_at"]),
+                    "output_key": sent["slot"].partition("/")[2],
+                    "etag": sent["etag"],
+                }
+                for sent in journal.requests_of(self._key)
+            ]
+        return {
+            "bucket": settings.s3.bucket,
+            "key": self._key,
+            "checkpoint": str(journal.path),
+            "checkpoint_exists": journal.is_there,
+            "history": history[: self.HISTORY_ROWS],
+            "in_flight": in_flight,  # without URLs, which are signed
+            "s3_problem": problem or None,
+            "in_bucket": source
+            and {
+                "bytes": source.size,
+                "etag": source.version,
+                "modified": iso_time(source.modified),
+                "archived": source.archived,
+            },
+            "jobs": jobs,
+        }
 
-    def _checkpoint_lines(self, journal: Journal, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        if not journal.is_there:
-            yield f"checkpoint     there is none ({journal.path})"
-            return
-        yield f"checkpoint     {'newest first:' if rows else 'it has not been converted, found or failed'}"
-        for row in rows:
-            told = f"as {printable(row['output_key'].partition('/')[2])}"
+    def lines(self) -> Iterator[str]:
+        """The answer in words; the last line is about the next run. Raises RunError as `document` does."""
+        found = self.document()
+        history, source = found["history"], found["in_bucket"]
+        yield f"object         s3://{found['bucket']}/{printable(found['key'])}"
+        known = "newest first:" if history else "it has not been converted, found or failed"
+        absent = f"there is none ({found['checkpoint']})"
+        yield f"checkpoint     {known if found['checkpoint_exists'] else absent}"
+        for row in history:
+            told = f"as {printable(row['output_key'])}" if row["output_key"] else row["code"]
             if row["event"] == OutcomeKind.FAILED.value:
                 lasting = "for good" if row["permanent"] else "for now"
-                told = f"{lasting}: {printable(row['code'] + ' ' + row['message'])}"
+                told = f"{lasting}: {printable(' '.join(filter(None, (row['code'], row['message']))))}"
             yield f"  {local_date(row['time'])} {row['event']} {told}, to {row['target']}, ETag {row['etag']}"
-        # No URL is shown: it is signed.
-        for sent in journal.requests_of(self._key):
-            slot = printable(sent["slot"].partition("/")[2])
-            yield f"in flight      since {local_date(sent['sent_at'])}, for {slot}, ETag {sent['etag']}"
+        for request in found["in_flight"]:
+            since, key = local_date(request["sent_at"]), printable(request["output_key"])
+            yield f"in flight      since {since}, for {key}, ETag {request['etag']}"
+        facts = "not known (S3 did not answer)" if found["s3_problem"] else "no"
+        if source:
+            facts = f"{human_bytes(source['bytes'])}, ETag {source['etag']}, written {local_date(source['modified'])}"
+            facts += ", archived" if source["archived"] else ""
+        yield f"in the bucket  {facts}"
+        for job in found["jobs"]:
+            taken = f"taken by {printable(job['taken_by'] or 'another object')}"
+            whose = {"free": "free", "own": "its own"}.get(job["place"], taken)
+            yield f"output key     {printable(job['output_key'])} (job {job['job']}), {whose}"
+            yield from (f"output         {output['message']}" for output in job["outputs"])
+            yield from (f"to repair      {job['repair']}" for _ in filter(None, [job["repair"]]))
+        steps = [f"{job['next']['step']} (job {job['job']})" for job in found["jobs"]]
+        # What is not in the bucket, or cannot be looked at there, has one step in all jobs.
+        is_same = len(steps) == 1 or not source
+        yield f"the next run would {found['jobs'][0]['next']['step'] if is_same else '; '.join(steps)}"
 
-    def _found(self, bucket: Bucket, planned: str, source: SourceObject | None) -> Iterator[tuple[str, str]]:
-        """What lies under an output key: the key of its source, if that is known, and words."""
-        for made in (planned, f"{planned}.zip"):
-            try:
-                head = bucket.head(bucket.output_name, made)
-            except ObjectFailed as failure:
-                yield "", f"it cannot be told: {printable(failure.message)}"
-                continue
-            if head is None:
-                continue
-            metadata = head["Metadata"]
-            owner, told = urllib.parse.unquote(metadata.get("source-key", "another object")), "no output of this object"
-            if source_key_metadata(self._key).items() <= metadata.items():
-                owner, version = self._key, metadata.get("source-etag")
-                is_same = source is not None and source.version == version
-                told = f"made of {'this version' if is_same else f'another version, {version}'}"
-            yield owner, f"{printable(made)} is there, {told}"
+    def _event(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the log, with the key of its output."""
+        planned, made = Job(row["target"], name=row["name"], output_key=row["place"]).output_of(self._key), None
+        if row["event"] not in {OutcomeKind.FAILED.value, OutcomeKind.SKIPPED.value}:
+            # The log names an output where it lies elsewhere than planned: the slot of an archive, or what was adopted.
+            is_archive = row["output_key"] and row["event"] != OutcomeKind.ADOPTED.value
+            made = f"{planned}.zip" if is_archive else (row["output_key"] or "").partition("/")[2] or planned
+        names = ("event", "target", "etag", "output_bucket", "output_etag", "bytes_out", "seconds", "requests")
+        return {
+            "time": iso_time(row["time"]),
+            "job": row["name"],
+            **{name: row[name] for name in (*names, "runs_failed")},
+            "code": row["code"] or None,
+            "message": row["message"] or None,
+            "output_key": made,
+            "permanent": bool(row["permanent"]),
+            "possible_double_charge": bool(row["charged_twice"]),
+        }
 
-    def _next_step(self, planner: Planner, source: SourceObject | None) -> str:
-        """What the next run would do with the object, job by job: the decisions of the plan, after a worker's looks."""
-        if source is None:
-            meant = self._key.lstrip("/")
-            is_near = meant not in {"", self._key} and planner.bucket.find(meant)
-            return f"do nothing: it is not in the bucket{f'; did you mean {printable(meant)}?' if is_near else ''}"
+    def _of_job(
+        self, job: Job, journal: Journal, bucket: Bucket | None, source: SourceObject | None, history: Sequence[Any]
+    ) -> dict[str, Any]:
+        """The output key of one job, who has it, and what lies there. `bucket`: None if S3 does not answer."""
+        planned, home = job.output_of(self._key), self._settings.s3.output_bucket
+        slot, here = journal.slot(planned), (home, KeyParts.slot_of(planned))
+        made = [row for row in history if (row["output_bucket"], KeyParts.slot_of(row["output_key"] or "")) == here]
+        # What a run has found to be lost is expected there no more.
+        stored = made[0] if made and made[0]["event"] in DONE_EVENTS else {}
+        looks = (self._look(bucket, job, key, source, stored) for key in (planned, f"{planned}.zip")) if bucket else ()
+        outputs = list(filter(None, looks))
+        owner = self._key if made else None
+        if held := journal.holders([slot]).get(slot):
+            owner = held[1] if held[0] == self._settings.s3.bucket else f"s3://{'/'.join(held)}"
+        owner = next((output["source"] or "" for output in outputs if output["made_of"]), owner)
+        place = "free" if owner is None else "own" if owner == self._key else "taken"
+        return {
+            "job": job.name,
+            "target": job.target,
+            "output_bucket": home,
+            "output_key": planned,
+            "place": place,
+            "taken_by": owner or None if place == "taken" else None,
+            "outputs": outputs,
+        }
+
+    def _look(
+        self, bucket: Bucket, job: Job, key: str, source: SourceObject | None, stored: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """What lies under a key, and whether that is what was stored there; None if nothing is there, and was not."""
+        was = stored if stored.get("output_key") == key else {}
+        found = {"output_key": key, "state": "there", "bytes": None, "etag": None, "made_of": None, "source": None}
+        try:
+            head = bucket.head(bucket.output_name, key)
+        except ObjectFailed as failure:
+            return found | {"state": "unknown", "message": f"it cannot be told: {printable(failure.message)}"}
+        if head is None:
+            message = f"it is missing: {printable(key)} was stored, and is not there"
+            return found | {"state": "missing", "message": message} if was else None
+        metadata, size, etag = head["Metadata"], head.get("ContentLength"), bare_etag(head.get("ETag"))
+        made_of, maker = self._origin(metadata, job, source)
+        message = f"{printable(key)} is there, {MADE_OF[made_of].format(version=metadata.get('source-etag'))}"
+        found |= {"bytes": size, "etag": etag, "made_of": made_of, "source": maker or None, "message": message}
+        pairs = ((was.get("output_etag"), etag), (was.get("bytes_out"), size))
+        if any(then and now and then != now for then, now in pairs):
+            message += f", {size} bytes with ETag {etag}"
+            stored_then = f"{was['bytes_out']} bytes with ETag {was['output_etag']} were stored"
+            found |= {"state": "altered", "message": f"it is altered: {message}; {stored_then}"}
+        return found
+
+    def _origin(self, metadata: Mapping[str, str], job: Job, source: SourceObject | None) -> tuple[str, str]:
+        """What an object was made of, a name of MADE_OF, and the key of its source, if it is known."""
+        own_bucket = self._settings.s3.bucket
+        home, maker = (urllib.parse.unquote(metadata.get(name, "")) for name in ("source-bucket", "source-key"))
+        if is_own_metadata(metadata) and source_key_metadata(self._key).items() <= metadata.items():
+            if source and source.version == metadata["source-etag"]:
+                is_same = metadata.get("job-fingerprint") == job.fingerprint
+                return "this_version" if is_same else "other_options", self._key
+            if home == own_bucket:
+                return "another_version", self._key
+        return "another_object", f"s3://{home}/{maker}" if maker and home not in {"", own_bucket} else maker
+
+    def _repair(self, job: Mapping[str, Any]) -> str | None:
+        """How to have an output again that is missing or altered, and that the next run takes for done."""
+        states = {output["state"]: output["output_key"] for output in job["outputs"]}
+        if job["next"]["kind"] != DecisionKind.DONE.value or states.keys().isdisjoint({"missing", "altered"}):
+            return None
+        step = "run it with --repair"
+        if "altered" in states:
+            place = printable(f"s3://{job['output_bucket']}/{states['altered']}")
+            step = f"what is altered is never overwritten: delete {place}, and {step}"
+        # A key with a line end is no line of a file of keys.
+        alone = f"printf '%s\\n' {shlex.quote(self._key)} | s3_bulk_convert.py --repair --keys-from -"
+        return f"{step}; this object alone: {alone}" if self._key.isprintable() else step
+
+    def _steps(
+        self, planner: Planner | None, source: SourceObject | None, problem: str
+    ) -> Iterator[tuple[str, str, str]]:
+        """Kind, reason and message of what the next run would do with the object in each job."""
         jobs = self._settings.by_name
-        # Jobs that would make the very same output have one decision; what no job is asked about has that of "".
+        if planner is None or source is None:
+            meant = self._key.lstrip("/")
+            is_near = planner and meant not in {"", self._key} and planner.bucket.find(meant)
+            absent = f"it is not in the bucket{f'; did you mean {printable(meant)}?' if is_near else ''}"
+            step = (DecisionKind.SKIP.value, "absent", absent) if planner else ("stopped", "", problem)
+            yield from [step] * len(jobs)
+            return
+        # The decisions of the plan, after a worker's looks. Jobs that would make the very same output have one; what no
+        # job is asked about has that of "".
         outputs = {name: (job.fingerprint, job.output_of(self._key)) for name, job in jobs.items()}
         decided = planner.plan([source], is_last=True)
         decisions = {outputs.get(each.job): predict(each, planner) for each in decided}
-        steps = {
-            name: self._step(job, source, decisions.get(outputs[name]) or decisions.get(None))
-            for name, job in jobs.items()
-        }
-        return "; ".join(step if len(steps) == 1 else f"{step} (job {name})" for name, step in steps.items())
+        for name, job in jobs.items():
+            yield self._step(job, source, decisions.get(outputs[name]) or decisions.get(None))
 
-    def _step(self, job: Job, source: SourceObject, decision: Decision | None) -> str:
+    def _step(self, job: Job, source: SourceObject, decision: Decision | None) -> tuple[str, str, str]:
         """What one job would do. `decision`: None if the object is another shard's."""
         if not self._key.startswith(job.prefix):
-            return f"not list it, for its key does not begin with {job.prefix}"
+            return DecisionKind.SKIP.value, "not_listed", f"its key does not begin with {job.prefix}"
         if not job.wants(source):
-            return NEXT_STEPS[NOT_MATCHED]
+            return DecisionKind.SKIP.value, NOT_MATCHED, ""
         if decision is None:
             owner = self._settings.shard.owner_of(KeyParts.slot_of(job.output_of(self._key)))
-            return f"leave it: it belongs to shard {owner}"
-        reason, message = decision.reason, printable(decision.message)
-        step = NEXT_STEPS.get(reason) or NEXT_STEPS[decision.kind.value]
-        return step.format(reason=reason, message=message, target=job.target)
+            return DecisionKind.SKIP.value, "other_shard", f"it belongs to shard {owner}"
+        return decision.kind.value, decision.reason, decision.message
 
 
 ########################################################################################################################
@@ -6053,7 +6221,7 @@ def print_line(line: str) -> None:
         pass  # who does not read on wants no more
     except OSError as problem:
         message = f"stdout cannot be written: {problem.strerror}"
-        raise RunError(message, "free some space, or send it elsewhere") from None
+        raise RunError(message, "free some space, or send it elsewhere", code="disk") from None
 
 
 class CheckWarning(RunError):
@@ -6064,7 +6232,7 @@ class Diagnostics:
     """All that `--check` proves, with a line of `OK`, `WARN` or `FAIL` for each proof."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self._verdicts = settings, Counter[str]()
+        self.settings, self._checks = settings, list[dict[str, Any]]()
 
     def run(self) -> ExitCode:
         """Prove everything, what is nearest first."""
@@ -6080,16 +6248,20 @@ class Diagnostics:
             self._check_s3()
         with contextlib.suppress(CheckWarning):
             self._check_api()
-        has_failed = self._verdicts["FAIL"] > 0
-        counts = [(self._verdicts[verdict], verdict) for verdict in ("FAIL" if has_failed else "OK", "WARN")]
-        told = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
-        print_line(f"{'not ready' if has_failed else 'ready'}: {told}")
+        verdicts = Counter(check["verdict"] for check in self._checks)
+        has_failed = verdicts["FAIL"] > 0
+        if self.settings.log_format == "json":
+            print_line(self.settings.json({"ready": not has_failed, "checks": self._checks}))
+        else:
+            counts = [(verdicts[verdict], verdict) for verdict in ("FAIL" if has_failed else "OK", "WARN")]
+            told = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
+            print_line(f"{'not ready' if has_failed else 'ready'}: {told}")
         return ExitCode.USAGE if has_failed else ExitCode.DONE
 
-    def _report(self, verdict: str, what: str, said: str) -> None:
-        self._verdicts[verdict] += 1
-        if not (self.settings.quiet and verdict == "OK"):
-            print_line(self.settings.hide(f"{verdict:<4} {what}: {said}"))
+    def _report(self, verdict: str, what: str, message: str, hint: str = "") -> None:
+        self._checks.append({"verdict": verdict, "what": what, "message": message, "hint": hint or None})
+        if not (self.settings.log_format == "json" or (self.settings.quiet and verdict == "OK")):
+            print_line(self.settings.hide(f"{verdict:<4} {what}: {'; '.join(filter(None, (message, hint)))}"))
 
     @contextlib.contextmanager
     def _prove(self, what: str, ok: str = "", *, needs: str = "", is_needed: bool = False) -> Iterator[list[str]]:
@@ -6102,10 +6274,10 @@ class Diagnostics:
             with Trouble.explained(what, foreseen=(ObjectFailed, ObjectSkipped)):
                 yield proved
         except (ObjectFailed, ObjectSkipped) as failure:
-            self._report("FAIL", what, f"{getattr(failure, 'message', failure)}; {needs}".rstrip("; "))
+            self._report("FAIL", what, getattr(failure, "message", str(failure)), needs)
         except RunError as error:
             verdict = "WARN" if isinstance(error, CheckWarning) else "FAIL"
-            self._report(verdict, what, f"{error.message}; {error.hint}")
+            self._report(verdict, what, error.message, error.hint)
             if is_needed and verdict == "FAIL":
                 raise CheckWarning("not tried", "correct what failed first") from None
         else:
@@ -6183,7 +6355,7 @@ class Diagnostics:
         try:
             folders.append(Path(tempfile.gettempdir()))
         except OSError as problem:
-            self._report("FAIL", "temporary folder", f"{problem.strerror}; make one writable, or set TMPDIR")
+            self._report("FAIL", "temporary folder", f"{problem.strerror}", "make one writable, or set TMPDIR")
         for folder in dict.fromkeys(folders):
             with self._prove(f"space in {folder}") as proved:
                 free = shutil.disk_usage(folder).free
@@ -6258,7 +6430,7 @@ class Diagnostics:
         readable = (each for each in sources if not (skip_reason(each) or KeyParts.of(each.key).has_dot_segments))
         source = next(readable, None)
         if source is None:
-            self._report("WARN", "read", "nothing was listed that could be read; try again when there is something")
+            self._report("WARN", "read", "nothing was listed that could be read", "try again when there is something")
             return
         needs = f"allow s3:GetObject on {bucket.name} (and kms:Decrypt on its key)"
         with self._prove("read", f"s3://{bucket.name}/{printable(source.key)}", needs=needs):
@@ -6401,7 +6573,7 @@ def build_parser() -> Parser:
     one_of("--why", metavar="KEY", help="all that is known about one object, and what the next run would do")
     one_of("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
     add("--keys-from", metavar="FILE", help="take keys from FILE (- is stdin) instead of listing; see README")
-    log_help = "lines for people, or one JSON object a line (default: text)"
+    log_help = "lines for people, or JSON, on stderr and stdout (default: text)"
     add("--log-format", choices=("text", "json"), default="text", help=log_help)
     add("-q", "--quiet", action="store_true", help="print only what went wrong, and one line at the end")
     add("-v", "--verbose", action="store_true", help="say more; show tracebacks")
@@ -6436,7 +6608,7 @@ def finish(report: Report, settings: Settings) -> ExitCode:
             message, remedy = f"{count} failed: {code}", hint_for(code)
             log_event("failures", message, code=code, count=count, key=key, said=said, remedy=remedy)
         log_event("summary", report.line(), level=logging.INFO, **report.summary())
-        text = json.dumps(without_secrets(report.summary()))
+        text = settings.json(report.summary())
     elif settings.quiet and report.exit_code is ExitCode.DONE:
         text = f"{iso_time(time.time())} {report.line()}"
     else:
@@ -6453,9 +6625,6 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
     """Do what the command line asks for. Raises RunError."""
     commands = ("check", "status", "why", "dry_run")
     command = next((name for name in commands if getattr(arguments, name) not in {None, False}), "")
-    if arguments.log_format == "json" and command in {"check", "status", "why"}:
-        hint = "a run and --dry-run have JSON; leave it out here"
-        raise usage_error(f"--log-format json: not with --{command}", hint)
     given, needs_key = read_flags(arguments), not command
     settings = load_settings(arguments.config, os.environ, given, arguments.shard, needs_key=needs_key)
     named = ("retry_failed", "quiet", "keys_from", "log_format")
@@ -6470,14 +6639,14 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
         return finish(run(settings, stop), settings)
     if command == "check":
         return Diagnostics(settings).run()
+    answer: Estimate | Status | Why
     if command == "dry_run":
-        estimate = Estimate.make(settings)
-        is_json = settings.log_format == "json"
-        lines = iter([json.dumps(without_secrets(estimate.document()))]) if is_json else estimate.lines()
+        answer = Estimate.make(settings)
     else:
-        lines = status_lines(settings) if command == "status" else Why(settings, arguments.why).lines()
-    for line in lines:
-        print_line(settings.hide(line))
+        answer = Status(settings) if command == "status" else Why(settings, arguments.why)
+    is_json = settings.log_format == "json"
+    for line in [settings.json(answer.document())] if is_json else map(settings.hide, answer.lines()):
+        print_line(line)
     return ExitCode.DONE
 
 
@@ -6494,7 +6663,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Trouble.explained("the program"):
             return run_command(arguments)
     except RunError as error:
-        fields = {"hint": error.hint, "exit_code": int(error.exit_code)}
+        fields = {"hint": error.hint, "exit_code": int(error.exit_code), "code": error.code}
         log.error("%s", error.message, exc_info=arguments.verbose, extra={"event": "error", "fields": fields})
         return error.exit_code
 

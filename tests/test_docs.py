@@ -9,6 +9,7 @@ import re
 import subprocess
 import symtable
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,6 +75,12 @@ def test_readme_has_no_row_for_an_option_that_does_not_exist() -> None:
 def test_readme_and_help_have_each_exit_code(code: program.ExitCode) -> None:
     assert re.search(rf"^\| (\d+, )?{int(code)}(, \d+)? \|", README, re.MULTILINE)
     assert str(int(code)) in str(program.build_parser().epilog)
+
+
+def test_readme_has_each_word_for_why_a_run_stopped() -> None:
+    table = README.partition("| stopped_code | meaning |\n")[2].partition("\n\n")[0]
+    known = [word for words in typing.get_args(program.StopCode) for word in typing.get_args(words)]
+    assert sorted(re.findall(r"^\| `(\w+)` \| \S", table, re.MULTILINE)) == sorted(known)
 
 
 def test_the_job_definition_for_aws_batch_is_one() -> None:

@@ -325,8 +325,9 @@ def test_trouble_after_the_first_page_stops_the_run(source: program.Bucket, tmp_
     path = write(tmp_path / "keys", b"k\n" * 1_000 + b"\xff\n")
     pages = keys_from(path, source)
     assert next(pages) == [SourceObject("k", "", 0, "")]
-    with ends_with(ExitCode.STOPPED, r"line 1001 is not UTF-8"):
+    with ends_with(ExitCode.STOPPED, r"line 1001 is not UTF-8") as ended:
         next(pages)
+    assert ended.value.code == "listing"
 
 
 def test_a_manifest_in_a_bucket_that_refuses_stops_the_run(source: program.Bucket) -> None:

@@ -141,7 +141,7 @@ def test_what_is_no_page_to_go_on_from_ends_the_run_as_unfinished(
     relay.rewrite = lambda body: re.sub(pattern, left, body, flags=re.DOTALL)
     run = run_cli(command=script_with(PAGE_OF_FOUR), AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.failures) == (3, [])
-    assert "the listing of" in run.summary["stopped_because"]
+    assert ("the listing of" in run.summary["stopped_because"], run.summary["stopped_code"]) == (True, "listing")
 
 
 def test_outputs_that_cannot_be_listed_to_their_end_are_not_paid_again(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs.test_looking import kill_with_one_in_flight, left_in, picture
+from tests.runs.test_looking import DOCUMENTED, kill_with_one_in_flight, left_in, picture
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.program import script_with
 
@@ -36,6 +36,7 @@ def foreseen(run_cli: Cli, *arguments: str, **changes: Any) -> dict[str, Any]:
     run = run_cli("--dry-run", *JSON, *arguments, **changes)
     assert run.exit_code == 0, run.err
     found: dict[str, Any] = json.loads(run.out)
+    assert {*found, *(name for job in found["jobs"].values() for name in job)} <= DOCUMENTED
     return found
 
 

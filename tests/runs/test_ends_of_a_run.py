@@ -49,7 +49,7 @@ def test_the_first_signal_to_a_run_that_is_over_its_time_lets_it_finish(
     release.set()
     assert run.wait().exit_code == run.summary["exit_code"] == 143
     assert (run.summary["converted"], run.summary["left"], len(api.paid)) == (1, 7, 1)
-    assert run.summary["stopped_because"] == "interrupted by SIGTERM"
+    assert (run.summary["stopped_because"], run.summary["stopped_code"]) == ("interrupted by SIGTERM", "signal")
     assert_all_promises_are_kept(run_cli(), api, bucket, expected)
 
 
@@ -167,7 +167,7 @@ def test_a_total_that_cannot_be_counted_is_nobody_s_trouble(
 def test_a_worker_that_dies_when_all_is_done_is_no_success(run_cli: Cli, bucket: Any) -> None:
     fill(bucket, 3)
     run = run_cli("--workers", "1", command=script_with("program.HTTPAdapter.close = lambda _: 1 / 0"))
-    assert (run.exit_code, run.summary["exit_code"], run.summary["converted"]) == (3, 3, 3)
+    assert (run.exit_code, run.summary["exit_code"], run.summary["stopped_code"]) == (3, 3, "bug")
     assert run.summary["stopped_because"] == "the program has a bug (a worker failed)"
 
 

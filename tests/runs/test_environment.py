@@ -68,10 +68,12 @@ def assert_told(run: Run, *words: str) -> None:
     assert [word for word in words if word not in said] == [], said
 
 
-def assert_met(run_cli: Cli, *words: str, given: tuple[str, ...] = (), is_checked: bool = True, **named: Any) -> None:
+def assert_met(run_cli: Cli, *words: str, given: tuple[str, ...] = (), is_checked: bool = True, **named: Any) -> Run:
     """A run stops and says these words; `is_checked`: so does `--check`, beforehand."""
     for command in [("--check",), ()] if is_checked else [()]:
-        assert_told(run_cli(*given, *command, **named), *words)
+        run: Run = run_cli(*given, *command, **named)
+        assert_told(run, *words)
+    return run
 
 
 ########################################################################
@@ -104,6 +106,7 @@ def test_the_threads_of_a_worker_process_are_as_scarce(run_cli: Cli, api: Conver
     )
     run = run_cli("--workers", "8", "--processes", "2", PYTHONPATH=f"{SCRIPT.parent}:{work}")
     assert_told(run, "thread", "run.workers")
+    assert run.summary["stopped_code"] == "environment"
     assert run_cli().exit_code == 0
     assert (len(api.paid), api.paid_twice()) == (1, [])
 
@@ -130,7 +133,8 @@ def test_without_a_temporary_folder_a_large_answer_waits_for_one(run_cli: Cli, b
         return Converted(made.body + bytes(2 << 20), made.media_type, made.extension)
 
     api.behaviour.convert = large
-    assert_met(run_cli, "temporary folder", "TMPDIR", command=NO_TEMPORARY_FOLDER)
+    run = assert_met(run_cli, "temporary folder", "TMPDIR", command=NO_TEMPORARY_FOLDER)
+    assert run.summary["stopped_code"] == "disk"
     assert run_cli().exit_code == 0
     assert (len(api.paid), api.paid_twice(), len(bucket.outputs())) == (1, [], 1)
 

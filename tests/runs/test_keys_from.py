@@ -78,7 +78,7 @@ def test_a_silent_stdin_does_not_keep_a_run_from_stopping(start: Cli) -> None:
 
 def test_a_file_that_is_not_there_is_a_usage_error(run_cli: Cli) -> None:
     run = run_cli("--keys-from", "nowhere.txt")
-    assert run.exit_code == 2
+    assert (run.exit_code, run.summary["stopped_code"]) == (2, "usage")
     assert "nowhere.txt cannot be read: No such file or directory" in run.out + run.err
 
 

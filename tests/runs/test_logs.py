@@ -67,7 +67,7 @@ def test_failures_are_told_by_code_with_an_example_and_a_remedy(run_cli: Cli, bu
 def test_an_error_has_a_hint_and_the_exit_code(run_cli: Cli) -> None:
     run = run_cli("--log-format", "json", S3_BUCKET=None)
     (error,) = records(run.err)["error"]
-    assert (run.exit_code, error["exit_code"], error["level"]) == (2, 2, "error")
+    assert (run.exit_code, error["exit_code"], error["level"], error["code"]) == (2, 2, "error", "usage")
     assert "[s3] bucket is missing" in error["message"]
     assert "config.example.ini" in error["hint"]
     assert run.out == ""

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 IN_SHELL = "import os, sys; os.execv('/bin/sh', ['sh', '-c', sys.argv[1], 'sh', *sys.argv[2:]])"
 PLACE = "converted/{dir}{stem}.{target}"
+README = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+DOCUMENTED = set(re.findall(r"`(\w+)`", README.partition("### Looking in JSON")[2].partition("\n## ")[0]))
+JSON = ("--log-format", "json")
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d s ago\)"
 
 
@@ -43,6 +47,30 @@ def left_in(run: Any) -> dict[str, bytes]:
 def starting(word: str, run: Any) -> list[str]:
     """What the lines that begin with a verdict are about."""
     return [line[5:].partition(":")[0] for line in run.out.splitlines() if line.startswith(word)]
+
+
+def names_in(found: Any) -> Iterator[str]:
+    """All keys of a document, and of what is in it; codes of failures are none."""
+    if isinstance(found, dict):
+        yield from found
+        found = [part for name, part in found.items() if not name.startswith("failed_for_")]
+    for part in found if isinstance(found, list) else ():
+        yield from names_in(part)
+
+
+def document(run: Any) -> Any:
+    """The one document on stdout, of a command that has nothing else to say."""
+    assert (run.err, run.out.count("\n")) == ("", 1), run.out
+    found = json.loads(run.out)
+    assert set(names_in(found)) - DOCUMENTED == set()
+    return found
+
+
+def iso(moment: str) -> float:
+    """A time of a document, in Unix seconds; it has an offset."""
+    read = datetime.fromisoformat(moment)
+    assert read.utcoffset() is not None
+    return read.timestamp()
 
 
 def last_line(run: Any) -> str:
@@ -103,6 +131,22 @@ def test_a_quiet_check_says_what_is_not_well_and_how_many_are(run_cli: Cli, buck
     warned = run_cli("-q", "--check", "--prefix", "no-such/", CTF_API_KEY="ctf_sk_wrong_1")
     assert (starting("WARN", warned), starting("FAIL", warned)) == (["list s3", "read"], ["API key"])
     assert warned.out.splitlines()[3:] == ["not ready: 1 FAIL, 2 WARN"]
+
+
+def test_check_in_json_is_one_document_with_all_that_the_lines_say(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    told = run_cli("--check", CTF_API_KEY="ctf_sk_wrong_1")
+    run = run_cli(*JSON, "-q", "--check", CTF_API_KEY="ctf_sk_wrong_1")
+    found = document(run)
+    assert (run.exit_code, list(found), found["ready"]) == (2, ["ready", "checks"], False)
+    assert {tuple(check) for check in found["checks"]} == {("verdict", "what", "message", "hint")}
+    lines = [f"{check['verdict']:<4} {check['what']}" for check in found["checks"]]
+    assert lines == [line[: len(said)] for line, said in zip(told.out.splitlines()[:-1], lines, strict=True)]
+    (refused,) = (check for check in found["checks"] if check["verdict"] == "FAIL")
+    assert refused["message"].startswith("the API refused the key: 401")
+    assert refused["hint"] == "check CTF_API_KEY, api.key or api.key_file"
+    well = run_cli(*JSON, "--check", "--prefix", "no-such/")
+    assert (well.exit_code, document(well)["ready"]) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -318,11 +362,15 @@ def test_why_of_no_key_is_refused(key: str, run_cli: Cli, bucket: Any) -> None:
     assert run.err.startswith("error: --why: there is no key\nhint: ")
 
 
-@pytest.mark.parametrize("flags", [("--check",), ("--status",), ("--why", "a.png")], ids=" ".join)
-def test_json_is_not_promised_where_there_is_none(flags: tuple[str, ...], run_cli: Cli) -> None:
-    run = run_cli(*flags, "--log-format", "json")
+def test_an_error_leaves_stdout_without_a_document(run_cli: Cli) -> None:
+    run = run_cli(*JSON, "--status")
     assert (run.exit_code, run.out) == (2, "")
-    assert json.loads(run.err)["message"] == f"--log-format json: not with {flags[0]}"
+    error = json.loads(run.err)
+    assert (error["event"], error["exit_code"], error["code"]) == ("error", 2, "usage")
+    assert error["message"] == "there is no checkpoint s3_bulk_convert.sqlite3"
+    (run.workdir / "s3_bulk_convert.sqlite3").write_bytes(b"not a database" * 100)
+    run = run_cli(*JSON, "--why", "a.png")
+    assert (run.exit_code, run.out, json.loads(run.err)["code"]) == (3, "", "checkpoint")
 
 
 @pytest.mark.parametrize("flags", [("--check",), ("--status",), ("--why", "a.png"), ("--dry-run",)], ids=" ".join)
@@ -373,6 +421,26 @@ def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: Conv
     assert re.search(r"last activity .* \([2-9] s ago\)", run.out)
     assert f"s3://{bucket.name} to jpg in s3://{bucket.name}/{PLACE}: job default\n  converted    2\n" in run.out
     assert "failed       1 for good: conversion_failed 1\n  failed       1 for now: service_unavailable 1\n" in run.out
+    found = document(run_cli(*JSON, "--status", CTF_API_KEY=None, AWS_ENDPOINT_URL_S3="http://127.0.0.1:1"))
+    assert list(found) == ["checkpoint", "checkpoint_bytes", "run", "last_run", "last_activity", "jobs"]
+    assert (found["checkpoint"], found["run"]) == ("s3_bulk_convert.sqlite3", None)
+    assert found["checkpoint_bytes"] == len(before["s3_bulk_convert.sqlite3"])
+    began, ended, last = map(iso, (found["last_run"]["began"], found["last_run"]["ended"], found["last_activity"]))
+    assert (began <= ended <= time.time(), last, found["last_run"]["exit_code"]) == (True, int(earlier), 1)
+    counts = {"converted": 2, "found": 0, "adopted": 0, "skipped": 0, "in_flight": 1, "possible_double_charges": 0}
+    (job,) = found["jobs"]
+    assert iso(job.pop("oldest_sent_at")) <= ended
+    assert len(job.pop("fingerprint")) > 10
+    assert job == counts | {
+        "bucket": bucket.name,
+        "job": "default",
+        "configured_as": "default",
+        "target": "jpg",
+        "output_bucket": bucket.name,
+        "output_key": PLACE,
+        "failed_for_good": {"conversion_failed": 1},
+        "failed_for_now": {"service_unavailable": 1},
+    }
     assert left_in(run) == before
 
 
@@ -386,6 +454,8 @@ def test_status_and_check_see_a_run_at_work_and_do_not_disturb_it(
     before = left_in(run)
     holder = f"process {run.process.pid}, for "
     assert f"at work: {holder}" in run_cli("--status").out
+    at_work = document(run_cli(*JSON, "--status"))["run"]
+    assert (at_work["pid"], 0 <= time.time() - iso(at_work["since"]) < 60) == (run.process.pid, True)
     assert f"WARN lock: a run is at work ({holder}" in run_cli("--check").out
     assert left_in(run) == before
     release.set()
@@ -454,6 +524,75 @@ def test_why_tells_all_that_is_known(run_cli: Cli, bucket: Any) -> None:
     assert last_line(run) == "the next run would convert it to jpg, which is paid for"
 
 
+def test_why_in_json_is_all_that_is_known(run_cli: Cli, bucket: Any) -> None:
+    key, output = "x/ä\n.png", "converted/x/ä\n.jpg"
+    bucket.put(key, picture())
+    run_cli()
+    first = bucket.client.head_object(Bucket=bucket.name, Key=key)
+    stored = bucket.client.head_object(Bucket=bucket.name, Key=output)
+    bucket.put(key, picture("changed"))
+    second = bucket.client.head_object(Bucket=bucket.name, Key=key)
+    found = document(run_cli(*JSON, "--why", key))
+    (row,) = found.pop("history")
+    assert 0 <= time.time() - iso(row.pop("time")) < 60
+    assert (row.pop("seconds") > 0, row.pop("requests")) == (True, 1)
+    made = {"output_key": output, "output_etag": stored["ETag"].strip('"'), "bytes_out": stored["ContentLength"]}
+    assert row == made | {
+        "event": "converted",
+        "job": "default",
+        "target": "jpg",
+        "etag": first["ETag"].strip('"'),
+        "output_bucket": bucket.name,
+        "code": None,
+        "message": None,
+        "permanent": False,
+        "runs_failed": 0,
+        "possible_double_charge": False,
+    }
+    (job,) = found.pop("jobs")
+    (there,) = job.pop("outputs")
+    assert "is there, made of another version" in there.pop("message")
+    assert there == {
+        "output_key": output,
+        "state": "there",
+        "bytes": stored["ContentLength"],
+        "etag": stored["ETag"].strip('"'),
+        "made_of": "another_version",
+        "source": key,
+    }
+    step = "convert it to jpg, which is paid for"
+    assert job == {
+        "job": "default",
+        "target": "jpg",
+        "output_bucket": bucket.name,
+        "output_key": output,
+        "place": "own",
+        "taken_by": None,
+        "next": {"kind": "convert", "reason": None, "message": None, "step": step},
+        "repair": None,
+    }
+    assert iso(found["in_bucket"].pop("modified")) == second["LastModified"].timestamp() // 1
+    assert found == {
+        "bucket": bucket.name,
+        "key": key,
+        "checkpoint": "s3_bulk_convert.sqlite3",
+        "checkpoint_exists": True,
+        "in_flight": [],
+        "s3_problem": None,
+        "in_bucket": {"bytes": second["ContentLength"], "etag": second["ETag"].strip('"'), "archived": False},
+    }
+
+
+def test_what_the_api_has_said_breaks_no_document(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    bucket.put("a.png", picture())
+    said = 'it is "https://example.com/a?X-Amz-Signature=0123456789abcdef" that I cannot read'
+    api.faults.add(replace(Fault.status_reply(422, "conversion_failed"), message=said))
+    run_cli("--set", "api.transfer=upload")
+    found = document(run_cli(*JSON, "--why", "a.png"))
+    assert found["history"][0]["message"] == 'it is "https://example.com/a?..." that I cannot read'
+    assert found["jobs"][0]["next"]["reason"] == "failed_before"
+
+
 def test_why_of_what_is_in_flight_promises_the_same_request(
     start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
 ) -> None:
@@ -463,6 +602,15 @@ def test_why_of_what_is_in_flight_promises_the_same_request(
     run = run_cli("--why", "a.png")
     assert re.search(r"in flight      since \S+ \S+ \(\d s ago\), for converted/a.jpg, ETag ", run.out)
     assert "send the request in flight again" in last_line(run)
+    found = document(run_cli(*JSON, "--why", "a.png"))
+    (sent,) = found["in_flight"]
+    assert (sent["job"], sent["output_key"], 0 <= time.time() - iso(sent["sent_at"]) < 60) == (
+        "default",
+        "converted/a.jpg",
+        True,
+    )
+    assert (sent["etag"], found["jobs"][0]["next"]["kind"]) == (found["in_bucket"]["etag"], "resume")
+    assert "http" not in json.dumps(sent)
     assert run_cli().exit_code == 0
     assert len(api.paid) == 1
 
@@ -489,6 +637,10 @@ def test_why_shows_the_checkpoint_s_part_when_the_bucket_cannot_be_reached(
     assert "in the bucket  not known (S3 did not answer)\n" in run.out
     assert "output key     converted/a.jpg (job default), its own\n" in run.out
     assert last_line(run).startswith("the next run would stop before it: S3 could not be reached")
+    found = document(run_cli(*JSON, "--why", "a.png", AWS_ENDPOINT_URL_S3=relay.url))
+    assert (found["s3_problem"][:27], found["in_bucket"]) == ("S3 could not be reached for", None)
+    (job,) = found["jobs"]
+    assert (job["place"], job["outputs"], job["next"]["kind"]) == ("own", [], "stopped")
 
 
 def test_why_answers_for_each_job(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
@@ -511,13 +663,58 @@ def test_why_answers_for_each_of_two_jobs_that_make_the_same_output(run_cli: Cli
     )
 
 
-def test_why_says_that_an_output_is_missing(run_cli: Cli, bucket: Any) -> None:
+REPAIR = "s3_bulk_convert.py --repair --keys-from -"
+
+
+def test_why_says_that_an_output_is_missing_and_how_to_have_it_again(run_cli: Cli, bucket: Any) -> None:
+    for key in ("it's.png", "two\nlines.png"):
+        bucket.put(key, picture(key))
+    run_cli()
+    for output in bucket.keys("converted/"):
+        bucket.client.delete_object(Bucket=bucket.name, Key=output)
+    run = run_cli("--why", "it's.png")
+    assert run.out.splitlines()[-4:] == [
+        "output key     converted/it's.jpg (job default), its own",
+        "output         it is missing: converted/it's.jpg was stored, and is not there",
+        f"""to repair      run it with --repair; this object alone: printf '%s\\n' 'it'"'"'s.png' | {REPAIR}""",
+        "the next run would leave it: already_done",
+    ]
+    # Such a key is no line of a file.
+    (job,) = document(run_cli(*JSON, "--why", "two\nlines.png"))["jobs"]
+    assert ([output["state"] for output in job["outputs"]], job["repair"]) == (["missing"], "run it with --repair")
+    # What the next run converts anyway needs no repair, and what another version has left is missing all the same.
+    bucket.put("it's.png", picture("changed"))
+    run = run_cli("--why", "it's.png")
+    assert "it is missing: converted/it's.jpg was stored, and is not there\nthe next run would convert it" in run.out
+
+
+def test_why_says_that_an_output_is_altered_and_who_has_to_delete_it(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", picture())
     run_cli()
-    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
-    run = run_cli("--why", "a.png")
-    assert "output key     converted/a.jpg (job default), its own\noutput         it is missing: " in run.out
-    assert last_line(run) == "the next run would leave it: already_done"
+    stored = bucket.client.head_object(Bucket=bucket.name, Key="converted/a.jpg")
+    as_stored = f"{stored['ContentLength']} bytes with ETag {stored['ETag'][1:-1]} were stored"
+    assert ("altered" in run_cli("--why", "a.png").out) is False
+    # By a tool that keeps what an output says of itself, and by one that does not.
+    for metadata, made_of in ((stored["Metadata"], "made of this version"), ({}, "no output of this object")):
+        bucket.client.put_object(Bucket=bucket.name, Key="converted/a.jpg", Body=b"smaller", Metadata=metadata)
+        now = bucket.client.head_object(Bucket=bucket.name, Key="converted/a.jpg")["ETag"][1:-1]
+        told = f"it is altered: converted/a.jpg is there, {made_of}, 7 bytes with ETag {now}; {as_stored}"
+        step = (
+            f"what is altered is never overwritten: delete s3://{bucket.name}/converted/a.jpg, and run it with --repair"
+        )
+        assert run_cli("--why", "a.png").out.splitlines()[-3:] == [
+            f"output         {told}",
+            f"to repair      {step}; this object alone: printf '%s\\n' a.png | {REPAIR}",
+            "the next run would leave it: already_done",
+        ]
+
+
+def test_why_knows_an_output_that_was_made_with_other_options(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    run_cli()
+    run = run_cli("--set", "convert.quality=80", "--why", "a.png")
+    assert "output         converted/a.jpg is there, made of this version with other options\n" in run.out
+    assert last_line(run) == "the next run would convert it to jpg, which is paid for"
 
 
 def test_why_names_the_shard_that_an_object_belongs_to(run_cli: Cli, bucket: Any) -> None:

@@ -1,5 +1,6 @@
 """Bad input of every kind: one clear message, the documented exit code, no traceback, nothing started."""
 
+import json
 import re
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def test_a_wrong_key_blames_no_object_and_the_right_one_goes_on(run_cli: Cli, bu
     bucket.put("a.png", photo(1, "png"))
     refused = run_cli(CTF_API_KEY="ctf_sk_wrong_1")
     assert (refused.failures, refused.rows(), refused.summary["left"]) == ([], [], 1)
+    assert refused.summary["stopped_code"] == "api_key"
     assert run_cli().exit_code == 0
     assert len(api.paid) == 1
 
@@ -148,8 +150,9 @@ def test_a_second_run_ends_at_once_while_one_is_at_work(
     fault = api.faults.add(Fault.hang_until(release))
     first = start()
     assert fault.reached.wait(30)
-    second = run_cli()
-    assert_refused(second, 4, f"process {first.process.pid}, for ", "wait for it to end")
+    assert_refused(run_cli(), 4, f"process {first.process.pid}, for ", "wait for it to end")
+    refused = json.loads(run_cli("--log-format", "json").err)
+    assert (refused["exit_code"], refused["code"]) == (4, "locked")
     release.set()
     assert first.wait().exit_code == 0
 
@@ -237,7 +240,7 @@ def test_a_failures_file_that_is_full_is_named_with_its_option(run_cli: Cli, buc
     bucket.put("a.png", photo(1, "png"))
     api.faults.add(Fault.status_reply(422, "unsupported_route"))
     run = run_cli("--set", "run.failures=/dev/full")
-    assert run.exit_code == 3
+    assert (run.exit_code, run.summary["stopped_code"]) == (3, "disk")
     assert "stopped: run.failures = /dev/full cannot be written: No space left on device\nhint: free some" in run.out
 
 

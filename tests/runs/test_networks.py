@@ -96,6 +96,7 @@ class Site:
         """The run ends once for all objects, with these words, and blames none."""
         assert run.exit_code == 3, run.out + run.err
         assert re.search(because, run.summary["stopped_because"]), run.summary["stopped_because"]
+        assert run.summary["stopped_code"] == ("s3" if "S3" in run.summary["stopped_because"] else "api")
         assert hint in run.out
         assert "Traceback" not in run.err
         assert (run.failures, run.summary["failed"]) == ([], {})

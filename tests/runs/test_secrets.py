@@ -108,6 +108,7 @@ def refusal(status: int) -> Fault:
         pytest.param((*BY_JOBS, "--set", "api.retries=0"), refusal(400).at(is_poll), id="a job"),
         pytest.param(BY_JOBS, refusal(404).at(is_download), id="a download"),
         pytest.param(("--check",), refusal(403).at(is_usage), id="check"),
+        pytest.param(("--check", "--log-format", "json"), refusal(403).at(is_usage), id="check in JSON"),
         pytest.param(("--dry-run", "--log-format", "json"), refusal(403).at(is_usage), id="dry run"),
     ],
 )

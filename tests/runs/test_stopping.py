@@ -31,7 +31,7 @@ def assert_next_run_finishes(run_cli: Cli, bucket: Any, api: ConversionApi, coun
 
 def test_a_run_that_stops_before_it_has_listed_anything_says_only_why(run_cli: Cli) -> None:
     run = run_cli(S3_BUCKET="no-such-bucket")
-    assert run.exit_code == 3
+    assert (run.exit_code, run.summary["stopped_code"]) == (3, "s3")
     _, _, said = run.out.partition(" ")
     assert said == "stopped: the bucket no-such-bucket does not exist\nhint: correct s3.bucket or s3.output_bucket\n"
 
@@ -184,7 +184,7 @@ def test_too_many_failures_stop_the_run_and_are_named(run_cli: Cli, bucket: Any,
     put_some(bucket, 70)
     api.faults.add(Fault.status_reply(422, "conversion_failed", times=20))
     run = run_cli()
-    assert run.exit_code == 3
+    assert (run.exit_code, run.summary["stopped_code"]) == (3, "failure_rate")
     assert run.summary["left"] > 0
     assert "conversion_failed" in run.summary["stopped_because"]
     assert "run.max_failure_rate" in run.summary["stopped_because"]
@@ -195,7 +195,7 @@ def test_max_runtime_ends_the_run_and_the_next_goes_on(run_cli: Cli, bucket: Any
     api.behaviour.latency = 0.4
     run = run_cli("--workers", "2", "--set", "run.max_runtime=1s")
     assert run.exit_code == 3
-    assert run.summary["stopped_because"] == "run.max_runtime is over"
+    assert (run.summary["stopped_because"], run.summary["stopped_code"]) == ("run.max_runtime is over", "time")
     assert 0 < run.summary["converted"] < 30
     api.behaviour.latency = 0
     assert_next_run_finishes(run_cli, bucket, api, 30)
