@@ -571,14 +571,14 @@ SECRETS = (
     ),
     defect(
         "--check writes the API's words without hiding the key",
-        'print_line(self.settings.hide(f"{verdict:<4} {what}: {said}"))',
-        'print_line(f"{verdict:<4} {what}: {said}")',
+        """print_line(self.settings.hide(f"{verdict:<4} {what}: {'; '.join(filter(None, (message, hint)))}"))""",
+        """print_line(f"{verdict:<4} {what}: {'; '.join(filter(None, (message, hint)))}")""",
         f"{HIDDEN_KEY}[check]",
     ),
     defect(
-        "--dry-run writes the API's words without hiding the key",
-        "print_line(settings.hide(line))",
-        "print_line(line)",
+        "a command's document has the API's words without hiding the key",
+        "return json.dumps(without_secrets(document, self.hide))",
+        "return json.dumps(without_secrets(document))",
         f"{HIDDEN_KEY}[dry run]",
     ),
     defect(
@@ -658,7 +658,46 @@ CHECKPOINT = (
     ),
 )
 
-DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT)
+LOOKING = (
+    defect(
+        "what hides secrets may break a document",
+        "return json.dumps(without_secrets(document, self.hide))",
+        "return self.hide(json.dumps(without_secrets(document, self.hide)))",
+        "test_what_the_api_has_said_breaks_no_document",
+    ),
+    defect(
+        "--check prints its lines beside its document",
+        """if not (self.settings.log_format == "json" or (self.settings.quiet and verdict == "OK")):""",
+        """if not (self.settings.quiet and verdict == "OK"):""",
+        "test_check_in_json_is_one_document_with_all_that_the_lines_say",
+    ),
+    defect(
+        "--why does not say that an output is missing",
+        """return found | {"state": "missing", "message": message} if was else None""",
+        "return None",
+        "test_why_says_that_an_output_is_missing_and_how_to_have_it_again",
+    ),
+    defect(
+        "--why does not say that an output is altered",
+        "if any(then and now and then != now for then, now in pairs):",
+        "if False:",
+        "test_why_says_that_an_output_is_altered_and_who_has_to_delete_it",
+    ),
+    defect(
+        "--why has an output repaired that the next run makes anyway",
+        """if job["next"]["kind"] != DecisionKind.DONE.value or states""",
+        "if states",
+        "test_why_says_that_an_output_is_missing_and_how_to_have_it_again",
+    ),
+    defect(
+        "a file of keys that breaks off is the environment's trouble",
+        """raise (RunError(error.message, error.hint, code="listing") if has_begun else error) from None""",
+        "raise (RunError(error.message, error.hint) if has_begun else error) from None",
+        "test_trouble_after_the_first_page_stops_the_run",
+    ),
+)
+
+DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT, *LOOKING)
 
 
 def copy_of_the_checkout(folder: Path) -> Path:
