@@ -171,12 +171,14 @@ COMMIT_SECONDS = 0.05  # that an outcome waits for others: a commit for each wou
 LINE_SECONDS = 60  # between two lines where there is no terminal, even if nothing finishes
 SILENCE_SECONDS = 30  # without news, what is being waited for is said
 S3_KEY_BYTES = 1_024
+MAX_TAGS = 10  # of an object
 SCARCE_DISK_BYTES, LITTLE_DISK_BYTES = 100 * 10**6, 10**9  # a failure, a warning of --check
 LOOK_SECONDS = 60  # for an answer that no conversion waits for
 
 OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3": "2.0.2"}
 CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 JOB_LOST = "job_lost"
+TAG_FAILED, TOO_MANY_TAGS = "tag_failed", "too_many_tags"  # the output is stored, and its source has not the tag
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 # How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
@@ -845,6 +847,7 @@ SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE, ALREADY_DONE = "same_format", "own_outpu
 SKIP_REASONS = (NOT_MATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
 # Failures that cost nothing and say nothing of the API or of S3. They are decided anew in every run.
 FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
+FREE_FAILURES |= {TOO_MANY_TAGS}
 
 
 class SourceObject(NamedTuple):
@@ -1074,6 +1077,32 @@ class Read:
         return given
 
     @staticmethod
+    def tags(most: int) -> Callable[[str], tuple[tuple[str, str], ...]]:
+        """Keys and values of tags, URL-encoded. What S3 would refuse with each object is refused here."""
+
+        def is_fit(text: str, least: int, longest: int) -> bool:
+            # S3 takes letters and digits of all languages, and counts in units of UTF-16.
+            is_plain = re.fullmatch(r"[\w .:/=+@-]*", text)
+            return bool(is_plain) and least <= len(text.encode("utf-16-le")) // 2 <= longest
+
+        def read(given: str) -> tuple[tuple[str, str], ...]:
+            try:
+                pairs = urllib.parse.parse_qsl(given, keep_blank_values=True, strict_parsing=True, errors="strict")
+            except ValueError:
+                pairs = []
+            if not 1 <= len(pairs) <= most:
+                many = "one tag such as converted=yes" if most == 1 else f"1 to {most} tags such as a=b&c=d"
+                raise ValueError(f"expected {many}, URL-encoded")
+            if not all(is_fit(key, 1, 128) and is_fit(value, 0, 256) for key, value in pairs):
+                long = "keys of 1 to 128 and values of up to 256 characters"
+                raise ValueError(f"expected {long}: letters, digits, spaces and + - = . _ : / @, URL-encoded")
+            if len(dict(pairs)) < len(pairs) or any(key.lower().startswith("aws:") for key, _ in pairs):
+                raise ValueError("expected each key once, and none that begins with aws:")
+            return tuple(pairs)
+
+        return read
+
+    @staticmethod
     def bucket(name: str, given: str) -> str:
         """A bucket's name, or the ARN of an access point; `name`: which option is read."""
         address = re.fullmatch(r"s3://([^/]+)/*(.*?)/*", given)
@@ -1257,6 +1286,10 @@ class S3Options:
     sse_kms_key_id: str | None = option(Read.header, "key for aws:kms", None, none=None)
     acl: str | None = option(Read.header, "canned ACL of outputs", None, none=None)
     cache_control: str | None = option(Read.header, "Cache-Control of outputs", None, none=None)
+    tags: tuple[tuple[str, str], ...] = option(Read.tags(MAX_TAGS), "tags of outputs, as in a=b&c=d", (), none=())
+    tag_source: tuple[tuple[str, str], ...] = option(
+        Read.tags(1), "tag that a source gets once its output is stored", (), none=()
+    )
     requester_pays: bool = option(Read.boolean, "the requester pays for S3 requests", default=False)
 
     @property
@@ -1642,6 +1675,11 @@ def load_settings(
     s3, api, run = S3Options(**values["s3"]), ApiOptions(**values["api"]), RunOptions(**values["run"])
     s3 = replace(s3, output_bucket=s3.output_bucket or s3.bucket)
     reader.require("bucket", "s3")
+    if s3.is_one_bucket and set(s3.tags) & set(s3.tag_source):
+        same = (
+            "outputs in this bucket have it as well (s3.tags): give sources another one, which no rule takes for theirs"
+        )
+        problems.append(f"[s3] tag_source = {urllib.parse.urlencode(s3.tag_source)}: {same}")
     reader.check_run(run)
     jobs = reader.jobs(s3)
     key, key_problem = api.read_key()
@@ -2473,7 +2511,7 @@ REFUSALS_OF_ALL = re.compile(
     "InvalidSecurity|InvalidToken|NoSuchBucket|NotSignedUp|PermanentRedirect|RequestExpired|RequestTimeTooSkewed|"
     "SignatureDoesNotMatch|TokenRefreshRequired"
 )
-ABSENT = frozenset({"404", "NoSuchKey"})
+ABSENT = frozenset({"404", "NoSuchKey", "NoSuchVersion"})
 NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
 # What to do about a refusal of S3's, by its code.
 S3_HINTS = {
@@ -2489,6 +2527,10 @@ S3_HINTS = {
     "PermanentRedirect": "correct s3.region or s3.endpoint_url, and run it again",
     **dict.fromkeys(("SlowDown", "ServiceUnavailable", "InternalError", "500", "503"), "S3's side: run it again later"),
 }
+TAGGING_HINT = (
+    "allow s3:GetObjectTagging and s3:PutObjectTagging on the sources, "
+    "in a versioned bucket s3:GetObjectVersionTagging and s3:PutObjectVersionTagging too"
+)
 # What S3's codes say of a source that was listed.
 SOURCE_CHANGES = {
     **dict.fromkeys(ABSENT, ("source_gone", "the object was deleted after it was listed")),
@@ -2596,6 +2638,7 @@ class Bucket:
         self._settings, self._stop, self._outage = settings, stop, OutageMonitor("S3")
         self.name, self.output_name = settings.s3.bucket, settings.s3.output_bucket
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
+        self._tagging = urllib.parse.urlencode(settings.s3.tags, quote_via=urllib.parse.quote)
         self._quiet_until, self._pause = 0.0, 0.0  # monotonic seconds; seconds
         self.pages_asked = 0  # of listings
         self._connect(settings.s3.region)
@@ -2642,6 +2685,9 @@ class Bucket:
         if self._stop:
             events.register_first("needs-retry.s3", partial(self._ride_out, self._stop))
             events.register_first("before-send.s3", partial(self._wait_while_quiet, self._stop))
+        # boto3's own way to tag a copy in parts depends on its version, and may do so when the copy is there already.
+        if options.tags:
+            events.register("provide-client-params.s3.CreateMultipartUpload", self._tag_parts)
         if options.requester_pays:
             events.register("before-sign.s3.GetObject", self._sign_payer)
         # The first wildcard matters: so it comes before botocore's own handler of errors in a 200.
@@ -2672,6 +2718,9 @@ class Bucket:
         with contextlib.suppress(StopRequested):
             if (left := self._quiet_until - time.monotonic()) > 0:
                 stop.sleep(left + random.random() * self._pause)
+
+    def _tag_parts(self, params: dict[str, Any], **_: Any) -> None:
+        params["Tagging"] = self._tagging
 
     @staticmethod
     def _sign_payer(request: Any, **_: Any) -> None:
@@ -2896,7 +2945,10 @@ class Bucket:
         is_of_key = source_key_metadata(source.key).items() <= metadata.items()
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
         is_same = is_of_key and metadata["source-etag"] == source.version and fingerprint == task.fingerprint
-        if is_same and settings.run.skip_existing:
+        # What is only to be tagged is not to be made again.
+        known = task.known if task.known and task.known.version == source.version else None
+        is_untagged = known is not None and known.code in {TAG_FAILED, TOO_MANY_TAGS}
+        if is_same and (settings.run.skip_existing or is_untagged):
             return OutcomeKind.FOUND
         makers = (job.name for job in settings.jobs if job.fingerprint == fingerprint and job.wants(source))
         if not is_of_key or bucket != self.name:
@@ -3009,7 +3061,9 @@ class Bucket:
         if FileType.plain_type(said.get("ContentType", "")) in GENERIC_TYPES:
             said["ContentType"] = FileType.media_type_of(task.target)
         own = {name: value for name, value in seen["Metadata"].items() if value and value.isascii()}
-        extra = {**said, **extra, "Metadata": {**own, **extra["Metadata"]}, "MetadataDirective": "REPLACE"}
+        # Tags of a source are none of its copy's: a rule that deletes tagged sources would delete the copy as well.
+        replaced = {"MetadataDirective": "REPLACE", "TaggingDirective": "REPLACE"}
+        extra = {**said, **extra, **replaced, "Metadata": {**own, **extra["Metadata"]}}
         if source.if_match:
             extra["CopySourceIfMatch"] = source.if_match
         self._require_place(task, key)
@@ -3018,6 +3072,40 @@ class Bucket:
             self.client.copy(cast(Any, place), self.output_name, key, ExtraArgs=extra, Config=parts)
         head = self._head_stored(key)
         return StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", source.size))
+
+    def tag_source(self, source: SourceObject, seen: Head) -> None:
+        """Put `s3.tag_source` on a source, beside the tags that it has; not if it has been overwritten or deleted.
+
+        Raises ObjectFailed, RunError.
+        """
+        if not (new := dict(self._settings.s3.tag_source)):
+            return
+        try:
+            place, had = self.tags_of(source, seen)
+            tags: Any = [{"Key": key, "Value": value} for key, value in (had | new).items()]
+            if new.items() <= had.items():
+                return
+            if len(tags) > MAX_TAGS:
+                raise ObjectFailed(TOO_MANY_TAGS, f"it has {len(had)} tags, and S3 allows no more than {MAX_TAGS}")
+            if "VersionId" not in place:
+                # Right before, because S3 knows no condition for it.
+                self.require_unchanged(source, seen)
+            with translate_s3_errors(f"tagging {printable(source.key)}", TAG_FAILED, is_of_source=True):
+                self.client.put_object_tagging(**place, Tagging={"TagSet": tags})
+        except ObjectFailed as failure:
+            # What is gone has no tags, and another version has no output yet.
+            if failure.code not in {"source_gone", "source_changed"}:
+                failure.code = failure.code.replace("look_failed", TAG_FAILED)
+                raise
+
+    def tags_of(self, source: SourceObject, seen: Head) -> tuple[dict[str, Any], dict[str, str]]:
+        """How requests name a source as it was seen, and the tags that it has. Raises ObjectFailed, RunError."""
+        place: Any = {"Bucket": self.name, "Key": source.key, **self._payer}
+        # A version called "null" is overwritten like any object of a bucket without versions.
+        if (version := seen.get("VersionId", "null")) != "null":
+            place["VersionId"] = version
+        with translate_s3_errors(f"the tags of {printable(source.key)}", TAG_FAILED, is_of_source=True):
+            return place, {tag["Key"]: tag["Value"] for tag in self.client.get_object_tagging(**place)["TagSet"]}
 
     def _head_stored(self, key: str) -> Head:
         """What a HEAD says of an output that was just written. Raises ObjectFailed, RunError."""
@@ -3034,6 +3122,7 @@ class Bucket:
             "SSEKMSKeyId": options.sse_kms_key_id,
             "ACL": options.acl,
             "CacheControl": options.cache_control,
+            "Tagging": self._tagging,
         }
         # S3 takes ASCII only in metadata.
         job, bucket = urllib.parse.quote(task.job), urllib.parse.quote(self.name)
@@ -4103,7 +4192,8 @@ class Conversation:
         self, kind: OutcomeKind, why: ObjectFailed | None = None, output: StoredOutput | None = None
     ) -> Outcome:
         """How it has ended, without secrets, and with the request that must be kept, if there is one."""
-        why, hide, is_stored = why or ObjectFailed("", ""), self._context.settings.hide, kind.value in DONE_EVENTS
+        why, hide = why or ObjectFailed("", ""), self._context.settings.hide
+        is_stored = kind.value in DONE_EVENTS or why.code in {TAG_FAILED, TOO_MANY_TAGS}
         is_settled = is_stored or (why.permanent and why.code != "not_stored")
         # The API may have the result or, after 429, may remember the body.
         kept = ({RequestState.ANSWERED, RequestState.UNKNOWN}, {RequestState.PUT_OFF})
@@ -4732,16 +4822,21 @@ class WorkerContext:
         bucket = self.bucket
         task, head = look(conversation.task, bucket, self.settings)
         conversation.task = task
-        if existing := bucket.look_at_output(task):
-            return conversation.outcome(existing[0], output=existing[1])
-        if task.copy:
-            return conversation.outcome(OutcomeKind.CONVERTED, output=bucket.copy(task, head))
-        file = conversation.convert(head)
-        with contextlib.closing(file.body):
-            if conversation.current.row.url:
-                # By URL, the API has read whatever lay there: nobody knows which version that was, if it has changed.
-                bucket.require_unchanged(task.source, head)
-            return conversation.outcome(OutcomeKind.CONVERTED, output=bucket.store(task, file))
+        existing, kind = bucket.look_at_output(task), OutcomeKind.CONVERTED
+        if existing:
+            kind, output = existing
+        elif task.copy:
+            output = bucket.copy(task, head)
+        else:
+            file = conversation.convert(head)
+            with contextlib.closing(file.body):
+                if conversation.current.row.url:
+                    # By URL, the API has read whatever lay there: nobody knows which version, if it has changed.
+                    bucket.require_unchanged(task.source, head)
+                output = bucket.store(task, file)
+        # Before it is written down: what is known as done is not visited again.
+        bucket.tag_source(task.source, head)
+        return conversation.outcome(kind, output=output)
 
 
 ########################################################################################################################
@@ -5053,6 +5148,8 @@ HINTS = {
     "look_failed": "S3 did not say whether something lies under the output key: allow s3:ListBucket and s3:GetObject "
     "on the outputs if it was refused, and run it again",
     "store_failed": "S3 did not take it: allow s3:PutObject on s3.output_key, check the network, and run it again",
+    TAG_FAILED: f"the output is stored, and the next run tags its source at no charge: {TAGGING_HINT}",
+    TOO_MANY_TAGS: "the output is stored, but its source has no room for s3.tag_source: take one of its tags away",
     "output_collision": "its output key is taken: its message says what to put into s3.output_key, such as {ext}",
     "output_key_too_long": "shorten s3.output_key",
     "worker_died": "its size may need more memory than there is: give each process fewer workers, and run it again",
@@ -5737,6 +5834,7 @@ class Estimate:
     def __init__(self, settings: Settings, latencies: Sequence[float]) -> None:
         self.settings, self.usage, self.usage_problem = settings, Usage(), "the API does not say"
         self.listed = self.pages_asked = 0  # objects; pages of listings
+        self._found = 0  # outputs that lie there, of objects that the checkpoint does not know as done
         self.plan_warnings: Iterable[str] = ()
         self._latencies = latencies  # seconds, of some conversions
         # As the document has them; under "" what no job wants.
@@ -5785,6 +5883,7 @@ class Estimate:
         job, kind, source, code = self._jobs[decision.job], decision.kind, decision.source, decision.reason
         known = decision.task and decision.task.known
         self.listed += not decision.is_retry
+        self._found += kind is DecisionKind.DONE and decision.task is not None
         if kind in {DecisionKind.SKIP, DecisionKind.FAIL}:
             job[kind.value][code] += 1
         elif kind is not DecisionKind.POSTPONE:
@@ -5809,6 +5908,7 @@ class Estimate:
         # Where no latency is known, it is the API's own median for files under 5 MB.
         latency = statistics.median(self._latencies or [0.8])
         price = settings.api.price
+        tagged = conversions + copy + self._found if settings.s3.tag_source else 0
         return {
             LISTED: self.listed,
             "skipped": self._jobs[""]["skipped"],
@@ -5828,8 +5928,8 @@ class Estimate:
             "workers_that_fill_the_rate": math.ceil(rate / 60 * latency) if rate else None,
             # Bound by the rate or by the workers.
             "seconds": round(in_one_run * max(60 / rate if rate else 0.0, latency / settings.run.workers)),
-            "s3_requests": {"LIST": self.pages_asked, "HEAD": 3 * conversions, "COPY": copy}
-            | dict.fromkeys(("GET", "PUT"), conversions),
+            "s3_requests": {"LIST": self.pages_asked, "HEAD": 3 * conversions + tagged, "COPY": copy}
+            | dict.fromkeys(("GET", "PUT"), conversions + tagged),
             "warnings": [*self.plan_warnings, *self._warnings(conversions, in_one_run)],
         }
 
@@ -6433,10 +6533,13 @@ class Diagnostics:
             self._report("WARN", "read", "nothing was listed that could be read", "try again when there is something")
             return
         needs = f"allow s3:GetObject on {bucket.name} (and kms:Decrypt on its key)"
+        seen: Head = {}
         with self._prove("read", f"s3://{bucket.name}/{printable(source.key)}", needs=needs):
             with contextlib.suppress(ObjectSkipped):  # an output of another configuration can be read as well
-                source = bucket.look_at_source(source)[0]
+                source, seen = bucket.look_at_source(source)
             bucket.open_source(source)[0].close()
+        if self.settings.s3.tag_source:
+            self._check_tagging(bucket, source, seen)
         if self.settings.api.transfer == "upload":
             return
         with (
@@ -6448,6 +6551,18 @@ class Diagnostics:
                 hint = "check s3.region, s3.endpoint_url and the clock, or set api.transfer = upload"
                 raise usage_error(f"S3 answers it with {answer.status_code}", hint)
 
+    def _check_tagging(self, bucket: Bucket, source: SourceObject, seen: Head) -> None:
+        """Read the tags of a source, and try to tag what is not there: no source is touched."""
+        with self._prove("tag sources", "they may be tagged", needs=TAGGING_HINT):
+            place, _ = bucket.tags_of(source, seen)
+            place["Key"] = f"{KeyParts.of(source.key).folder}.s3_bulk_convert-check-{os.urandom(8).hex()}"
+            try:
+                bucket.client.put_object_tagging(**place, Tagging={"TagSet": []})
+            except (ClientError, BotoCoreError) as error:
+                # Who may not do it is told so before S3 looks for the object.
+                if error_code(error) not in ABSENT:
+                    raise CheckWarning(f"only a run can tell: S3 says {error_code(error)}", TAGGING_HINT) from None
+
     def _check_writing(self, bucket: Bucket, prefix: str) -> None:
         """List outputs and write one: an empty object, which is looked at and deleted again."""
         name, where = bucket.output_name, f"s3://{bucket.output_name}/{prefix}"
@@ -6458,8 +6573,8 @@ class Diagnostics:
         # The key is drawn: neither an object of yours nor the probe of another check is ever overwritten.
         key = f"{prefix}.s3_bulk_convert-check-{os.urandom(8).hex()}"
         task = Task("check", "", SourceObject(key), self.settings.jobs[0].target, None, key)
-        needs = f"allow s3:PutObject on {name}/{prefix}* (with s3.acl s3:PutObjectAcl, with a KMS key "
-        needs += "kms:GenerateDataKey), and check s3.storage_class, s3.sse, s3.acl"
+        needs = f"allow s3:PutObject on {name}/{prefix}* (with s3.acl s3:PutObjectAcl, with s3.tags "
+        needs += "s3:PutObjectTagging, with a KMS key kms:GenerateDataKey), and check s3.storage_class, s3.sse, s3.acl"
         with (
             self._prove(f"write {where}", needs=needs) as proved,
             translate_s3_errors(f"writing to {name}", "store_failed"),

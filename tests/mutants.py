@@ -62,6 +62,9 @@ WHOLE_PAGE = "test_a_page_that_lacks_an_entry_is_asked_for_again"
 NOT_NEWER = "test_another_program_s_output_that_is_not_newer_than_its_source_is_not_taken_for_done"
 SENT_UNWRITTEN = "test_nothing_is_sent_while_the_checkpoint_cannot_be_written"
 INI_MODE = "test_an_ini_with_the_key_is_its_owner_s_alone"
+TAGS_OF_OUTPUTS = "test_outputs_have_the_tags_that_are_set_however_they_are_written"
+WHICHEVER_WAY = "test_a_source_gets_its_tag_whichever_way_it_becomes_done"
+NOT_TAGGED = "test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_is_paid_again"
 
 LISTING = (
     defect(
@@ -335,6 +338,70 @@ OUTPUTS = (
         "if not is_of_key or bucket != self.name:",
         "if not is_of_key:",
         "test_of_two_buckets_with_one_output_bucket_none_overwrites_the_other_s",
+    ),
+)
+
+TAGS = (
+    defect("s3.tags are not sent", '"Tagging": self._tagging,', '"Tagging": "",', TAGS_OF_OUTPUTS),
+    defect(
+        "a copy in parts is there before it has its tags",
+        'events.register("provide-client-params.s3.CreateMultipartUpload", self._tag_parts)',
+        "pass",
+        TAGS_OF_OUTPUTS,
+    ),
+    defect(
+        "a copy has the tags of its source",
+        '"TaggingDirective": "REPLACE"}',
+        '"TaggingDirective": "COPY"}',
+        "test_a_copy_has_no_tags_of_its_source",
+    ),
+    defect(
+        "a source whose output is found is not tagged",
+        "bucket.tag_source(task.source, head)",
+        "existing or bucket.tag_source(task.source, head)",
+        WHICHEVER_WAY,
+        "test_a_run_after_a_kill_finishes_and_pays_nothing_twice[source-tagged-before-url]",
+    ),
+    defect(
+        "a source is tagged after its output is written down",
+        "        bucket.tag_source(task.source, head)\n        return conversation.outcome(kind, output=output)",
+        """        self.tell(conversation.outcome(kind, output=output))
+        time.sleep(0.5)
+        bucket.tag_source(task.source, head)
+        return conversation.outcome(OutcomeKind.LEFT)""",
+        "test_a_run_after_a_kill_finishes_and_pays_nothing_twice[source-tagged-before-url]",
+    ),
+    defect("the tags that a source has are lost", "in (had | new).items()]", "in new.items()]", WHICHEVER_WAY),
+    defect("a tag that is there is put again", "if new.items() <= had.items():", "if False:", WHICHEVER_WAY),
+    defect(
+        "an overwritten source is tagged",
+        'if "VersionId" not in place:',
+        "if False:",
+        "test_what_was_overwritten_after_it_was_converted_is_not_tagged",
+    ),
+    defect(
+        "a request for a tag names no version",
+        'place["VersionId"] = version',
+        "pass",
+        "test_what_was_overwritten_after_it_was_converted_is_not_tagged",
+    ),
+    defect(
+        "what could not be tagged is made again",
+        "if is_same and (settings.run.skip_existing or is_untagged):",
+        "if is_same and settings.run.skip_existing:",
+        NOT_TAGGED,
+    ),
+    defect(
+        "what could not be tagged is asked for again",
+        "is_stored = kind.value in DONE_EVENTS or why.code in {TAG_FAILED, TOO_MANY_TAGS}",
+        "is_stored = kind.value in DONE_EVENTS",
+        NOT_TAGGED,
+    ),
+    defect(
+        "what has no room for a tag is a failure of S3's",
+        "FREE_FAILURES |= {TOO_MANY_TAGS}",
+        "",
+        "test_a_source_that_has_ten_other_tags_is_tried_again_in_every_run",
     ),
 )
 
@@ -697,7 +764,7 @@ LOOKING = (
     ),
 )
 
-DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT, *LOOKING)
+DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *TAGS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT, *LOOKING)
 
 
 def copy_of_the_checkout(folder: Path) -> Path:

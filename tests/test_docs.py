@@ -91,6 +91,14 @@ def test_the_job_definition_for_aws_batch_is_one() -> None:
     assert not botocore.validate.ParamValidator().validate(json.loads(written[1]), shape).has_errors()
 
 
+def test_the_lifecycle_rule_is_one() -> None:
+    written = re.search(r"lifecycle.json <<'EOF'\n(.*?)\nEOF", README, re.DOTALL)
+    assert written is not None
+    model = boto3.client("s3", region_name="eu-west-1").meta.service_model
+    shape = model.shape_for("BucketLifecycleConfiguration")
+    assert not botocore.validate.ParamValidator().validate(json.loads(written[1]), shape).has_errors()
+
+
 def test_the_kubernetes_job_has_as_many_shards_as_completions() -> None:
     completions = re.search(r"^  completions: (\d+)$", README, re.MULTILINE)
     shards = re.search(r'\{name: SHARD_COUNT, value: "(\d+)"\}', README)

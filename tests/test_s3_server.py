@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, timezone
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from urllib.parse import unquote_plus, urlsplit
 
 import pytest
@@ -143,6 +144,67 @@ def test_odd_keys_are_listed_in_the_order_of_their_bytes(client: S3Client, bucke
 def test_an_object_may_have_two_kilobytes_of_metadata(client: S3Client, bucket: str) -> None:
     client.put_object(Bucket=bucket, Key="k" * 1024, Body=b"", Metadata={"note": "n" * 2000})
     assert client.head_object(Bucket=bucket, Key="k" * 1024)["Metadata"] == {"note": "n" * 2000}
+
+
+@pytest.mark.needs("strict tags")
+def test_tags_are_taken_and_refused_as_amazon_does(client: S3Client, bucket: str) -> None:
+    def tags_of(key: str) -> dict[str, str]:
+        return {tag["Key"]: tag["Value"] for tag in client.get_object_tagging(Bucket=bucket, Key=key)["TagSet"]}
+
+    def put(key: str, *pairs: tuple[str, str]) -> None:
+        tags: Any = [{"Key": name, "Value": value} for name, value in pairs]
+        client.put_object_tagging(Bucket=bucket, Key=key, Tagging={"TagSet": tags})
+
+    odd = "Grüße/日本 1.png"
+    client.put_object(Bucket=bucket, Key=odd, Body=b"", Tagging="a=b%20c&d=")
+    modified = client.head_object(Bucket=bucket, Key=odd)["LastModified"]
+    assert tags_of(odd) == {"a": "b c", "d": ""}
+    source: Any = {"Bucket": bucket, "Key": odd}
+    client.copy_object(Bucket=bucket, Key="copied", CopySource=source, Tagging="not=taken")
+    client.copy_object(Bucket=bucket, Key="replaced", CopySource=source, TaggingDirective="REPLACE", Tagging="e=f")
+    assert (tags_of("copied"), tags_of("replaced")) == ({"a": "b c", "d": ""}, {"e": "f"})
+    put(odd, ("x", "y"), ("é", "1"))
+    assert (tags_of(odd), client.head_object(Bucket=bucket, Key=odd)["LastModified"]) == (
+        {"x": "y", "é": "1"},
+        modified,
+    )
+    refused: list[tuple[str, list[tuple[str, str]]]] = [
+        ("BadRequest", [(str(number), "") for number in range(11)]),
+        ("InvalidTag", [("a", "1"), ("a", "2")]),
+        ("InvalidTag", [("a*", "")]),
+        ("InvalidTag", [("a", "v" * 257)]),
+        ("InvalidTag", [("aws:a", "")]),
+    ]
+    for code, pairs in refused:
+        with pytest.raises(ClientError, match=code):
+            put(odd, *pairs)
+    for header in ("a=1&a=2", "a"):
+        with pytest.raises(ClientError, match="InvalidArgument"):
+            client.put_object(Bucket=bucket, Key="not there", Body=b"", Tagging=header)
+    with pytest.raises(ClientError, match="NoSuchKey"):
+        put("not there")
+    client.put_object(Bucket=bucket, Key=odd, Body=b"another version")
+    assert tags_of(odd) == {}
+    upload = client.create_multipart_upload(Bucket=bucket, Key="parts", Tagging="g=h")["UploadId"]
+    part = client.upload_part(Bucket=bucket, Key="parts", UploadId=upload, PartNumber=1, Body=b"x")["ETag"]
+    parts: Any = {"Parts": [{"PartNumber": 1, "ETag": part}]}
+    client.complete_multipart_upload(Bucket=bucket, Key="parts", UploadId=upload, MultipartUpload=parts)
+    assert tags_of("parts") == {"g": "h"}
+
+
+@pytest.mark.needs("strict tags")
+def test_each_version_of_an_object_has_its_own_tags(client: S3Client, bucket: str) -> None:
+    client.put_object(Bucket=bucket, Key="a", Body=b"before", Tagging="is=old")
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    first = client.put_object(Bucket=bucket, Key="a", Body=b"1", Tagging="is=first")["VersionId"]
+    client.put_object(Bucket=bucket, Key="a", Body=b"2")
+    wanted: Any = {"TagSet": [{"Key": "is", "Value": "named"}]}
+    client.put_object_tagging(Bucket=bucket, Key="a", VersionId=first, Tagging=wanted)
+    for which, tags in (({"VersionId": first}, wanted["TagSet"]), ({}, [])):
+        given: Any = which
+        assert client.get_object_tagging(Bucket=bucket, Key="a", **given)["TagSet"] == tags
+    with pytest.raises(ClientError, match=r"NoSuchVersion|Invalid"):
+        client.get_object_tagging(Bucket=bucket, Key="a", VersionId="no-such")
 
 
 def test_64_connections_write_and_read_at_a_time(client: S3Client, bucket: str) -> None:

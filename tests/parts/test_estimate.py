@@ -2,7 +2,7 @@
 
 import pytest
 
-from s3_bulk_convert import Decision, DecisionKind, Estimate, SourceObject, Usage
+from s3_bulk_convert import Decision, DecisionKind, Estimate, SourceObject, Task, Usage
 from tests.parts.test_looking import settings
 
 
@@ -79,3 +79,12 @@ def test_with_a_price_the_forecast_is_in_money_too() -> None:
     assert line(priced, "cost") == said
     unpriced = estimate(1000, Usage(), [], [])
     assert (unpriced.document()["cost"], line(unpriced, "cost")) == (None, "")
+
+
+def test_requests_for_the_tags_of_sources_are_counted() -> None:
+    made = estimate(10, Usage(), ["s3.tag_source=converted=yes"], [])
+    source = SourceObject("found", "e1", 10)
+    task = Task("default", "f", source, "jpg", None, "found.jpg")
+    made.add(Decision(DecisionKind.DONE, source, "default", "found", task=task))
+    made.add(Decision(DecisionKind.DONE, source, "default", "already_done"))
+    assert made.document()["s3_requests"] == {"LIST": 0, "HEAD": 30 + 11, "COPY": 0, "GET": 10 + 11, "PUT": 10 + 11}

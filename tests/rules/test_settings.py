@@ -108,6 +108,15 @@ def problems(path: Path, content: str | bytes = COMPLETE, *flags: str) -> list[s
         ("api.max_conversions", "none", None),
         ("api.keep_remaining", "0", 0),
         ("api.retries", "0", 0),
+        ("s3.tags", "a=b%20c&d=&e+f=x=y", (("a", "b c"), ("d", ""), ("e f", "x=y"))),
+        ("s3.tags", "Straße=日本", (("Straße", "日本"),)),
+        (
+            "s3.tags",
+            "&".join(f"{number}={'v' * 256}" for number in range(10)),
+            tuple((str(n), "v" * 256) for n in range(10)),
+        ),
+        ("s3.tags", "none", ()),
+        ("s3.tag_source", "converted=yes", (("converted", "yes"),)),
         ("api.jobs_above", "never", None),
         ("api.price", "0.004", 0.004),
         ("api.price", "none", None),
@@ -125,6 +134,11 @@ def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: obje
     settings = load(ini, COMPLETE, None, "--set", f"{option}={given}")
     part: Any = settings.jobs[0] if section == "convert" else getattr(settings, section)
     assert getattr(part, name) == expected
+
+
+TEN_TAGS = "expected 1 to 10 tags such as a=b&c=d, URL-encoded, or none"
+FIT_TAGS = "expected keys of 1 to 128 and values of up to 256 characters: "
+FIT_TAGS += "letters, digits, spaces and + - = . _ : / @, URL-encoded, or none"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +177,17 @@ def test_a_good_value_is_read(ini: Path, option: str, given: str, expected: obje
         ("api.price", "$0.004", "expected a plain number such as 0.004, without a currency, or none"),
         ("api.price", "0,004", "expected a plain number such as 0.004, without a currency, or none"),
         ("api.price", "-1", "expected a plain number such as 0.004, without a currency, or none"),
+        ("s3.tags", "a", TEN_TAGS),
+        ("s3.tags", "a=b&&c=d", TEN_TAGS),
+        ("s3.tags", "a=%FF", TEN_TAGS),
+        ("s3.tags", "&".join(f"{number}=" for number in range(11)), TEN_TAGS),
+        ("s3.tags", "=b", FIT_TAGS),
+        ("s3.tags", "a=b;c=d", FIT_TAGS),
+        ("s3.tags", "k" * 129 + "=", FIT_TAGS),
+        ("s3.tags", "k=" + "\U00020000" * 129, FIT_TAGS),
+        ("s3.tags", "a=b&a=c", "expected each key once, and none that begins with aws:, or none"),
+        ("s3.tags", "Aws:a=b", "expected each key once, and none that begins with aws:, or none"),
+        ("s3.tag_source", "a=b&c=d", "expected one tag such as converted=yes, URL-encoded, or none"),
         ("run.workers", "ten", "expected a whole number from 1 to 1000"),
         ("run.workers", "0", "expected a whole number from 1 to 1000"),
         ("run.workers", "9" * 13, "expected a whole number from 1 to 1000"),
@@ -229,12 +254,21 @@ def test_a_wrong_value_of_any_option_is_named_once(ini: Path, option: str) -> No
     assert ": " in said[0]
 
 
+def test_what_is_to_tell_sources_apart_is_no_tag_of_outputs_in_their_bucket(ini: Path) -> None:
+    both = ("--set", "s3.tags=a=b&c=d", "--set", "s3.tag_source=c=d")
+    (said,) = problems(ini, COMPLETE, *both)
+    assert said.startswith("--set s3.tag_source = c=d: outputs in this bucket have it as well (s3.tags): give ")
+    assert load(ini, COMPLETE, None, *both, "--set", "s3.output_bucket=elsewhere").s3.tags == (("a", "b"), ("c", "d"))
+
+
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
         ("s3.prefix", ""),
         ("s3.output_key", "converted/{dir}{stem}.{target}"),
         ("s3.requester_pays", False),
+        ("s3.tags", ()),
+        ("s3.tag_source", ()),
         ("convert.include", ("*",)),
         ("convert.exclude", (".DS_Store", "Thumbs.db", "desktop.ini", "._*", "*.aae")),
         ("convert.same_format", "skip"),

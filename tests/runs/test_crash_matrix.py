@@ -14,12 +14,14 @@ from tests.standins.promises import assert_all_promises_are_kept, fill
 Cli = Callable[..., Any]
 OBJECTS = 6
 KILLED = -9
+TAGGED = [{"Key": "converted", "Value": "yes"}]
 OF_THEIR_OWN = {"failure-written", "output-looked-at"}  # what the first run of good objects never comes to
 MOMENTS = [
     *((effect, when) for effect in EFFECTS if effect not in OF_THEIR_OWN for when in ("before", "after")),
     (HALF_READ, "after"),
 ]
 WITHOUT_A_TRANSFER = {"source-looked-at", "source-looked-at-again", "request-recorded", "summary-written"}
+WITHOUT_A_TRANSFER |= {"source-tagged"}
 # In make test, a kill before each effect by URL and one after it by upload stand for the others.
 QUICK = {("before", "url"), ("after", "upload")}
 CASES = [
@@ -47,12 +49,14 @@ def test_a_run_after_a_kill_finishes_and_pays_nothing_twice(
     *, effect: str, when: str, transfer: str, start: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:
     expected = fill_bucket(bucket)
-    mode = ["--set", f"api.transfer={transfer}"]
+    mode = ["--set", f"api.transfer={transfer}", "--set", "s3.tag_source=converted=yes"]
     nth = 1 if effect in {"summary-written", "outcomes-committed"} else 3
     die_at(start, effect, when, nth, *mode)
     run = start(*mode).wait()
     assert_all_promises_are_kept(run, strict_api, bucket, expected)
     assert run.summary["possible_double_charges"] == 0
+    for key in bucket.keys("in/"):
+        assert bucket.client.get_object_tagging(Bucket=bucket.name, Key=key)["TagSet"] == TAGGED
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -22,6 +22,7 @@ EFFECTS: dict[str, tuple[Any, str]] = {
     "answer-read": (program.ConvertedFile, "receive"),
     "source-looked-at-again": (program.Bucket, "require_unchanged"),
     "output-put": (program.Bucket, "store"),
+    "source-tagged": (program.Bucket, "tag_source"),
     "failure-written": (program.OutputFile, "append"),
     "outcomes-committed": (program.Journal, "settle"),
     "summary-written": (program.OutputFile, "replace"),

@@ -38,6 +38,7 @@ import boto3
 import trustme
 from botocore.config import Config
 
+from tests.standins.object_tags import teach_tags
 from tests.standins.ports import reserved_port
 
 if TYPE_CHECKING:
@@ -432,6 +433,7 @@ def serve(root: Path, port: int, certificate: str) -> NoReturn:
     """Run the three storage servers and the proxy as green threads of this process."""
     etc = write_files(root)
     make_threads_green(etc)
+    teach_tags()
     eventlet = import_module("eventlet")
     sockets = {kind: eventlet.listen((HOST, 0), backlog=BACKLOG) for kind in STORAGE_SERVERS}
     for kind, listener in sockets.items():

@@ -31,6 +31,7 @@ class Ministack(S3Server):
     start_seconds = START_SECONDS
     lacks: ClassVar = {
         "secrets": "it checks the signatures of presigned URLs only",
+        "strict tags": "its limits of tags were not compared with Amazon's",
         "whole puts": "what is being put when it is killed is there without its metadata",
     }
 
