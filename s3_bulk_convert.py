@@ -1527,9 +1527,9 @@ class Settings:
         """A text of the API's without secrets, the key itself among them."""
         return redact(message.replace(self.api.key or "\0", "..."))
 
-    def json(self, document: Mapping[str, Any]) -> str:
-        """A document on one line, without secrets."""
-        return json.dumps(without_secrets(document, self.hide))
+    def json(self, document: Mapping[str, Any], indent: int | None = None) -> str:
+        """A document without secrets; on one line, if its parts are not to be indented."""
+        return json.dumps(without_secrets(document, self.hide), indent=indent)
 
 
 class RawOption(NamedTuple):
@@ -5799,7 +5799,7 @@ def run(settings: Settings, stop: StopFlag) -> Report:
             journal.end_run(time.time(), report.exit_code, has_seen_all=has_seen_all)
         for kind, warning in feeder.planner.warnings.items():
             log_event("warning", warning, kind=kind)
-        OutputFile("run.summary", settings.run.summary).replace(json.dumps(report.summary(), indent=2) + "\n")
+        OutputFile("run.summary", settings.run.summary).replace(settings.json(report.summary(), indent=2) + "\n")
         return report
 
 
@@ -6172,7 +6172,7 @@ class Why:
         yield f"in the bucket  {facts}"
         for job in found["jobs"]:
             taken = f"taken by {printable(job['taken_by'] or 'another object')}"
-            whose = {"free": "free", "own": "its own"}.get(job["place"], taken)
+            whose = {"taken": taken, "own": "its own", "unknown": "not known whose"}.get(job["place"], "free")
             yield f"output key     {printable(job['output_key'])} (job {job['job']}), {whose}"
             yield from (f"output         {output['message']}" for output in job["outputs"])
             yield from (f"to repair      {job['repair']}" for _ in filter(None, [job["repair"]]))
@@ -6216,6 +6216,8 @@ class Why:
             owner = held[1] if held[0] == self._settings.s3.bucket else f"s3://{'/'.join(held)}"
         owner = next((output["source"] or "" for output in outputs if output["made_of"]), owner)
         place = "free" if owner is None else "own" if owner == self._key else "taken"
+        if owner is None and (bucket is None or outputs):
+            place = "unknown"
         return {
             "job": job.name,
             "target": job.target,
@@ -6243,8 +6245,10 @@ class Why:
         made_of, maker = self._origin(metadata, job, source)
         message = f"{printable(key)} is there, {MADE_OF[made_of].format(version=metadata.get('source-etag'))}"
         found |= {"bytes": size, "etag": etag, "made_of": made_of, "source": maker or None, "message": message}
+        # What says of itself that it is of another version was stored since, with another checkpoint, or before a kill.
+        is_that = made_of == "another_object" or metadata["source-etag"] == was.get("etag")
         pairs = ((was.get("output_etag"), etag), (was.get("bytes_out"), size))
-        if any(then and now and then != now for then, now in pairs):
+        if is_that and any(then and now and then != now for then, now in pairs):
             message += f", {size} bytes with ETag {etag}"
             stored_then = f"{was['bytes_out']} bytes with ETag {was['output_etag']} were stored"
             found |= {"state": "altered", "message": f"it is altered: {message}; {stored_then}"}

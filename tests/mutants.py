@@ -644,8 +644,8 @@ SECRETS = (
     ),
     defect(
         "a command's document has the API's words without hiding the key",
-        "return json.dumps(without_secrets(document, self.hide))",
-        "return json.dumps(without_secrets(document))",
+        "return json.dumps(without_secrets(document, self.hide), indent=indent)",
+        "return json.dumps(without_secrets(document), indent=indent)",
         f"{HIDDEN_KEY}[dry run]",
     ),
     defect(
@@ -728,8 +728,8 @@ CHECKPOINT = (
 LOOKING = (
     defect(
         "what hides secrets may break a document",
-        "return json.dumps(without_secrets(document, self.hide))",
-        "return self.hide(json.dumps(without_secrets(document, self.hide)))",
+        "return json.dumps(without_secrets(document, self.hide), indent=indent)",
+        "return self.hide(json.dumps(without_secrets(document, self.hide), indent=indent))",
         "test_what_the_api_has_said_breaks_no_document",
     ),
     defect(
@@ -746,9 +746,15 @@ LOOKING = (
     ),
     defect(
         "--why does not say that an output is altered",
-        "if any(then and now and then != now for then, now in pairs):",
+        "if is_that and any(then and now and then != now for then, now in pairs):",
         "if False:",
         "test_why_says_that_an_output_is_altered_and_who_has_to_delete_it",
+    ),
+    defect(
+        "--why calls altered what another run has stored since",
+        "if is_that and any(then and now and then != now for then, now in pairs):",
+        "if any(then and now and then != now for then, now in pairs):",
+        "test_why_does_not_call_altered_what_was_stored_since_with_another_checkpoint",
     ),
     defect(
         "--why has an output repaired that the next run makes anyway",

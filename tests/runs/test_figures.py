@@ -1,7 +1,9 @@
 """The figures of a run, and what it makes of them."""
 
+import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -51,14 +53,17 @@ def test_failures_that_cost_nothing_do_not_stop_a_run(
 def test_the_summary_says_which_run_it_is_of(run_cli: Cli, bucket: Any) -> None:
     expected = fill(bucket, 2)
     bucket.put("empty.png", b"")
+    before = time.time()
     summary = run_cli("--shard", "0/1").summary
     assert (summary["bucket"], summary["shard"], summary["listing_complete"]) == (bucket.name, None, True)
     assert (summary["stopped_because"], summary["stopped_code"]) == (None, None)
-    assert re.fullmatch(r"\d+\.\d+\.\d+", summary["version"])
-    assert datetime.fromisoformat(summary["started"]).utcoffset() is not None
+    assert run_cli("--version").out == f"s3_bulk_convert.py {summary['version']}\n"
+    started = datetime.fromisoformat(summary["started"])
+    assert (started.utcoffset() is None, int(before) <= started.timestamp() <= time.time()) == (False, True)
     # What no job wants is none's.
     assert (summary["listed"], summary["skipped"]) == (3, {"empty": 1})
     assert summary["jobs"] == {"default": {"target": "jpg", "listed": 2, "converted": len(expected)}}
+    assert json.loads(run_cli("--shard", "1/2", "--log-format", "json").out)["shard"] == "1/2"
 
 
 def test_a_run_that_stops_in_the_middle_says_that_the_listing_was_not_finished(run_cli: Cli, bucket: Any) -> None:

@@ -709,6 +709,27 @@ def test_why_says_that_an_output_is_altered_and_who_has_to_delete_it(run_cli: Cl
         ]
 
 
+def test_why_does_not_call_altered_what_was_stored_since_with_another_checkpoint(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    run_cli()
+    bucket.put("a.png", picture("changed"))
+    assert run_cli("--set", "run.checkpoint=other").exit_code == 0
+    assert run_cli("--why", "a.png").out.splitlines()[-2:] == [
+        "output         converted/a.jpg is there, made of this version",
+        "the next run would find its output, which is there, and pay nothing",
+    ]
+
+
+def test_why_does_not_call_free_what_cannot_be_looked_at(run_cli: Cli) -> None:
+    with guarded_s3("GET", "HEAD a.png") as address:
+        text = run_cli("--why", "a.png", AWS_ENDPOINT_URL_S3=address)
+        (job,) = document(run_cli(*JSON, "--why", "a.png", AWS_ENDPOINT_URL_S3=address))["jobs"]
+    assert (
+        "output key     converted/a.jpg (job default), not known whose\noutput         it cannot be told: " in text.out
+    )
+    assert (job["place"], {output["state"] for output in job["outputs"]}) == ("unknown", {"unknown"})
+
+
 def test_why_knows_an_output_that_was_made_with_other_options(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", picture())
     run_cli()
