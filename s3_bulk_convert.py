@@ -848,6 +848,10 @@ SKIP_REASONS = (NOT_MATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, F
 # Failures that cost nothing and say nothing of the API or of S3. They are decided anew in every run.
 FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
 FREE_FAILURES |= {TOO_MANY_TAGS}
+ANEW = (
+    "were converted before with other options or to another key, and are paid for anew; where only some are meant, "
+    "name their keys with --keys-from, in a run with a [job NAME] or --set of its own"
+)
 
 
 class SourceObject(NamedTuple):
@@ -954,6 +958,7 @@ class Decision(NamedTuple):
     message: str = ""
     task: Task | None = None
     is_retry: bool = False  # it was postponed, and has been counted as listed
+    is_anew: bool = False  # the same version was made into the target before, by a job that is not configured now
 
 
 class StoredOutput(NamedTuple):
@@ -1937,6 +1942,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.run_id = self._next_id = 0
         self.horizon = sys.maxsize  # rows with this id or a later one are as if they were not there
         self._job_ids: dict[str, int] = {}  # 0 where a read-only checkpoint does not know the job
+        self._former: list[int] = []  # jobs of this bucket that are not configured now
         self._rivals: dict[str, list[int]] = {}  # jobs that put their outputs, of other options, under the same keys
         with self._locked(), contextlib.ExitStack() as on_failure:
             self.is_there = self.path.exists()
@@ -2024,6 +2030,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             own = [job.fingerprint, job.place]
             self._job_ids[job.name] = next((number for number, *made in known if made == own), 0)
             self._rivals[job.name] = [number for number, fingerprint, _ in known if fingerprint != job.fingerprint]
+        known = self._ask("SELECT id FROM jobs WHERE endpoint = ? AND bucket = ?", *self._sources)
+        self._former = [number for (number,) in known if number not in self._job_ids.values()]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -2128,6 +2136,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 if event in DONE_EVENTS:
                     states.pop(key, None)
         return states
+
+    def made_before(self, keys: Sequence[str]) -> dict[tuple[str, str], list[tuple[str, str]]]:
+        """(target, key) -> (version, fingerprint) of all that was done by jobs that are not configured now."""
+        made = defaultdict[tuple[str, str], list[tuple[str, str]]](list)
+        query = "SELECT target, key, etag, fingerprint FROM log JOIN jobs ON jobs.id = job WHERE job = ? AND event IN "
+        query += f"({', '.join(map(repr, sorted(DONE_EVENTS)))}) AND key IN ({{}})"
+        for former in self._former:
+            for target, key, version, fingerprint in self._ask_about(query, (former,), keys):
+                made[target, key].append((version, fingerprint))
+        return made
 
     def pending(self, job: str, keys: Sequence[str]) -> dict[str, PendingRequest]:
         """The unsettled requests for those of the keys that have one."""
@@ -3506,9 +3524,16 @@ class Planner:
                 yield Decision(DecisionKind.FAIL, task.source, task.job, *failure, task)
             else:
                 possible.append(task)
+        # What the job has met before was told of then.
+        made = self.journal.made_before([task.source.key for task in possible if task.known is None])
         for task in self._placed(possible):
             kind = DecisionKind.COPY if task.copy else DecisionKind.RESUME if task.pending else DecisionKind.CONVERT
-            yield Decision(kind, task.source, task.job, task=task)
+            # With the same options, what lies under the key is likely to be found.
+            is_anew = kind is DecisionKind.CONVERT and any(
+                task.source.version in {"", version} and not (task.look and fingerprint == task.fingerprint)
+                for version, fingerprint in made.get((task.target, task.source.key), ())
+            )
+            yield Decision(kind, task.source, task.job, task=task, is_anew=is_anew)
 
     def _impossible(self, task: Task) -> tuple[str, str] | None:
         """Code and message of a failure that needs no worker to be seen."""
@@ -4603,7 +4628,7 @@ class Feeder:
         self.planner = Planner(context.settings, context.bucket, journal, context.stop)
         # For `count_total`: the workers have more than they can do; nothing more will come.
         self.is_ahead, self._has_finished = threading.Event(), threading.Event()
-        self._has_begun = False
+        self._has_begun = self._has_warned = False
 
     def run(self) -> None:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
@@ -4644,6 +4669,10 @@ class Feeder:
             counts[decision.job, RETRIED if decision.is_retry else LISTED] += 1
             if decision.reason and not decision.task:
                 counts[decision.job, decision.reason] += 1
+        if (anew := sum(decision.is_anew for decision in decisions)) and not self._has_warned:
+            # Once, before they are handed out: there is still time to stop the run.
+            self._has_warned = True
+            log_event("warning", f"{anew} of the objects listed so far {ANEW}; --dry-run counts all", kind="anew")
         # Together with the failures, so that a page that is half handed out has all its objects in the accounts.
         self._tell(FeederUpdate(counts))
         for decision in decisions:
@@ -5838,7 +5867,7 @@ class Estimate:
         self.plan_warnings: Iterable[str] = ()
         self._latencies = latencies  # seconds, of some conversions
         # As the document has them; under "" what no job wants.
-        zeros = dict.fromkeys(("convert", "bytes", "resume", "copy", RETRIED, ALREADY_DONE), 0)
+        zeros = dict.fromkeys(("convert", "anew", "bytes", "resume", "copy", RETRIED, ALREADY_DONE), 0)
         self._jobs: dict[str, dict[str, Any]] = {
             name: {**zeros, "skipped": Counter(), "failed": Counter()}
             for name in ("", *(job.name for job in settings.jobs))
@@ -5889,6 +5918,7 @@ class Estimate:
         elif kind is not DecisionKind.POSTPONE:
             job[kind.value] += 1
             job["bytes"] += source.size if kind is DecisionKind.CONVERT else 0
+            job["anew"] += kind is DecisionKind.CONVERT and decision.is_anew
             has_failed = known and (known.version, known.event) == (source.version, OutcomeKind.FAILED.value)
             job[RETRIED] += bool(has_failed and kind is not DecisionKind.DONE)
         if kind is DecisionKind.FAIL:
@@ -5944,6 +5974,8 @@ class Estimate:
             yield f"{in_one_run - left} conversions more than the month has left {what}; --limit {left} keeps within it"
         elif keep and in_one_run > left - keep:
             yield f"the run would stop when {keep} conversions are left (api.keep_remaining)"
+        if anew := sum(job["anew"] for job in self._jobs.values()):
+            yield f"{anew} of the objects to convert {ANEW}"
         by_code = itertools.chain.from_iterable(job["failed"].items() for job in self._jobs.values())
         failures = sum(count for code, count in by_code if code not in FREE_FAILURES)
         tried, most = conversions + failures, self.settings.run.max_failure_rate

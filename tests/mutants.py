@@ -65,6 +65,7 @@ INI_MODE = "test_an_ini_with_the_key_is_its_owner_s_alone"
 TAGS_OF_OUTPUTS = "test_outputs_have_the_tags_that_are_set_however_they_are_written"
 WHICHEVER_WAY = "test_a_source_gets_its_tag_whichever_way_it_becomes_done"
 NOT_TAGGED = "test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_is_paid_again"
+PAID_FOR_ANEW = "test_what_was_converted_before_with_other_options_is_said_before_it_is_paid_for_anew"
 
 LISTING = (
     defect(
@@ -726,6 +727,24 @@ CHECKPOINT = (
 )
 
 LOOKING = (
+    defect(
+        "what is paid for anew is not told apart from what is new",
+        "self._former = [number for (number,) in known if number not in self._job_ids.values()]",
+        "self._former = []",
+        PAID_FOR_ANEW,
+    ),
+    defect(
+        "a changed object is called one that is paid for anew",
+        'task.source.version in {"", version} and not (',
+        "not (",
+        PAID_FOR_ANEW,
+    ),
+    defect(
+        "what will be found is called one that is paid for anew",
+        "and not (task.look and fingerprint == task.fingerprint)",
+        "",
+        PAID_FOR_ANEW,
+    ),
     defect(
         "what hides secrets may break a document",
         "return json.dumps(without_secrets(document, self.hide), indent=indent)",

@@ -61,6 +61,35 @@ def test_a_forecast_is_what_the_run_then_does(run_cli: Cli, bucket: Any, api: Co
     assert run.summary["listed"] == found["listed"]
 
 
+def test_what_was_converted_before_with_other_options_is_said_before_it_is_paid_for_anew(
+    run_cli: Cli, bucket: Any
+) -> None:
+    def anew(*options: str) -> tuple[int, int, list[str]]:
+        found = foreseen(run_cli, *options)
+        job = found["jobs"]["default"]
+        return job["convert"], job["anew"], [said for said in found["warnings"] if "converted before" in said]
+
+    put_all(bucket, "a.png", "b.png", "changed.png")
+    assert "converted before" not in run_cli().err
+    put_all(bucket, "new.png")
+    bucket.put("changed.png", picture("another version"))
+    quality, place = ("--set", "convert.quality=90"), ("--set", "s3.output_key=new/{stem}.{target}")
+    for options in (quality, place):
+        convert, again, (said,) = anew(*options)
+        assert (convert, again) == (4, 2)
+        assert said.startswith("2 of the objects to convert were converted before with other options or to another key")
+        assert "--keys-from" in said
+    # The same place in other words, or another target, which is another thing.
+    for options in (("--set", "s3.output_key=converted/{dir}{stem}.jpg"), ("--target", "webp")):
+        assert anew(*options)[1:] == (0, [])
+    alias = run_cli("-q", "--set", "s3.output_key=converted/{dir}{stem}.jpg", "--set", "convert.include=a.png")
+    assert (alias.summary["already_done"], alias.err) == (1, "")
+    changed = run_cli("-q", *quality)
+    said = "2 of the objects listed so far were converted before with other options or to another key, and are paid for"
+    assert (changed.summary["converted"], changed.err.count(said)) == (4, 1)
+    assert run_cli("-q", *quality).err == ""
+
+
 def test_a_collision_with_an_object_of_another_page_is_foreseen(run_cli: Cli, bucket: Any) -> None:
     put_all(bucket, "a.heic", "a.png", "b.png")
     one_a_page = script_with("program.PAGE_KEYS = 1")
