@@ -331,6 +331,6 @@ def test_the_summary_has_exactly_the_promised_keys(run_cli: Cli, bucket: Any) ->
     bucket.put("a.png", photo(1, "png"))
     assert " ".join(run_cli().summary) == (
         "version started bucket shard jobs listed converted already_done adopted skipped failed left bytes_in "
-        "bytes_out seconds per_second p50_seconds p95_seconds requests throttled replays possible_double_charges "
+        "bytes_out seconds per_second p50_seconds p95_seconds requests throttled replays possible_double_charges cost "
         "remaining exit_code stopped_because stopped_code listing_complete"
     )
