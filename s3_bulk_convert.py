@@ -83,7 +83,7 @@ import traceback
 import urllib.parse
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -179,6 +179,7 @@ OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3
 CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 JOB_LOST = "job_lost"
 TAG_FAILED, TOO_MANY_TAGS = "tag_failed", "too_many_tags"  # the output is stored, and its source has not the tag
+LOST = "lost"  # in the journal: an output that was stored is not there any more, and is to be made again
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 # How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
@@ -581,11 +582,13 @@ def digest(parts: Sequence[str | int | None]) -> str:
 def idempotency_key(endpoint: str, bucket: str, task: "Task", place: str) -> str:
     """The API's key for one conversion (docs/idempotency): another object, version, option or place has another.
 
-    The time counts as well: what was overwritten and put back while the API fetched it must not be replayed.
+    The time counts as well: what was overwritten and put back while the API fetched it must not be replayed. An output
+    that was lost is made anew: the same key with another URL would be taken.
     """
-    source = task.source
+    source, known = task.source, task.known
     version = (source.key, source.version, source.size, int(source.modified))
-    return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place])
+    lost = [known.code] if known and known.event == LOST else []
+    return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place, *lost])
 
 
 def unix_seconds(date: str) -> float:
@@ -959,6 +962,7 @@ class Decision(NamedTuple):
     task: Task | None = None
     is_retry: bool = False  # it was postponed, and has been counted as listed
     is_anew: bool = False  # the same version was made into the target before, by a job that is not configured now
+    output: "StoredOutput | None" = None  # of DONE, where a look has shown it
 
 
 class StoredOutput(NamedTuple):
@@ -967,6 +971,16 @@ class StoredOutput(NamedTuple):
     key: str
     etag: str
     size: int  # bytes
+
+
+class ExpectedOutput(NamedTuple):
+    """What is to lie in the output bucket, as far as it is known."""
+
+    key: str
+    job: str
+    source_key: str
+    etag: str | None  # None: something of this source may lie there, and nothing more is known of it
+    size: int | None  # bytes
 
 
 @dataclass(frozen=True)
@@ -1458,9 +1472,12 @@ class Job(ConvertOptions):
             return True
         # Without a limit no date is read: that would take longer than all the rest. By S3's clock, what was written
         # just now may be from the future: it is new.
-        is_any_age = (self.older_than, self.newer_than) == (-math.inf, math.inf)
-        is_of_age = is_any_age or self.older_than <= self.now - source.modified <= self.newer_than
+        is_of_age = self._is_any_age or self.older_than <= self.now - source.modified <= self.newer_than
         return is_of_age and self.min_size <= source.size <= self.max_size
+
+    @functools.cached_property
+    def _is_any_age(self) -> bool:
+        return (self.older_than, self.newer_than) == (-math.inf, math.inf)
 
     @functools.cached_property
     def _included(self) -> re.Pattern[str]:
@@ -1508,6 +1525,7 @@ class Settings:
     jobs: tuple[Job, ...]
     shard: Shard = Shard()
     retry_failed: bool = False
+    repair: bool = False
     keys_from: str | None = None
     quiet: bool = False
     log_format: str = "text"
@@ -1886,7 +1904,7 @@ def temporary_file() -> IO[bytes]:
 #   - Claims of output keys last for one run and live in a temporary database: neither in the checkpoint nor in memory.
 ########################################################################################################################
 
-JOURNAL_VERSION = 5
+JOURNAL_VERSION = 6
 APPLICATION_ID = 0x53334243  # "S3BC"
 # Clustered by key: a page of a listing is one range of the log, and no index has the keys a second time.
 SCHEMA = """
@@ -1897,7 +1915,7 @@ CREATE TABLE jobs (
 );
 CREATE TABLE log (
     job INTEGER NOT NULL, key TEXT NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, etag TEXT NOT NULL,
-    event TEXT NOT NULL CHECK (event IN ('converted', 'found', 'adopted', 'skipped', 'failed')),
+    event TEXT NOT NULL CHECK (event IN ('converted', 'found', 'adopted', 'skipped', 'failed', 'lost')),
     permanent INTEGER NOT NULL, runs_failed INTEGER NOT NULL, code TEXT, message TEXT,
     output_key TEXT, output_etag TEXT, bytes_out INTEGER, seconds REAL, requests INTEGER, charged_twice INTEGER,
     PRIMARY KEY (job, key, id)
@@ -1920,6 +1938,9 @@ CREATE TABLE runs (id INTEGER PRIMARY KEY, started REAL NOT NULL, ended REAL, ex
 TEMPORARY_SCHEMA = """
 CREATE TABLE claims (slot TEXT PRIMARY KEY, job TEXT NOT NULL, key TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE postponed (job TEXT, key TEXT, etag TEXT, size INTEGER, time TEXT, PRIMARY KEY (job, key)) WITHOUT ROWID;
+CREATE TABLE outputs (output_key TEXT PRIMARY KEY, job TEXT, key TEXT, etag TEXT, size INTEGER) WITHOUT ROWID;
+CREATE TABLE strangers (output_key TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE lost (job TEXT, key TEXT, PRIMARY KEY (job, key)) WITHOUT ROWID;
 """
 
 
@@ -1936,7 +1957,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.path, self._read_only = real_file(path), read_only
         self._files = [self.path.with_name(self.path.name + ending) for ending in ("", "-wal", "-shm")]
         self._sources, self._output_bucket = (endpoint, settings.s3.bucket), settings.s3.output_bucket
-        self._jobs = settings.jobs
+        self._jobs, self._by_name = settings.jobs, settings.by_name
         # Feeder, workers and recorder share one connection: SQLite has one writer anyway, and this one need not wait.
         self._lock = threading.RLock()
         self.run_id = self._next_id = 0
@@ -2069,11 +2090,13 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         with self._locked():
             return (of or self._db).execute(query, values).fetchall()
 
-    def _ask_about(self, query: str, scope: Sequence[object], names: Sequence[str]) -> Iterator[Any]:
+    def _ask_about(
+        self, query: str, scope: Sequence[object], names: Sequence[str], of: sqlite3.Connection | None = None
+    ) -> Iterator[Any]:
         """The rows of a query whose `{}` stands for a list of names, which may be longer than SQLite takes."""
         for start in range(0, len(names), self.SQL_VARIABLES):
             part = names[start : start + self.SQL_VARIABLES]
-            yield from self._ask(query.format(",".join("?" * len(part))), *scope, *part)
+            yield from self._ask(query.format(",".join("?" * len(part))), *scope, *part, of=of)
 
     # -- a run's own book-keeping --------------------------------------------------------------------------------------
 
@@ -2135,6 +2158,11 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             for key, event in self._ask_about(query, scope, done):
                 if event in DONE_EVENTS:
                     states.pop(key, None)
+        # What a dry run takes for lost is written down nowhere.
+        if self._read_only:
+            query = "SELECT key FROM lost WHERE job = ? AND key IN ({})"
+            for (key,) in self._ask_about(query, (job,), keys, of=self._temporary):
+                states[key] = JournalState(*states[key])._replace(event=LOST)
         return states
 
     def made_before(self, keys: Sequence[str]) -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -2159,8 +2187,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         # Requests before outcomes: what is settled in between is in both answers, and never in neither.
         for table, column, only in (("in_flight", "slot", ""), ("log", "output_key", "event = 'adopted' AND")):
             query = f"SELECT it.{column}, bucket, key FROM {table} AS it JOIN jobs ON jobs.id = job WHERE endpoint = ?"
-            rows = self._ask_about(f"{query} AND {only} it.{column} IN ({{}})", self._sources[:1], slots)
-            found |= {slot: (bucket, key) for slot, bucket, key in rows}
+            names = slots if column == "slot" else [*slots, *(f"{slot}.zip" for slot in slots)]
+            rows = self._ask_about(f"{query} AND {only} it.{column} IN ({{}})", self._sources[:1], names)
+            found |= {KeyParts.slot_of(name): (bucket, key) for name, bucket, key in rows}
         return found
 
     def slot(self, output_key: str) -> str:
@@ -2200,7 +2229,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         place, stored = None, (None, None) if output is None else (output.etag, output.size)
         # Where an output lies is said by its job already, but for archives and what another program has made.
         if output and (output.key != task.output_key or outcome.kind is OutcomeKind.ADOPTED):
-            place = self.slot(output.key)
+            place = f"{self._output_bucket}/{output.key}"
         took = (round(outcome.seconds, 3), outcome.requests, outcome.possible_double_charge or None)
         row = (self._job_ids[task.job], task.source.key, self._next_id, int(now), *state)
         return (*row, outcome.message, place, *stored, *took)
@@ -2208,6 +2237,85 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def _replace_request(self, db: sqlite3.Connection, task: Task, request: PendingRequest) -> None:
         row = (self._job_ids[task.job], task.source.key, *request, self.slot(task.output_key))
         db.execute(f"INSERT OR REPLACE INTO in_flight VALUES (?{', ?' * 10})", row)
+
+    # -- what was stored -----------------------------------------------------------------------------------------------
+
+    def stored(self, job: str, keys: Sequence[str]) -> dict[str, tuple[str, StoredOutput]]:
+        """Key -> the version that was converted, and its output; of those of the keys that are done."""
+        states, columns = self.states(job, keys), "key, etag, output_key, output_etag, bytes_out"
+        done = [key for key in keys if key in states and states[key][2] in DONE_EVENTS]
+        query = f"SELECT {columns} FROM log WHERE job = ? AND key IN ({{}}) ORDER BY key, id"
+        return {
+            key: (version, StoredOutput(self._output_key(job, key, place), etag or "", size or 0))
+            for key, version, place, etag, size in self._ask_about(query, (self._job_ids[job],), done)
+        }
+
+    def _output_key(self, job: str, key: str, place: str | None) -> str:
+        """Where an output was put: as its job has it, unless its row says otherwise."""
+        return place.partition("/")[2] if place else self._by_name[job].output_of(key)
+
+    def mark_lost(self, job: str, keys: Sequence[str], now: float) -> None:
+        """Take what is done for lost, because its output is not there any more. Read-only: in this process alone."""
+        lost = self.stored(job, keys)
+        if self._read_only:
+            self._temporary.executemany("INSERT OR IGNORE INTO lost VALUES (?, ?)", [(job, key) for key in lost])
+            return
+        rows = []
+        for key, (version, output) in lost.items():
+            self._next_id += 1
+            place = None if output.key == self._by_name[job].output_of(key) else f"{self._output_bucket}/{output.key}"
+            rows.append(
+                (self._job_ids[job], key, self._next_id, int(now), version, LOST, 0, 0, f"run {self.run_id}", "", place)
+            )
+        with self._transaction() as db:
+            db.executemany(f"INSERT INTO log VALUES (?{', ?' * 10}, NULL, NULL, NULL, NULL, NULL)", rows)
+
+    def expect(self, outputs: Sequence[ExpectedOutput]) -> None:
+        """Set aside what is to be found in the output bucket."""
+        with self._locked():
+            # Where two want one key, the one whose output lies there has it.
+            self._temporary.execute("BEGIN")
+            for how, is_there in (("REPLACE", True), ("IGNORE", False)):
+                rows = [output for output in outputs if (output.etag is not None) is is_there]
+                self._temporary.executemany(f"INSERT OR {how} INTO outputs VALUES (?, ?, ?, ?, ?)", rows)
+            self._temporary.execute("COMMIT")
+
+    def take(self, output_keys: Sequence[str]) -> dict[str, ExpectedOutput]:
+        """Those of the keys that are expected, which then are so no longer; others are kept as strangers."""
+        with self._locked():
+            query, temporary = "SELECT * FROM outputs WHERE output_key IN ({})", self._temporary
+            found = {row[0]: ExpectedOutput(*row) for row in self._ask_about(query, (), output_keys, of=temporary)}
+            strangers = [(key,) for key in output_keys if key not in found]
+            temporary.execute("BEGIN")
+            temporary.executemany("DELETE FROM outputs WHERE output_key = ?", [(key,) for key in found])
+            temporary.executemany("INSERT OR IGNORE INTO strangers VALUES (?)", strangers)
+            temporary.execute("COMMIT")
+        return found
+
+    def expected(self) -> Iterator[list[ExpectedOutput]]:
+        """What is still expected, by pages."""
+        query = f"SELECT * FROM outputs WHERE output_key > ? ORDER BY output_key LIMIT {PAGE_KEYS}"
+        rows: list[Any] = [("",)]
+        while rows := self._ask(query, rows[-1][0], of=self._temporary):
+            yield [ExpectedOutput(*row) for row in rows]
+
+    def strangers(self) -> Iterator[tuple[str, str]]:
+        """(key of an output that nobody expects, key of the source that it was made of; empty if none is known)."""
+        for job in self._jobs:
+            done = ", ".join(f"'{event}'" for event in DONE_EVENTS)
+            query = f"SELECT key, output_key, max(id) FROM log WHERE job = ? AND key > ? AND event IN ({done})"
+            query += f" GROUP BY key ORDER BY key LIMIT {PAGE_KEYS}"
+            rows: list[Any] = [("",)]
+            while rows := self._ask(query, self._job_ids[job.name], rows[-1][0]):
+                made = {self._output_key(job.name, key, place): key for key, place, _ in rows}
+                known = "SELECT output_key FROM strangers WHERE output_key IN ({})"
+                for (output_key,) in self._ask_about(known, (), list(made), of=self._temporary):
+                    yield output_key, made[output_key]
+                    self._ask("DELETE FROM strangers WHERE output_key = ?", output_key, of=self._temporary)
+        rows = [("",)]
+        query = f"SELECT output_key FROM strangers WHERE output_key > ? ORDER BY output_key LIMIT {PAGE_KEYS}"
+        while rows := self._ask(query, rows[-1][0], of=self._temporary):
+            yield from ((output_key, "") for (output_key,) in rows)
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -2234,7 +2342,14 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             # A job may have been renamed since, or have left the configuration.
             made = tuple(found[name] for name in ("bucket", "fingerprint", "output_key"))
             ours = (each.name for each in self._jobs if (self._sources[1], each.fingerprint, each.place) == made)
-            found |= {"configured_as": next(ours, None), "converted": 0, "found": 0, "adopted": 0, "skipped": 0}
+            found |= {
+                "configured_as": next(ours, None),
+                "converted": 0,
+                "found": 0,
+                "adopted": 0,
+                "skipped": 0,
+                LOST: 0,
+            }
             found |= {"failed_for_good": {}, "failed_for_now": {}}
             for event, is_permanent, code, count in self._ask(query, found.pop("id")):
                 if event == OutcomeKind.FAILED.value:
@@ -2680,6 +2795,8 @@ class Bucket:
             max_pool_connections=self._settings.run.workers + LIST_THREADS,
             connect_timeout=CONNECT_TIMEOUT_SECONDS,
             read_timeout=S3_TIMEOUT_SECONDS,
+            # It asks of each request what the readers of the options, and S3 itself, see to.
+            parameter_validation=False,
             user_agent_extra=f"s3_bulk_convert/{__version__}",
         )
         # boto3 asks by `getpass`, which takes no other way where there is no terminal.
@@ -2794,11 +2911,13 @@ class Bucket:
 
     # -- listings ------------------------------------------------------------------------------------------------------
 
-    def list_pages(self, prefix: str, max_parallel: Callable[[], int]) -> Generator[list[SourceObject], None, None]:
-        """The sources whose keys begin with a prefix, by pages; in the order of their keys if one is read at a time.
+    def list_pages(
+        self, prefix: str, max_parallel: Callable[[], int], bucket: str = ""
+    ) -> Generator[list[SourceObject], None, None]:
+        """The objects whose keys begin with a prefix, by pages; in the order of their keys if one is read at a time.
 
-        `max_parallel` says how many may be on their way at the most. Raises RunError if the listing is refused or
-        breaks off.
+        `max_parallel` says how many may be on their way at the most. `bucket`: if it is not that of the sources.
+        Raises RunError if the listing is refused or breaks off.
         """
         waiting = [KeyRange("", prefix + LAST_KEY)]  # the one that is read next is the last
         reading: dict[Future[Page], KeyRange] = {}
@@ -2817,7 +2936,7 @@ class Bucket:
                 while waiting and len(reading) < at_a_time:
                     key_range = waiting.pop()
                     where = (prefix, key_range.after, key_range.token)
-                    reading[pool.submit(self.read_page, self.name, *where, code="")] = key_range
+                    reading[pool.submit(self.read_page, bucket or self.name, *where, code="")] = key_range
                 # Only now, so that the next page is there when the reader comes back.
                 if objects is not None:
                     yield objects
@@ -3354,6 +3473,31 @@ def skip_reason(source: SourceObject) -> str:
     return EMPTY if not source.size else ARCHIVED if source.archived else ""
 
 
+def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
+    """A task with its source as it lies there, and what the HEAD says. Raises ObjectSkipped, ObjectFailed, RunError.
+
+    Of a key from a file, only now is it known whether the object is wanted, and whether it is done.
+    """
+    (source, head), known, most = bucket.look_at_source(task.source), task.known, settings.api.max_size
+    if not task.source.version:
+        if not settings.by_name[task.job].wants(source):
+            raise ObjectSkipped(NOT_MATCHED)
+        if known and known.version == source.version:
+            if known.event in DONE_EVENTS:
+                raise ObjectSkipped(ALREADY_DONE)
+            if known.permanent and not settings.retry_failed:
+                raise ObjectSkipped(FAILED_BEFORE)
+    if source.size > most and not task.copy:
+        raise ObjectFailed("too_large", f"{source.size} bytes are more than api.max_size = {most}", permanent=True)
+    return replace(task, source=source), head
+
+
+def outermost(prefixes: Iterable[str]) -> list[str]:
+    """The prefixes that lie in no other one: listings of these have all keys once."""
+    every = sorted(set(prefixes))
+    return [prefix for prefix in every if not any(other != prefix and prefix.startswith(other) for other in every)]
+
+
 class Planner:
     """Lists, selects and decides. It owns nothing that grows with the bucket, and no counts."""
 
@@ -3410,11 +3554,38 @@ class Planner:
         if self.settings.keys_from:
             yield from keys_from(self.settings.keys_from, self.bucket, self._stop)
             return
-        prefixes = {job.prefix for job in self.settings.jobs}
-        for prefix in sorted(prefixes):
-            if not any(other != prefix and prefix.startswith(other) for other in prefixes):
-                with contextlib.closing(self.bucket.list_pages(prefix, max_parallel)) as pages:
-                    yield from pages
+        for prefix in outermost(job.prefix for job in self.settings.jobs):
+            with contextlib.closing(self.bucket.list_pages(prefix, max_parallel)) as pages:
+                yield from pages
+
+    def foreseen(self) -> Iterator[list[Decision]]:
+        """Decisions by pages, each as a worker's looks would leave it. Raises RunError."""
+
+        def is_open(decision: Decision) -> bool:
+            task = decision.task
+            return task is not None and bool(task.look or task.holder or self.settings.keys_from)
+
+        with ThreadPoolExecutor(LIST_THREADS) as pool:
+            for page in self.decisions(lambda: LIST_THREADS):
+                looked = pool.map(self.foresee, filter(is_open, page))
+                yield [*itertools.filterfalse(is_open, page), *looked]
+
+    def foresee(self, decision: Decision) -> Decision:
+        """A decision as a worker's looks would leave it. Raises RunError."""
+        task = decision.task
+        if task is None or decision.kind is DecisionKind.FAIL:
+            return decision
+        try:
+            task, _ = look(task, self.bucket, self.settings)
+            existing = self.bucket.look_at_output(task)
+        except ObjectSkipped as skipped:
+            kind = DecisionKind.DONE if str(skipped) == ALREADY_DONE else DecisionKind.SKIP
+            return decision._replace(kind=kind, reason=str(skipped))
+        except ObjectFailed as failure:
+            return decision._replace(kind=DecisionKind.FAIL, reason=failure.code, message=failure.message)
+        if existing:
+            return decision._replace(kind=DecisionKind.DONE, reason=existing[0].value, output=existing[1])
+        return decision._replace(source=task.source)
 
     def plan(self, page: Sequence[SourceObject], *, is_last: bool = False) -> list[Decision]:
         """One decision for each object of a page and each job that wants it, or none that does. Raises RunError.
@@ -3491,7 +3662,7 @@ class Planner:
                 decisions.append(Decision(DecisionKind.SKIP, source, job, state[5]))
             elif state[3] and not self.settings.retry_failed:
                 decisions.append(Decision(DecisionKind.SKIP, source, job, FAILED_BEFORE))
-            elif is_last or state[5] in FREE_FAILURES:
+            elif is_last or state[2] == LOST or state[5] in FREE_FAILURES:
                 todo.append((job, source, JournalState(*state)))
             else:
                 decisions.append(Decision(DecisionKind.POSTPONE, source, job))
@@ -3603,9 +3774,9 @@ class OutputLister:
         found: set[str] = set()
         for prefix in sorted({prefix for prefix, _ in places}):
             keys = [key for own, key in places if own == prefix]
-            listed = {made for key in keys for made in (key, f"{key}.zip")}
+            listed: Collection[str] = {made for key in keys for made in (key, f"{key}.zip")}
             try:
-                listed = listed if self._is_refused else self._listed(prefix, listed)
+                listed = listed if self._is_refused else self.listed(prefix, listed)
             except ObjectFailed as failure:
                 # What may not be listed is looked at, object by object.
                 log.warning("outputs cannot be listed (%s): each is looked at instead", failure.message)
@@ -3613,8 +3784,9 @@ class OutputLister:
             found.update(key for key in keys if key in listed or f"{key}.zip" in listed)
         return found
 
-    def _listed(self, prefix: str, keys: Iterable[str]) -> set[str]:
-        wanted, found = sorted(keys, reverse=True), set[str]()
+    def listed(self, prefix: str, keys: Iterable[str]) -> dict[str, SourceObject]:
+        """Those of the keys that exist, which all begin with a prefix. Raises ObjectFailed, RunError."""
+        wanted, found = sorted(keys, reverse=True), dict[str, SourceObject]()
         empty_after, seen_at = self._empty_after.get(prefix, ("", -math.inf))
         is_fresh = time.monotonic() - seen_at < 10  # seconds for which an empty listing is believed
         after = token = ""
@@ -3627,10 +3799,174 @@ class OutputLister:
             after = page.objects[-1].key if page.objects else after
             if page.is_last:
                 self._empty_after[prefix] = (after, time.monotonic())
-            listed = {output.key for output in page.objects}
+            listed = {output.key: output for output in page.objects}
             while wanted and (page.is_last or wanted[-1] <= after):
-                found |= {wanted.pop()} & listed
+                key = wanted.pop()
+                found |= {key: listed[key]} if key in listed else {}
         return found
+
+
+########################################################################################################################
+# Verify. The output bucket beside what is known to be stored there: by two listings, in flat memory, with no request
+# for each object but where the journal does not know it, and without a lock: a run may be at work.
+#   - What is to be there stands in a temporary table until it is seen, so that outputs may lie in any order.
+#   - Whatever looks wrong is asked of the journal again: a run may have stored it anew since.
+########################################################################################################################
+
+VERIFIED, MISSING, ALTERED, NOT_CONVERTED = "verified", "missing", "altered", "not_converted"
+ORPHANS, UNKNOWN = "orphans", "unknown"
+# What `--verify` finds -> what to do about it.
+FINDINGS = {
+    MISSING: "--repair converts them again, which is paid for",
+    ALTERED: "delete them if that was not meant, and --repair converts their sources again",
+    NOT_CONVERTED: "a run converts them",
+    FAILED_BEFORE: "--why KEY says what of; --retry-failed tries them again",
+    ORPHANS: "keep them, or delete them",
+    UNKNOWN: "nothing is ever done with them",
+}
+
+
+class Finding(NamedTuple):
+    """Something about one object or output that is not as it is after a run that left nothing to do."""
+
+    kind: str  # a key of FINDINGS
+    key: str  # of the source; empty where nobody knows it
+    output_key: str
+    message: str
+    job: str = ""
+
+
+class Verification:
+    """What `--verify` finds, and what `--repair` makes again."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._settings, self._bucket, self._journal = planner.settings, planner.bucket, planner.journal
+        self._planner = planner
+        self.counts = Counter[str]()
+        self.examples: dict[str, Finding] = {}  # by kind, the first
+        self.seen = 0  # objects listed, sources and outputs
+        # How many will be seen in all, as far as the checkpoint tells.
+        done = [each for each in self._journal.counts() if each["configured_as"]]
+        self.expected = 2 * sum(each[event] for each in done for event in DONE_EVENTS)
+
+    def pages(self) -> Iterator[list[Finding]]:
+        """Findings, as pages of both listings bring them; an empty list where a page brings none. Raises RunError."""
+        for findings in itertools.chain(self._of_sources(), self._of_outputs(), self._of_strangers()):
+            for finding in findings:
+                self.counts[finding.kind] += 1
+                self.examples.setdefault(finding.kind, finding)
+            yield findings
+
+    def repair(self) -> Iterator[None]:
+        """Have the journal take for lost what is missing, page by page. Raises RunError."""
+        for findings in self.pages():
+            for name in self._settings.by_name:
+                lost = [each.key for each in findings if each.kind == MISSING and each.job == name]
+                self._journal.mark_lost(name, lost, time.time())
+            yield
+
+    def _of_sources(self) -> Iterator[list[Finding]]:
+        count = 0
+        for page in self._planner.foreseen():
+            count += len(page)
+            self.seen += len(page)
+            self._journal.expect([*self._done(page), *self._others(page)])
+            yield list(self._not_done(page))
+        self.expected = 2 * count
+
+    def _done(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
+        """Outputs of what is done; also of what no job wants any more, such as an archived source."""
+        for name in self._settings.by_name:
+            settled = (each for each in page if each.kind in {DecisionKind.DONE, DecisionKind.SKIP} and not each.output)
+            sources = {each.source.key: each.source.version for each in settled if each.job in {"", name}}
+            for key, (version, output) in self._journal.stored(name, list(sources)).items():
+                is_same = sources[key] in {"", version}
+                yield ExpectedOutput(output.key, name, key, *(output[1:] if is_same else (None, None)))
+
+    def _others(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
+        """Keys under which something of an earlier version may lie, and what a look has shown to be there."""
+        for each in page:
+            planned = self._settings.by_name[each.job].output_of(each.source.key) if each.job else ""
+            if each.output:
+                yield ExpectedOutput(each.output.key, each.job, each.source.key, each.output.etag, each.output.size)
+            elif planned and each.kind is not DecisionKind.DONE:
+                for key in (planned, f"{planned}.zip"):
+                    yield ExpectedOutput(key, each.job, each.source.key, None, None)
+
+    def _not_done(self, page: Sequence[Decision]) -> Iterator[Finding]:
+        for each in page:
+            if each.kind in {DecisionKind.DONE, DecisionKind.POSTPONE} or not each.job:
+                continue
+            kind = each.reason if each.kind is DecisionKind.SKIP else NOT_CONVERTED
+            if kind in FINDINGS:
+                planned = self._settings.by_name[each.job].output_of(each.source.key)
+                said = (
+                    "it failed for good" if kind == FAILED_BEFORE else each.message or "there is none of this version"
+                )
+                yield Finding(kind, each.source.key, planned, said, each.job)
+
+    def _output_pages(self) -> Iterator[Collection[SourceObject]]:
+        jobs = self._settings.by_name
+        if not self._settings.keys_from:
+            for prefix in outermost(job.constant_prefix for job in jobs.values()):
+                listing = self._bucket.list_pages(prefix, lambda: LIST_THREADS, self._bucket.output_name)
+                with contextlib.closing(listing) as pages:
+                    yield from pages
+            return
+        lister = OutputLister(self._bucket)
+        for expected in self._journal.expected():
+            for prefix in {jobs[each.job].constant_prefix for each in expected}:
+                keys = [each.key for each in expected if jobs[each.job].constant_prefix == prefix]
+                yield lister.listed(prefix, keys).values()
+
+    def _of_outputs(self) -> Iterator[list[Finding]]:
+        shard = self._settings.shard
+        for page in self._output_pages():
+            self.seen += len(page)
+            outputs = {output.key: output for output in page if shard.owns(KeyParts.slot_of(output.key))}
+            yield list(self._altered(self._journal.take(list(outputs)), outputs))
+        for expected in self._journal.expected():
+            missing = (each for each in expected if each.etag is not None and self._is_newest(each))
+            said = "it was stored, and is not there"
+            yield [Finding(MISSING, each.source_key, each.key, said, each.job) for each in missing]
+
+    def _altered(
+        self, expected: Mapping[str, ExpectedOutput], outputs: Mapping[str, SourceObject]
+    ) -> Iterator[Finding]:
+        for key, each in expected.items():
+            there = outputs[key]
+            # A server without ETags has sizes alone.
+            is_other = each.size != there.size or (each.etag and there.if_match and each.etag != there.version)
+            if each.etag is None:
+                continue
+            if not is_other:
+                self.counts[VERIFIED] += 1
+            elif self._is_newest(each):
+                said = f"it has {there.size} bytes and the ETag {there.version}, and what was stored had "
+                said += f"{each.size} and {each.etag}"
+                yield Finding(ALTERED, each.source_key, key, said, each.job)
+
+    def _is_newest(self, output: ExpectedOutput) -> bool:
+        """Whether a run has stored nothing else in the meantime."""
+        now = self._journal.stored(output.job, [output.source_key]).get(output.source_key)
+        return now is None or now[1] == (output.key, output.etag, output.size)
+
+    def warnings(self) -> dict[str, str]:
+        """What a repair leaves as it is."""
+        if (example := self.examples.get(ALTERED)) is None:
+            return {}
+        count = pluralize(self.counts[ALTERED], "output")
+        return {ALTERED: f"{count} altered since, for example {printable(example.output_key)}: {FINDINGS[ALTERED]}"}
+
+    def _of_strangers(self) -> Iterator[list[Finding]]:
+        jobs = self._settings.by_name.values()
+        # Between the sources, nothing tells a stranger from a source.
+        places = tuple(job.constant_prefix for job in jobs if not self._settings.puts_among_sources(job))
+        for key, source_key in self._journal.strangers():
+            if source_key:
+                yield [Finding(ORPHANS, source_key, key, "its source is gone")]
+            elif key.startswith(places):
+                yield [Finding(UNKNOWN, "", key, "no output of this configuration")]
 
 
 ########################################################################################################################
@@ -4655,6 +4991,8 @@ class Feeder:
         # In this thread, because the main one must hear signals even while S3 does not answer.
         self.context.bucket.check()
         workers = self._settings.run.workers
+        if self._settings.repair and not self._repair():
+            return False
         # While there is work, a page that is read early is only a page that grows old.
         for decisions in self.planner.decisions(lambda: LIST_THREADS if self._tasks.qsize() < workers else 1):
             self._has_begun = True
@@ -4663,27 +5001,39 @@ class Feeder:
                 return False
         return not self._stop.is_set
 
+    def _repair(self) -> bool:
+        """Take for lost what is missing. False if the run is to end."""
+        settings, bucket = self._settings, self.context.bucket
+        verification = Verification(Planner(settings, bucket, self._journal, self._stop))
+        for _ in verification.repair():
+            if self._stop.is_set:
+                return False
+        self.planner.warnings |= verification.warnings()
+        count, counts = pluralize(verification.counts[MISSING], "output"), verification.counts
+        log_event("repair", f"--repair: {count} missing, to be converted again", level=logging.INFO, **counts)
+        return True
+
     def _feed(self, decisions: Sequence[Decision]) -> None:
-        counts = Counter[tuple[str, str]]()
-        for decision in decisions:
-            counts[decision.job, RETRIED if decision.is_retry else LISTED] += 1
-            if decision.reason and not decision.task:
-                counts[decision.job, decision.reason] += 1
-        if (anew := sum(decision.is_anew for decision in decisions)) and not self._has_warned:
+        # Of most objects, in most runs, there is nothing but to count them: without a step of Python's for each.
+        listed = Counter(map(operator.attrgetter("job", "is_retry"), decisions))
+        counts = {(job, RETRIED if is_retry else LISTED): number for (job, is_retry), number in listed.items()}
+        settled = itertools.filterfalse(operator.attrgetter("task"), decisions)
+        counts |= Counter(map(operator.attrgetter("job", "reason"), settled))
+        tasks, ranks = [each for each in decisions if each.task], {DecisionKind.FAIL: 0, DecisionKind.RESUME: 1}
+        if (anew := sum(each.is_anew for each in tasks)) and not self._has_warned:
             # Once, before they are handed out: there is still time to stop the run.
             self._has_warned = True
             log_event("warning", f"{anew} of the objects listed so far {ANEW}; --dry-run counts all", kind="anew")
         # Together with the failures, so that a page that is half handed out has all its objects in the accounts.
-        self._tell(FeederUpdate(counts))
-        for decision in decisions:
-            if decision.task and decision.kind is DecisionKind.FAIL:
-                task, code = decision.task, decision.reason
+        self._tell(FeederUpdate({name: number for name, number in counts.items() if name[1]}))
+        # What an earlier run has sent comes first: the API replays it for free, but not for ever.
+        for decision in sorted(tasks, key=lambda each: ranks.get(each.kind, 2)):
+            task, code = cast(Task, decision.task), decision.reason
+            if decision.kind is DecisionKind.FAIL:
                 failed = Outcome(task, OutcomeKind.FAILED, code, decision.message, pending=task.pending)
                 self._tell(replace(failed, permanent=code == "too_large"))
-        # What an earlier run has sent comes first: the API replays it for free, but not for ever.
-        for decision in sorted(decisions, key=lambda each: each.kind is not DecisionKind.RESUME):
-            if decision.task and decision.kind is not DecisionKind.FAIL:
-                self._put(decision.task)
+            else:
+                self._put(task)
 
     def _put(self, task: Task | None) -> None:
         """Put a task on the queue. Raises StopRequested: nobody may empty it any more, and workers see the flag."""
@@ -4756,25 +5106,6 @@ class Ledger:
                 self.reason = RunError(message, f"run it again to go on, or {more}", code="cap")
                 raise StopRequested
             self._reserved += 1
-
-
-def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
-    """A task with its source as it lies there, and what the HEAD says. Raises ObjectSkipped, ObjectFailed, RunError.
-
-    Of a key from a file, only now is it known whether the object is wanted, and whether it is done.
-    """
-    (source, head), known, most = bucket.look_at_source(task.source), task.known, settings.api.max_size
-    if not task.source.version:
-        if not settings.by_name[task.job].wants(source):
-            raise ObjectSkipped(NOT_MATCHED)
-        if known and known.version == source.version:
-            if known.event in DONE_EVENTS:
-                raise ObjectSkipped(ALREADY_DONE)
-            if known.permanent and not settings.retry_failed:
-                raise ObjectSkipped(FAILED_BEFORE)
-    if source.size > most and not task.copy:
-        raise ObjectFailed("too_large", f"{source.size} bytes are more than api.max_size = {most}", permanent=True)
-    return replace(task, source=source), head
 
 
 @dataclass
@@ -5501,10 +5832,7 @@ class Progress:
         self._said, self._said_at = 0, clock()  # finished by the last line
         self._drawn_at, self._columns, self._metrics_due = 0.0, 0, 0.0
         self._bar: tqdm[NoReturn] | None = None
-        # A line that is written again and again looks like none in pipes, files, and the logs of CI.
-        is_dumb = os.environ.get("TERM") == "dumb" or os.environ.get("CI", "") not in {"", "0", "false"}
-        has_bar = sys.stderr.isatty() and self._terminal_columns() > 0 and not is_dumb
-        if has_bar and not settings.quiet and settings.log_format == "text":
+        if self.has_bar(settings):
             # Its watching thread would only redraw what is drawn five times a second anyway.
             tqdm.monitor_interval = 0
             self._bar = tqdm(bar_format="converting", file=sys.stderr, dynamic_ncols=True, mininterval=0)
@@ -5514,6 +5842,14 @@ class Progress:
             old = self._metrics.path.read_text(encoding="utf-8") if self._metrics.path.is_file() else ""
         kept = re.findall(rf"^s3_bulk_convert_({'|'.join(self.KEPT)})\{{.*\}} ([0-9.]+)$", old, re.MULTILINE)
         self._kept = {name: float(value) for name, value in kept}
+
+    @classmethod
+    def has_bar(cls, settings: Settings) -> bool:
+        """Whether a bar is drawn: for a person, on a terminal."""
+        # A line that is written again and again looks like none in pipes, files, and the logs of CI.
+        is_dumb = os.environ.get("TERM") == "dumb" or os.environ.get("CI", "") not in {"", "0", "false"}
+        is_seen = sys.stderr.isatty() and cls._terminal_columns() > 0 and not is_dumb
+        return is_seen and not settings.quiet and settings.log_format == "text"
 
     def announce(self, journal: Journal) -> None:
         """Say what is about to be done."""
@@ -5643,6 +5979,28 @@ class Progress:
                 pairs = ",".join(f'{label}="{value.translate(escapes)}"' for label, value in labels.items())
                 lines.append(f"s3_bulk_convert_{name}{{{pairs}}} {round(number, 6)}")
         self._metrics.replace("\n".join(lines) + "\n")
+
+
+class SeenSoFar(contextlib.AbstractContextManager["SeenSoFar"]):
+    """How far a command that looks at a whole bucket has come: a bar on a terminal, a line a minute elsewhere."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._said_at = time.monotonic()
+        is_drawn = Progress.has_bar(settings) and not log.isEnabledFor(logging.DEBUG)
+        self._bar: tqdm[NoReturn] = tqdm(
+            unit=" objects", file=sys.stderr, dynamic_ncols=True, leave=False, disable=not is_drawn
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, seen: int, total: int = 0) -> None:
+        """Show how many objects were seen, and of how many if that is known."""
+        self._bar.total = total if total >= seen else None
+        self._bar.update(seen - self._bar.n)
+        if self._bar.disable and time.monotonic() - self._said_at > LINE_SECONDS:
+            self._said_at = time.monotonic()
+            log.info("%d objects listed so far", seen)
 
 
 class Recorder:
@@ -5839,22 +6197,15 @@ def run(settings: Settings, stop: StopFlag) -> Report:
 ########################################################################################################################
 
 
-def predict(decision: Decision, planner: Planner) -> Decision:
-    """A decision as a worker's looks would leave it. Raises RunError."""
-    task, bucket = decision.task, planner.bucket
-    if task is None or decision.kind is DecisionKind.FAIL:
-        return decision
+def print_line(line: str) -> None:
+    """Print a line at once. Raises RunError if it cannot be written."""
     try:
-        task, _ = look(task, bucket, planner.settings)
-        existing = bucket.look_at_output(task)
-    except ObjectSkipped as skipped:
-        kind = DecisionKind.DONE if str(skipped) == ALREADY_DONE else DecisionKind.SKIP
-        return decision._replace(kind=kind, reason=str(skipped))
-    except ObjectFailed as failure:
-        return decision._replace(kind=DecisionKind.FAIL, reason=failure.code, message=failure.message)
-    if existing:
-        return decision._replace(kind=DecisionKind.DONE, reason=existing[0].value)
-    return decision._replace(source=task.source)
+        print(line, flush=True)
+    except BrokenPipeError:
+        pass  # who does not read on wants no more
+    except OSError as problem:
+        message = f"stdout cannot be written: {problem.strerror}"
+        raise RunError(message, "free some space, or send it elsewhere", code="disk") from None
 
 
 class Estimate:
@@ -5878,25 +6229,21 @@ class Estimate:
     def make(cls, settings: Settings) -> "Estimate":
         """Plan all that a run would plan. Raises RunError where it could not even look."""
         bucket, checkpoint = Bucket(settings), Path(settings.run.checkpoint)
-
-        def is_open(decision: Decision) -> bool:
-            task = decision.task
-            return task is not None and bool(task.look or task.holder or settings.keys_from)
-
         with (
             Journal(checkpoint, bucket.endpoint, settings, read_only=True) as journal,
-            ThreadPoolExecutor(LIST_THREADS) as pool,
+            SeenSoFar(settings) as so_far,
         ):
-            estimate, said_at = cls(settings, journal.latencies()), time.monotonic()
+            estimate, planner = cls(settings, journal.latencies()), Planner(settings, bucket, journal, StopFlag())
             bucket.check()
-            planner = Planner(settings, bucket, journal, StopFlag())
-            for page in planner.decisions(lambda: LIST_THREADS):
-                looked = pool.map(partial(predict, planner=planner), filter(is_open, page))
-                for decision in itertools.chain(itertools.filterfalse(is_open, page), looked):
+            if settings.repair:
+                verification = Verification(Planner(settings, bucket, journal, StopFlag()))
+                for _ in verification.repair():
+                    so_far.show(verification.seen)
+                planner.warnings |= verification.warnings()
+            for page in planner.foreseen():
+                for decision in page:
                     estimate.add(decision)
-                if time.monotonic() - said_at > LINE_SECONDS:
-                    said_at = time.monotonic()
-                    log.info("%d objects listed so far", estimate.listed)
+                so_far.show(estimate.listed)
         estimate.pages_asked, estimate.plan_warnings = bucket.pages_asked, planner.warnings.values()
         # What the month has left, where the API says it; an estimate is one without it, too.
         try:
@@ -6021,6 +6368,75 @@ class Estimate:
         yield "nothing was sent to be converted, and nothing was written"
 
 
+class Proof:
+    """What `--verify` says: each output beside what was stored."""
+
+    FINDINGS_KEPT = 1_000  # of a kind, in JSON: it fills no memory
+
+    def __init__(self, settings: Settings, verification: Verification) -> None:
+        self._settings, self._verification = settings, verification
+        self._counts, self._findings = verification.counts, list[dict[str, str]]()
+
+    @classmethod
+    def make(cls, settings: Settings) -> "Proof":
+        """Look at everything; with -v, print each finding at once. Raises RunError."""
+        stop = StopFlag()
+        bucket = Bucket(settings, stop)
+        bucket.check()
+        with (
+            Journal(Path(settings.run.checkpoint), bucket.endpoint, settings, read_only=True) as journal,
+            SeenSoFar(settings) as so_far,
+        ):
+            if not journal.is_there:
+                log.warning("there is no checkpoint %s: what outputs say of themselves is looked at", journal.path)
+            planner = Planner(settings, bucket, journal, stop)
+            verification = Verification(planner)
+            proof = cls(settings, verification)
+            for findings in verification.pages():
+                so_far.show(verification.seen, verification.expected)
+                for finding in findings:
+                    proof._take(finding)
+        for kind, warning in planner.warnings.items():
+            log_event("warning", warning, kind=kind)
+        return proof
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """Whether what was stored is there."""
+        return ExitCode.SOME_FAILED if self._counts[MISSING] or self._counts[ALTERED] else ExitCode.DONE
+
+    def _take(self, finding: Finding) -> None:
+        is_kept = self._counts[finding.kind] <= self.FINDINGS_KEPT
+        if self._settings.log_format == "json" and is_kept:
+            self._findings.append(finding._asdict())
+        elif self._settings.log_format == "text" and log.isEnabledFor(logging.DEBUG):
+            print_line(self._settings.hide(f"{finding.kind:<14}{self._words(finding)}"))
+
+    @staticmethod
+    def _words(finding: Finding) -> str:
+        source = f" (of {printable(finding.key)})" if finding.key else ""
+        return f"{printable(finding.output_key)}{source}: {printable(finding.message)}"
+
+    def document(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        counts = {kind: self._counts[kind] for kind in (VERIFIED, *FINDINGS)}
+        return {"bucket": self._settings.s3.bucket, **counts, "findings": self._findings}
+
+    def lines(self) -> Iterator[str]:
+        """All of it in words; the last line says what to do."""
+        counts, settings = self._counts, self._settings
+        if not settings.quiet:
+            yield f"{VERIFIED:<14}{counts[VERIFIED]}"
+            for kind, remedy in FINDINGS.items():
+                yield f"{kind:<14}{counts[kind]}"
+                if example := self._verification.examples.get(kind):
+                    yield f"              for example {self._words(example)}"
+                    yield f"              remedy: {remedy}"
+        wrong = [kind for kind in (MISSING, ALTERED) if counts[kind]]
+        said = (f"; {counts[kind]} {kind}: {FINDINGS[kind]}" for kind in wrong)
+        yield f"{VERIFIED} {counts[VERIFIED]} of {sum(counts[kind] for kind in (VERIFIED, *wrong))}{''.join(said)}"
+
+
 class Status:
     """What `--status` says: all that the checkpoint knows, of these jobs and of others."""
 
@@ -6074,6 +6490,8 @@ class Status:
             yield f"  found        {job['found']}"
             if job["adopted"]:
                 yield f"  adopted      {job['adopted']}"
+            if job[LOST]:
+                yield f"  lost         {job[LOST]}, whose outputs are gone, to be converted again by the next run"
             for state, words in (("failed_for_good", "for good"), ("failed_for_now", "for now")):
                 by_code = Counter(job[state])
                 listed = ", ".join(f"{code} {count}" for code, count in by_code.most_common())
@@ -6327,7 +6745,7 @@ class Why:
         # job is asked about has that of "".
         outputs = {name: (job.fingerprint, job.output_of(self._key)) for name, job in jobs.items()}
         decided = planner.plan([source], is_last=True)
-        decisions = {outputs.get(each.job): predict(each, planner) for each in decided}
+        decisions = {outputs.get(each.job): planner.foresee(each) for each in decided}
         for name, job in jobs.items():
             yield self._step(job, source, decisions.get(outputs[name]) or decisions.get(None))
 
@@ -6347,17 +6765,6 @@ class Why:
 # Check. Proves what a run needs by doing what a run does, and prints a line as soon as it is known: the next proof may
 # have to wait for the network.
 ########################################################################################################################
-
-
-def print_line(line: str) -> None:
-    """Print a line at once. Raises RunError if it cannot be written."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        pass  # who does not read on wants no more
-    except OSError as problem:
-        message = f"stdout cannot be written: {problem.strerror}"
-        raise RunError(message, "free some space, or send it elsewhere", code="disk") from None
 
 
 class CheckWarning(RunError):
@@ -6722,7 +7129,9 @@ def build_parser() -> Parser:
     one_of("--check", action="store_true", help="prove configuration, S3, API key, quota and files; convert nothing")
     one_of("--status", action="store_true", help="what the checkpoint knows; no network")
     one_of("--why", metavar="KEY", help="all that is known about one object, and what the next run would do")
+    one_of("--verify", action="store_true", help="prove from the bucket that each output is there as it was stored")
     one_of("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
+    add("--repair", action="store_true", help="a run that also converts again what --verify would call missing")
     add("--keys-from", metavar="FILE", help="take keys from FILE (- is stdin) instead of listing; see README")
     log_help = "lines for people, or JSON, on stderr and stdout (default: text)"
     add("--log-format", choices=("text", "json"), default="text", help=log_help)
@@ -6774,11 +7183,13 @@ def finish(report: Report, settings: Settings) -> ExitCode:
 
 def run_command(arguments: argparse.Namespace) -> ExitCode:
     """Do what the command line asks for. Raises RunError."""
-    commands = ("check", "status", "why", "dry_run")
+    commands = ("check", "status", "why", "dry_run", "verify")
     command = next((name for name in commands if getattr(arguments, name) not in {None, False}), "")
     given, needs_key = read_flags(arguments), not command
     settings = load_settings(arguments.config, os.environ, given, arguments.shard, needs_key=needs_key)
-    named = ("retry_failed", "quiet", "keys_from", "log_format")
+    if arguments.repair and command not in {"", "dry_run"}:
+        raise usage_error(f"--repair: not with --{command}", "it is a run; --dry-run --repair says what it would do")
+    named = ("retry_failed", "repair", "quiet", "keys_from", "log_format")
     settings = replace(settings, **{name: getattr(arguments, name) for name in named})
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         # A command that has nothing to finish ends with one word.
@@ -6790,15 +7201,15 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
         return finish(run(settings, stop), settings)
     if command == "check":
         return Diagnostics(settings).run()
-    answer: Estimate | Status | Why
-    if command == "dry_run":
-        answer = Estimate.make(settings)
+    answer: Estimate | Proof | Status | Why
+    if command in {"dry_run", "verify"}:
+        answer = (Estimate if command == "dry_run" else Proof).make(settings)
     else:
         answer = Status(settings) if command == "status" else Why(settings, arguments.why)
     is_json = settings.log_format == "json"
     for line in [settings.json(answer.document())] if is_json else map(settings.hide, answer.lines()):
         print_line(line)
-    return ExitCode.DONE
+    return answer.exit_code if isinstance(answer, Proof) else ExitCode.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -427,7 +427,15 @@ def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: Conv
     assert found["checkpoint_bytes"] == len(before["s3_bulk_convert.sqlite3"])
     began, ended, last = map(iso, (found["last_run"]["began"], found["last_run"]["ended"], found["last_activity"]))
     assert (began <= ended <= time.time(), last, found["last_run"]["exit_code"]) == (True, int(earlier), 1)
-    counts = {"converted": 2, "found": 0, "adopted": 0, "skipped": 0, "in_flight": 1, "possible_double_charges": 0}
+    counts = {
+        "converted": 2,
+        "found": 0,
+        "adopted": 0,
+        "skipped": 0,
+        "lost": 0,
+        "in_flight": 1,
+        "possible_double_charges": 0,
+    }
     (job,) = found["jobs"]
     assert iso(job.pop("oldest_sent_at")) <= ended
     assert len(job.pop("fingerprint")) > 10

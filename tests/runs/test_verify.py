@@ -1,0 +1,225 @@
+"""--verify and --repair: what lies in the output bucket is told apart from what was stored, and made again if asked."""
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.standins.conversion_api import ConversionApi, Fault
+from tests.standins.program import lose_checkpoint
+from tests.standins.relay import Asked, Relay
+
+pytestmark = pytest.mark.usefixtures("cheap")
+Cli = Callable[..., Any]
+FOUND = ("verified", "missing", "altered", "not_converted", "failed_before", "orphans", "unknown")
+
+
+def picture(text: str = "") -> bytes:
+    """What a PNG begins with."""
+    return b"\x89PNG\r\n\x1a\n" + text.encode()
+
+
+def put_pictures(bucket: Any, count: int, first: int = 0) -> None:
+    """So many objects, named by their numbers."""
+    for number in range(first, first + count):
+        bucket.put(f"in/{number:03}.png", picture(str(number)))
+
+
+def verified(run_cli: Cli, *arguments: str) -> tuple[int, dict[str, int], dict[str, list[str]]]:
+    """Exit code, counts, and the output keys of what was found, by kind."""
+    run = run_cli("--verify", "--log-format", "json", *arguments)
+    document = json.loads(run.out)
+    found: dict[str, list[str]] = {}
+    for each in document["findings"]:
+        found.setdefault(each["kind"], []).append(each["output_key"])
+    assert {kind: len(keys) for kind, keys in found.items()} == {
+        kind: count for kind, count in document.items() if kind in FOUND[1:] and count
+    }
+    counts = {kind: document[kind] for kind in FOUND if document[kind]}
+    return run.exit_code, counts, {kind: sorted(keys) for kind, keys in found.items()}
+
+
+def damage(bucket: Any) -> None:
+    """Of 20 outputs 3 are deleted, 2 replaced, 1 source is deleted; 4 sources are added, and a stranger's file."""
+    for number in (3, 4, 19):
+        bucket.client.delete_object(Bucket=bucket.name, Key=f"converted/in/{number:03}.jpg")
+    bucket.put("converted/in/007.jpg", b"another size")
+    size = len(bucket.read("converted/in/008.jpg"))
+    bucket.put("converted/in/008.jpg", b"x" * size)
+    bucket.client.delete_object(Bucket=bucket.name, Key="in/012.png")
+    put_pictures(bucket, 4, first=20)
+    bucket.put("converted/notes.txt", b"mine")
+
+
+def test_verify_names_what_is_wrong_and_repair_makes_again_what_is_missing_and_nothing_else(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    put_pictures(bucket, 20)
+    assert run_cli().exit_code == 0
+    assert verified(run_cli) == (0, {"verified": 20}, {})
+    damage(bucket)
+    before = bucket.outputs()
+    expected = {
+        "missing": ["converted/in/003.jpg", "converted/in/004.jpg", "converted/in/019.jpg"],
+        "altered": ["converted/in/007.jpg", "converted/in/008.jpg"],
+        "not_converted": [f"converted/in/{number:03}.jpg" for number in range(20, 24)],
+        "orphans": ["converted/in/012.jpg"],
+        "unknown": ["converted/notes.txt"],
+    }
+    counts = {"verified": 14, **{kind: len(keys) for kind, keys in expected.items()}}
+    assert verified(run_cli) == (1, counts, expected)
+    assert (len(api.paid), bucket.outputs()) == (20, before)
+
+    forecast = json.loads(run_cli("--dry-run", "--repair", "--log-format", "json").out)
+    assert (forecast["conversions"], forecast["jobs"]["default"]["already_done"]) == (7, 16)
+    assert any("2 outputs" in warning and "007.jpg" in warning for warning in forecast["warnings"])
+    assert (len(api.paid), bucket.outputs()) == (20, before)
+
+    run = run_cli("--repair")
+    assert run.exit_code == 0, run.err
+    assert "2 outputs altered since" in run.err
+    assert (len(api.paid), run.summary["converted"], run.summary["possible_double_charges"]) == (27, 7, 0)
+    assert bucket.read("converted/in/007.jpg") == b"another size"
+    rest = {kind: expected[kind] for kind in ("altered", "orphans", "unknown")}
+    assert verified(run_cli) == (1, {"verified": 21, "altered": 2, "orphans": 1, "unknown": 1}, rest)
+    assert run_cli("--repair").exit_code == 0
+    assert len(api.paid) == 27
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/007.jpg")
+    assert (run_cli("--repair").exit_code, len(api.paid)) == (0, 28)
+    assert [row["event"] for row in run.rows() if row["key"] == "in/007.png"] == ["converted", "lost", "converted"]
+
+
+def test_verify_says_what_to_do_in_words(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    put_pictures(bucket, 20)
+    assert run_cli().exit_code == 0
+    clean = run_cli("--verify")
+    assert (clean.exit_code, clean.out.splitlines()[-1]) == (0, "verified 20 of 20")
+    damage(bucket)
+    run, lines = run_cli("--verify", "-q"), run_cli("--verify", "-v").out.splitlines()
+    assert (run.exit_code, len(run.out.splitlines())) == (1, 1)
+    assert run.out.startswith(
+        "verified 14 of 19; 3 missing: --repair converts them again, which is paid for; 2 altered: "
+    )
+    assert lines[-1] == run.out.rstrip()
+    assert "missing       converted/in/003.jpg (of in/003.png): it was stored, and is not there" in lines
+    assert [line for line in lines if re.fullmatch(r"(missing|altered) +\d", line)] == [
+        "missing       3",
+        "altered       2",
+    ]
+    assert len(api.paid) == 20
+
+
+def test_verify_without_a_checkpoint_looks_at_what_outputs_say_of_themselves(
+    run_cli: Cli, bucket: Any, work: Path
+) -> None:
+    put_pictures(bucket, 4)
+    assert run_cli().exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/003.jpg")
+    another = {"Bucket": bucket.name, "Key": "converted/in/001.jpg"}
+    bucket.client.copy_object(Bucket=bucket.name, Key="converted/in/002.jpg", CopySource=another)
+    lose_checkpoint(work)
+    code, counts, found = verified(run_cli)
+    assert (code, counts) == (0, {"verified": 2, "not_converted": 2})
+    assert found == {"not_converted": ["converted/in/002.jpg", "converted/in/003.jpg"]}
+    run = run_cli("--verify", "-v")
+    assert "there is no checkpoint" in run.err
+    assert re.search("^not_converted converted/in/002.jpg .*belongs to in/001.png", run.out, re.MULTILINE)
+
+
+def test_each_job_and_each_shard_verifies_its_own_outputs_and_a_file_of_keys_those_of_its_keys(
+    run_cli: Cli, bucket: Any
+) -> None:
+    put_pictures(bucket, 12)
+    ini = run_cli("--version").workdir / "config.ini"
+    ini.write_text(
+        "[job small]\nquality = 50\noutput_key = converted/small/{stem}.{target}\n[job large]\nquality = 90\n"
+    )
+    assert run_cli().exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/small/005.jpg")
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/006.jpg")
+    missing = {"missing": ["converted/in/006.jpg", "converted/small/005.jpg"]}
+    assert verified(run_cli) == (1, {"verified": 22, "missing": 2}, missing)
+    ini.unlink()
+    keys = ini.with_name("keys")
+    keys.write_text("in/005.png\nin/006.png\nin/no.png\n")
+    arguments = ("--set", "job small.quality=50", "--set", "job small.output_key=converted/small/{stem}.{target}")
+    code, counts, found = verified(run_cli, *arguments, "--keys-from", "keys")
+    counts_of_keys = {"verified": 1, "missing": 1, "not_converted": 1}  # the last one has no object
+    assert (code, counts, found["missing"]) == (1, counts_of_keys, ["converted/small/005.jpg"])
+    run = run_cli(*arguments, "--repair", "--keys-from", "keys")
+    assert (run.exit_code, run.summary["converted"], run.summary["failed"]) == (1, 1, {"source_gone": 1})
+    # Each shard has a checkpoint of its own.
+    for index in (0, 1):
+        assert run_cli("--shard", f"{index}/2").exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/011.jpg")
+    shards = [verified(run_cli, "--shard", f"{index}/2") for index in (0, 1)]
+    assert sum(counts.get("verified", 0) for _, counts, _ in shards) == 11
+    assert [found["missing"] for _, _, found in shards if "missing" in found] == [["converted/in/011.jpg"]]
+    # The other job's outputs are none of this configuration.
+    assert sum(counts["unknown"] for _, counts, _ in shards) == 12
+
+
+def test_what_is_stored_anew_while_it_is_verified_is_no_finding(
+    run_cli: Cli, start: Cli, bucket: Any, relay: Relay
+) -> None:
+    put_pictures(bucket, 3)
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    assert run_cli(**there).exit_code == 0
+    listed, go_on = threading.Event(), threading.Event()
+
+    def wait_at_the_outputs(asked: Asked) -> None:
+        if asked.is_listing and asked.query["prefix"] == "converted/" and not listed.is_set():
+            listed.set()
+            assert go_on.wait(30)
+
+    relay.instead = wait_at_the_outputs
+    verifying = start("--verify", **there)
+    assert listed.wait(30)
+    bucket.put("in/001.png", picture("another"))
+    assert run_cli(**there).exit_code == 0
+    go_on.set()
+    run = verifying.wait()
+    assert (run.exit_code, run.out.splitlines()[-1]) == (0, "verified 2 of 2"), run.out
+
+
+def test_an_archived_source_and_one_that_a_glob_leaves_out_by_now_have_outputs_to_be_proved(
+    run_cli: Cli, bucket: Any
+) -> None:
+    put_pictures(bucket, 3)
+    assert run_cli().exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/001.jpg")
+    left_out = ("--set", "convert.exclude=001.png 002.png")
+    assert verified(run_cli, *left_out) == (1, {"verified": 2, "missing": 1}, {"missing": ["converted/in/001.jpg"]})
+    # It is not wanted, and so it is not made again.
+    run = run_cli("--repair", *left_out)
+    assert (run.exit_code, run.summary["converted"], run.summary["skipped"]["not_matched"]) == (0, 0, 2)
+
+
+def test_repair_keeps_to_the_cap_and_goes_on_after_a_kill(
+    run_cli: Cli, start: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    put_pictures(bucket, 6)
+    assert run_cli().exit_code == 0
+    for number in range(4):
+        bucket.client.delete_object(Bucket=bucket.name, Key=f"converted/in/{number:03}.jpg")
+    run = run_cli("--repair", "--limit", "1")
+    assert (run.exit_code, len(api.paid)) == (3, 7)
+    assert "lost         3" in run_cli("--status").out
+    fault = api.faults.add(Fault.stalled_answer(release))
+    run = start("--workers", "1")  # what is written down as lost needs no second --repair
+    assert fault.reached.wait(30)
+    run.process.kill()
+    run.wait()
+    api.faults.clear()
+    assert (run_cli().exit_code, len(api.paid)) == (0, 10)
+    assert verified(run_cli) == (0, {"verified": 6}, {})
+
+
+def test_repair_is_a_run_and_no_other_command(run_cli: Cli) -> None:
+    for command in (["--status"], ["--check"], ["--why", "a.png"], ["--verify"]):
+        run = run_cli("--repair", *command)
+        assert (run.exit_code, run.err.splitlines()[0]) == (2, f"error: --repair: not with {command[0]}")
