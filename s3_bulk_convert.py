@@ -81,6 +81,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -159,6 +160,8 @@ MAX_PAYMENTS = 2  # for a result that cannot be stored
 MESSAGE_CHARACTERS = 1_000  # of what the API says of a failure
 CHUNK_BYTES = 256 * 1024
 PACKED_BYTES = 4 * 1024  # may become a thousand times as many
+MAX_PAGES, UNPACKED_BYTES = 10_000, 5 * 10**9  # of an archive, whatever it says of itself
+CONTENTS_BYTES = 4 * 2**20  # of its table of contents, which is in memory as a whole, ten times as large
 MULTIPART_BYTES = 100 * 10**6  # a larger output is put in parts, each in memory twice; any other is streamed
 S3_TIMEOUT_SECONDS = 60
 S3_ATTEMPTS = 5  # about 8 s, in all
@@ -560,6 +563,17 @@ class KeyParts(NamedTuple):
     def slot_of(output_key: str) -> str:
         """The slot of an output key: the same for the archive of pages that an answer may turn out to be."""
         return output_key.removesuffix(".zip")
+
+    @staticmethod
+    def page_key(output_key: str, target: str, number: int, count: int) -> str:
+        """The key of one of the pages, from 1, that belong to a planned output; sorted, they are in their order."""
+        return f"{output_key.removesuffix(f'.{target}')}/{number:0{max(3, len(str(count)))}}.{target}"
+
+    @staticmethod
+    def outputs_with_page(key: str) -> tuple[str, ...]:
+        """The planned outputs to which an object may belong as a page; none if it is not called like one."""
+        match = re.fullmatch(r"(.+)/\d{3,5}\.([a-z0-9]+)", key, re.DOTALL)
+        return (f"{match[1]}.{match[2]}", match[1]) if match else ()
 
     @property
     def has_dot_segments(self) -> bool:
@@ -971,6 +985,7 @@ class StoredOutput(NamedTuple):
     key: str
     etag: str
     size: int  # bytes
+    page_bytes: int = 0  # of the pages that were stored beside it
 
 
 class ExpectedOutput(NamedTuple):
@@ -1336,6 +1351,7 @@ class ConvertOptions:
     same_format: str = option(
         Read.choice("skip", "copy", "convert"), "a source that is in the target format already", "skip"
     )
+    pages: str = option(Read.choice("zip", "unpack"), "an archive of pages; unpack: each page is stored as well", "zip")
 
 
 @dataclass(frozen=True)
@@ -3173,10 +3189,25 @@ class Bucket:
             yield copy
 
     def store(self, task: Task, file: "ConvertedFile") -> StoredOutput:
-        """Put an answer into the output bucket. A broken transfer leaves nothing. Raises ObjectFailed, RunError."""
-        key = task.output_key + file.type.suffix
+        """Put an answer into the output bucket, an archive after its pages. Raises ObjectFailed, RunError.
+
+        So an archive that lies there proves that its pages do, and a run that was killed before puts them again.
+        """
+        key, page_bytes = task.output_key + file.type.suffix, 0
+        if not file.pages:
+            return self._put(task, key, file)
+        # Before its pages, too: they would be put in vain, in each run.
+        self._require_place(task, key)
+        for number, page in enumerate(file.unpacked(task.target), 1):
+            of_page = KeyParts.page_key(task.output_key, task.target, number, file.pages)
+            page_bytes += self._put(task, of_page, page, page=number, pages=file.pages).size
+        return self._put(task, key, file, pages=file.pages)._replace(page_bytes=page_bytes)
+
+    def _put(self, task: Task, key: str, file: "ConvertedFile", **numbers: int) -> StoredOutput:
+        """Put one file, whose metadata get the numbers. A broken transfer leaves nothing."""
         self._require_place(task, key)
         extra = {**self.output_arguments(task), "ContentType": file.type.media_type}
+        extra["Metadata"] |= {name: str(number) for name, number in numbers.items()}
         with translate_s3_errors(f"writing {printable(key)}", "store_failed"):
             if file.size > MULTIPART_BYTES:
                 parts = TransferConfig(use_threads=False, multipart_chunksize=5 << 20)
@@ -3713,8 +3744,12 @@ class Planner:
         most = min(api.max_size, 100 * 10**6 if api.jobs_above is None else api.max_size)
         if task.source.size > most and not task.copy:
             return "too_large", f"{task.source.size} bytes are more than {most}; see api.max_size, api.jobs_above"
-        if len(f"{task.output_key}.zip".encode()) > S3_KEY_BYTES:
-            return "output_key_too_long", f"the output key, which may end in .zip, has more than {S3_KEY_BYTES} bytes"
+        longest = [f"{task.output_key}.zip"]
+        if self.settings.by_name[task.job].pages == "unpack":
+            longest.append(KeyParts.page_key(task.output_key, task.target, MAX_PAGES, MAX_PAGES))
+        if any(len(key.encode()) > S3_KEY_BYTES for key in longest):
+            behind = "with what may come behind it (.zip, a page's number)"
+            return "output_key_too_long", f"the output key, {behind}, has more than {S3_KEY_BYTES} bytes"
         if self.settings.s3.is_one_bucket and task.output_key == task.source.key:
             said = "would replace its own source: put {target} or a folder into s3.output_key"
             return "output_collision", f"{task.output_key}: {said}"
@@ -4368,6 +4403,38 @@ class MultipartBody:
         self._file.close()
 
 
+class _ArchiveBody:
+    """The body of an archive for `zipfile`, which reads a table of contents as a whole, however long it says it is."""
+
+    def __init__(self, body: IO[bytes]) -> None:
+        self._body = body
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+    def read(self, size: int = -1) -> bytes:
+        """Some bytes. Raises BadZipFile if they are too many for memory."""
+        if size > CONTENTS_BYTES:
+            raise zipfile.BadZipFile("its table of contents is too long")
+        return self._body.read(size)
+
+
+@contextlib.contextmanager
+def opened_archive(body: IO[bytes]) -> Iterator[zipfile.ZipFile]:
+    """An archive of pages; what goes wrong with it is raised as InvalidResponse. It leaves the body at its start."""
+    said = "the archive of pages cannot be unpacked"
+    try:
+        with zipfile.ZipFile(cast(IO[bytes], _ArchiveBody(body))) as archive:
+            yield archive
+    except RuntimeError as error:
+        # Encrypted, or beyond what zipfile or this program can do: the API would send the same again.
+        raise InvalidResponse("bad_pages", f"{said}: {error}", permanent=True) from None
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, OSError) as error:
+        raise InvalidResponse("bad_pages", f"{said}: {error}") from None
+    finally:
+        body.seek(0)
+
+
 @dataclass
 class ConvertedFile:
     """A whole, judged answer of the API, ready to be stored. `body` is positioned at its start."""
@@ -4375,10 +4442,13 @@ class ConvertedFile:
     body: IO[bytes]
     size: int  # bytes
     type: FileType
+    pages: int = 0  # of an archive that is to be unpacked
 
     @classmethod
-    def receive(cls, answer: requests.Response, target: str, deadline: float) -> "ConvertedFile":
-        """The whole body of a 200, judged. Raises InvalidResponse; leaves nothing behind."""
+    def receive(
+        cls, answer: requests.Response, target: str, deadline: float, *, is_unpacked: bool = False
+    ) -> "ConvertedFile":
+        """The whole body of a 200, judged; with `is_unpacked`, an archive's pages as well. Raises InvalidResponse."""
         length = answer.headers.get("Content-Length", "")
         is_small = length.isdigit() and int(length) <= 1 << 20  # a larger one goes through a temporary file
         with contextlib.ExitStack() as on_failure:
@@ -4404,7 +4474,49 @@ class ConvertedFile:
                 raise InvalidResponse("no_length", "the answer does not say where it ends")
             disposition = answer.headers.get("Content-Disposition", "")
             found = FileType.identify(target, answer.headers.get("Content-Type", ""), disposition, head)
+            file = cls(body, size, found)
+            if is_unpacked and found.suffix:
+                file.pages = sum(1 for _ in file.unpacked(target))
             on_failure.pop_all()
+        return file
+
+    def unpacked(self, target: str) -> Iterator["ConvertedFile"]:
+        """The pages of an archive in its order, each judged, and there until the next. Raises InvalidResponse.
+
+        Nothing that the archive says is believed: no name, no size, no number of pages.
+        """
+        left = UNPACKED_BYTES
+        with opened_archive(self.body) as archive:
+            entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
+            if not 0 < len(entries) <= MAX_PAGES:
+                raise NotImplementedError(f"it has {len(entries)} pages, and not 1 to {MAX_PAGES}")
+            for number, entry in enumerate(entries, 1):
+                # Of what others unpack, nobody knows how much is in memory at once.
+                if entry.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                    raise NotImplementedError(f"page {number} is packed by method {entry.compress_type}")
+                with archive.open(entry) as packed, temporary_file() as body:
+                    page = self._page(number, packed, body, target, left)
+                    left -= page.size
+                    yield page
+
+    @classmethod
+    def _page(cls, number: int, packed: IO[bytes], body: IO[bytes], target: str, left: int) -> "ConvertedFile":
+        """One page, unpacked into `body`. Raises NotImplementedError if it is none, or too large."""
+        size = 0
+        with no_space_stops_the_run():
+            while size <= left and (piece := packed.read(CHUNK_BYTES)):
+                size += body.write(piece)
+            body.seek(0)
+        if size > left:
+            raise NotImplementedError(f"its pages have more than {human_bytes(UNPACKED_BYTES)}")
+        head = body.read(ERROR_BODY_BYTES)
+        body.seek(0)
+        try:
+            found = FileType.identify(target, "", "", head)
+        except InvalidResponse:
+            found = None
+        if not size or found is None or found.suffix:
+            raise NotImplementedError(f"page {number} is no {target} file")
         return cls(body, size, found)
 
     @staticmethod
@@ -4536,6 +4648,8 @@ class Conversation:
         self._timeouts = 0  # 504s: the conversion takes longer than the API's synchronous call may
         self._failed_jobs = 0  # that may not fail again
         self._is_url_checked = False  # a refused URL was sent once more, because S3 serves it
+        is_unpacked = context.settings.by_name[task.job].pages == "unpack"
+        self._receive_file = partial(ConvertedFile.receive, target=task.target, is_unpacked=is_unpacked)
         # Unix seconds; when the current request was first sent in this run. From then on it counts against the cap.
         self._asked_at = 0.0
 
@@ -4555,7 +4669,7 @@ class Conversation:
         """How it has ended, without secrets, and with the request that must be kept, if there is one."""
         why, hide = why or ObjectFailed("", ""), self._context.settings.hide
         is_stored = kind.value in DONE_EVENTS or why.code in {TAG_FAILED, TOO_MANY_TAGS}
-        is_settled = is_stored or (why.permanent and why.code != "not_stored")
+        is_settled = is_stored or (why.permanent and why.code not in {"not_stored", "bad_pages"})
         # The API may have the result or, after 429, may remember the body.
         kept = ({RequestState.ANSWERED, RequestState.UNKNOWN}, {RequestState.PUT_OFF})
         sent = [request for request in reversed(self.requests) if request.row.first_sent and not is_settled]
@@ -4863,7 +4977,7 @@ class Conversation:
         deadline = time.monotonic() + max(self._api.timeout, 600)
         is_json = FileType.media_kind(answer.headers.get("Content-Type", "")) == "json"
         if not is_json or self.task.target in JSON_FORMATS:
-            return ConvertedFile.receive(answer, self.task.target, deadline)
+            return self._receive_file(answer, deadline=deadline)
         without_link = InvalidResponse("json_answer", "the API answered with JSON instead of the file")
         return self._download(json_body(answer), deadline, without_link)
 
@@ -4934,8 +5048,7 @@ class Conversation:
         # The link may be relative, and may point to another host, which then gets no key.
         call = HttpCall(urllib.parse.urljoin(self._api.url + "/", link), DOWNLOAD_RULES, deadline)
         try:
-            receive = partial(ConvertedFile.receive, target=self.task.target, deadline=deadline)
-            file = self._exchange(call, receive)
+            file = self._exchange(call, partial(self._receive_file, deadline=deadline))
         except InvalidResponse:
             raise
         except ObjectFailed as failure:
@@ -5491,6 +5604,8 @@ HINTS = {
     "json_answer": "an error came in place of the file: run it again",
     "text_answer": "words came in place of the file, such as an error's: run it again",
     "wrong_type": "the API answered with another format and has been paid: ask its support, with the key of an object",
+    "bad_pages": "damaged, or with what is no page: to store the archive as it is, set convert.pages = zip and run it "
+    "with --retry-failed; within a day of the payment that costs nothing",
     "cut_answer": "answers broke off: check network and proxy, and run it again",
     "no_length": "a proxy on the way hides where answers end: go around it",
     "packed_answer": "a proxy on the way packs answers as nobody asked for: go around it",
@@ -5655,7 +5770,7 @@ class Report:
             self.counts["failed_permanently"] += outcome.permanent
         elif kind is OutcomeKind.CONVERTED:
             self.counts["bytes_in"] += task.source.size
-            self.counts["bytes_out"] += outcome.output.size if outcome.output else 0
+            self.counts["bytes_out"] += outcome.output.size + outcome.output.page_bytes if outcome.output else 0
             self._latencies.append(outcome.seconds)
 
     def _count(self, job: str, name: str, number: int = 1) -> None:

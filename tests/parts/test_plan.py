@@ -362,6 +362,10 @@ def test_an_adopted_output_stays_its_source_s_in_every_later_run(path: Path) -> 
         ("k" * 1007, [], "output_key_too_long"),
         ("ü" * 503, [], "send"),
         ("ü" * 504, [], "output_key_too_long"),
+        # A page has the number 10,000 at the most.
+        ("k" * 1004, ["convert.pages=unpack"], "send"),
+        ("k" * 1005, ["convert.pages=unpack"], "output_key_too_long"),
+        ("k" * 1005, ["convert.pages=unpack", "s3.output_key=converted/{key}"], "output_key_too_long"),
     ],
 )
 def test_an_output_key_that_cannot_be_written_is_never_paid_for(

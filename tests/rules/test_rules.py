@@ -143,6 +143,35 @@ def test_an_archive_of_pages_has_the_slot_of_the_key_that_was_planned(planned: s
 
 
 @pytest.mark.parametrize(
+    ("planned", "number", "count", "expected"),
+    [
+        ("p/a.jpg", 1, 1, "p/a/001.jpg"),
+        ("p/a.jpg", 12, 999, "p/a/012.jpg"),
+        ("p/a.jpg", 12, 1000, "p/a/0012.jpg"),
+        ("p/a.jpg", 10_000, 10_000, "p/a/10000.jpg"),
+        # Only what is the target's is taken away: of what has other endings, each keeps its own.
+        ("p/a.pdf", 2, 3, "p/a.pdf/002.jpg"),
+        ("p/a", 2, 3, "p/a/002.jpg"),
+        ("a.jpg.jpg", 2, 3, "a.jpg/002.jpg"),
+    ],
+)
+def test_pages_lie_below_the_planned_key(planned: str, number: int, count: int, expected: str) -> None:
+    assert program.KeyParts.page_key(planned, "jpg", number, count) == expected
+
+
+@given(KEYS.filter(bool), st.integers(1, 10_000), st.sampled_from(("jpg", "png", "7z")))
+def test_a_page_is_known_by_its_key_and_sorts_as_it_is_numbered(planned: str, count: int, target: str) -> None:
+    keys = [program.KeyParts.page_key(planned, target, number, count) for number in range(1, count + 1)]
+    assert keys == sorted(set(keys))
+    assert all(planned in program.KeyParts.outputs_with_page(key) for key in (keys[0], keys[-1]))
+
+
+@pytest.mark.parametrize("key", ["a.jpg", "001.jpg", "a/01.jpg", "a/x001.jpg", "a/001", "a/001.jpg.zip", "a/100001.jpg"])
+def test_what_is_not_called_like_a_page_belongs_to_no_output(key: str) -> None:
+    assert program.KeyParts.outputs_with_page(key) == ()
+
+
+@pytest.mark.parametrize(
     ("key", "expected"),
     [
         ("a/../b.png", True),

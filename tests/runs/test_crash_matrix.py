@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.runs.test_pages import PDF, UNPACK, bodies, paged, stored
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.crashing import EFFECTS, HALF_READ
@@ -15,7 +16,7 @@ Cli = Callable[..., Any]
 OBJECTS = 6
 KILLED = -9
 TAGGED = [{"Key": "converted", "Value": "yes"}]
-OF_THEIR_OWN = {"failure-written", "output-looked-at"}  # what the first run of good objects never comes to
+OF_THEIR_OWN = {"failure-written", "output-looked-at", "page-put"}  # what a first run of pictures never comes to
 MOMENTS = [
     *((effect, when) for effect in EFFECTS if effect not in OF_THEIR_OWN for when in ("before", "after")),
     (HALF_READ, "after"),
@@ -75,6 +76,23 @@ def test_a_kill_after_a_refused_url_ends_at_the_same_upload(start: Cli, strict_a
     expected = fill_bucket(bucket)
     die_at(start, "output-put", "before", 3)
     assert_all_promises_are_kept(start().wait(), strict_api, bucket, expected)
+
+
+@pytest.mark.parametrize(("when", "nth"), [("after", 2), ("before", 4), pytest.param("before", 2, marks=pytest.mark.slow)])
+def test_a_kill_between_the_pages_of_a_document_leaves_no_archive_and_pays_nothing_twice(
+    *, when: str, nth: int, start: Cli, strict_api: ConversionApi, bucket: Any
+) -> None:
+    strict_api.behaviour.convert = paged
+    source = PDF + b"3"
+    bucket.put("in/x.pdf", source)
+    die_at(start, "page-put", when, nth, *UNPACK)
+    # The archive is the fourth, and says that all the others are there.
+    there = [f"converted/in/x/00{number}.jpg" for number in range(1, nth + (when == "after"))]
+    assert bucket.keys("converted/") == there
+    run = start(*UNPACK).wait()
+    assert (run.exit_code, run.summary["converted"], len(strict_api.paid)) == (0, 1, 1), run.err
+    assert (run.summary["possible_double_charges"], run.rows("in_flight")) == (0, [])
+    assert bodies(bucket) == stored("converted/in/x", source, 3)
 
 
 def test_a_kill_between_a_failure_line_and_its_commit_leaves_the_line(

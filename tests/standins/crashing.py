@@ -21,6 +21,7 @@ EFFECTS: dict[str, tuple[Any, str]] = {
     "request-sent": (program.Conversation, "_exchange"),
     "answer-read": (program.ConvertedFile, "receive"),
     "source-looked-at-again": (program.Bucket, "require_unchanged"),
+    "page-put": (program.Bucket, "_put"),
     "output-put": (program.Bucket, "store"),
     "source-tagged": (program.Bucket, "tag_source"),
     "failure-written": (program.OutputFile, "append"),
@@ -90,9 +91,9 @@ def wrap_reading(nth: int) -> None:
     original: Callable[..., Any] = getattr(owner, name)
     countdown = Countdown(nth)
 
-    def wrapped(answer: Any, *rest: Any) -> Any:
+    def wrapped(answer: Any, **named: Any) -> Any:
         answer.raw = HalfBody(answer.raw) if countdown.is_over() else answer.raw
-        return original(answer, *rest)
+        return original(answer, **named)
 
     setattr(owner, name, wrapped)
 
