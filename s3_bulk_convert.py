@@ -1351,7 +1351,7 @@ class ConvertOptions:
     same_format: str = option(
         Read.choice("skip", "copy", "convert"), "a source that is in the target format already", "skip"
     )
-    pages: str = option(Read.choice("zip", "unpack"), "an archive of pages; unpack: each page is stored as well", "zip")
+    pages: str = option(Read.choice("zip", "unpack"), "an archive of pages: as it is, or each page too", "zip")
 
 
 @dataclass(frozen=True)
@@ -6478,7 +6478,9 @@ class Estimate:
         if (enough := found["workers_that_fill_the_rate"]) not in {None, workers}:
             pace = f"{pace}; {pluralize(enough, 'worker')} would fill that rate (run.workers)"
         yield f"time          about {human_seconds(found['seconds'])}: {pace}"
-        yield "S3 requests   " + ", ".join(f"{count} {name}" for name, count in found["s3_requests"].items() if count)
+        asked = ", ".join(f"{count} {name}" for name, count in found["s3_requests"].items() if count)
+        unpacks = any(job.pages == "unpack" for job in self.settings.jobs)
+        yield f"S3 requests   {asked}{', and a HEAD and a PUT for each page' if unpacks else ''}"
         yield from (f"warning       {warning}" for warning in found["warnings"])
         yield "nothing was sent to be converted, and nothing was written"
 

@@ -166,7 +166,9 @@ def test_a_page_is_known_by_its_key_and_sorts_as_it_is_numbered(planned: str, co
     assert all(planned in program.KeyParts.outputs_with_page(key) for key in (keys[0], keys[-1]))
 
 
-@pytest.mark.parametrize("key", ["a.jpg", "001.jpg", "a/01.jpg", "a/x001.jpg", "a/001", "a/001.jpg.zip", "a/100001.jpg"])
+@pytest.mark.parametrize(
+    "key", ["a.jpg", "001.jpg", "a/01.jpg", "a/x001.jpg", "a/001", "a/001.jpg.zip", "a/100001.jpg"]
+)
 def test_what_is_not_called_like_a_page_belongs_to_no_output(key: str) -> None:
     assert program.KeyParts.outputs_with_page(key) == ()
 

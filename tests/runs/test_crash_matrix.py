@@ -78,7 +78,7 @@ def test_a_kill_after_a_refused_url_ends_at_the_same_upload(start: Cli, strict_a
     assert_all_promises_are_kept(start().wait(), strict_api, bucket, expected)
 
 
-@pytest.mark.parametrize(("when", "nth"), [("after", 2), ("before", 4), pytest.param("before", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("when", "nth"), [("after", 2), ("before", 4)])
 def test_a_kill_between_the_pages_of_a_document_leaves_no_archive_and_pays_nothing_twice(
     *, when: str, nth: int, start: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:
