@@ -327,9 +327,9 @@ def log_event(event: str, message: str, *, level: int = logging.WARNING, **field
 class ConsoleHandler(logging.Handler):
     """Writes to stderr, above the progress bar: lines for people, or JSON objects; tracebacks only on demand."""
 
-    def __init__(self, *, verbose: bool, as_json: bool) -> None:
+    def __init__(self, *, quiet: bool, verbose: bool, as_json: bool) -> None:
         super().__init__()
-        self._verbose, self._as_json = verbose, as_json
+        self._quiet, self._verbose, self._as_json = quiet, verbose, as_json
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one line."""
@@ -346,14 +346,15 @@ class ConsoleHandler(logging.Handler):
             standard = {"ts": when, "level": record.levelname.lower(), "event": event, "message": message}
             return json.dumps(without_secrets(standard | fields | ({"traceback": trace} if trace else {})))
         if event == "error":
-            return redact(f"{trace}error: {message}\nhint: {fields['hint']}")
+            # What is quiet is read later, in a log.
+            return redact(f"{trace}{f'{when} ' if self._quiet else ''}error: {message}\nhint: {fields['hint']}")
         return redact(f"{when} {message}" + (f"\n{trace.rstrip()}" if trace else ""))
 
 
 def set_up_logging(*, quiet: bool, verbose: bool, as_json: bool) -> None:
     """Send this program's messages to stderr; other libraries' only with -v."""
     # One handler for all: a library's message must not tear the progress bar either.
-    handler = ConsoleHandler(verbose=verbose, as_json=as_json)
+    handler = ConsoleHandler(quiet=quiet, verbose=verbose, as_json=as_json)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
     # urllib3 warns at each retry, with the path of the request; the summary has the counts.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
@@ -391,7 +392,10 @@ StopCode = (
 
 
 class RunError(Exception):
-    """Why a run ends or cannot start, what to do, what the shell is told, and a word for machines (`stopped_code`)."""
+    """Why a run ends or cannot start, what to do, what the shell is told, and a word for machines (`stopped_code`).
+
+    The exit code is USAGE for what another run would meet as well; the shell is told so only if nothing was begun.
+    """
 
     def __init__(
         self, message: str, hint: str, exit_code: ExitCode = ExitCode.STOPPED, code: StopCode = "environment"
@@ -1822,16 +1826,17 @@ class Trouble:
         """The end of the run for a reply that every object would get."""
         what, hint = "the API refused the key", "check CTF_API_KEY, api.key or api.key_file"
         stopped_code: StopCode = "api_key"
+        exit_code = ExitCode.USAGE
         if status == 407:
             what, hint = f"the proxy {Trouble.proxy_for(address)} wants a password", PROXY_HINT
             stopped_code = "api"
         elif code == "quota_exceeded" or status == 402:
             what, hint = "the quota is used up", "run it again next month, or after an upgrade of the plan"
-            stopped_code = "quota"
+            stopped_code, exit_code = "quota", ExitCode.STOPPED
         elif status == 403:
-            what = "the API refused the account"
+            what, exit_code = "the API refused the account", ExitCode.STOPPED
             hint = "check the API key and the plan; where the API gives no code, a proxy on the way may have refused it"
-        return RunError(f"{what}: {f'{status} {code} {message}'.strip()}", hint, code=stopped_code)
+        return RunError(f"{what}: {f'{status} {code} {message}'.strip()}", hint, exit_code, stopped_code)
 
     @staticmethod
     def unexpected(where: str, error: Exception, address: str) -> RunError:
@@ -2085,7 +2090,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             if "not a database" in said or "malformed" in said:
                 hint = "move it away to start over: with run.skip_existing, finished objects are found "
                 hint += "in the output bucket"
-                raise RunError(f"the checkpoint {path} is damaged: {said}", hint, code="checkpoint") from None
+                message = f"the checkpoint {path} is damaged: {said}"
+                raise RunError(message, hint, ExitCode.USAGE, "checkpoint") from None
             if "full" in said or "disk I/O" in said:
                 hint = "free some space and run it again"
                 raise RunError(f"the checkpoint {path} cannot be written: {said}", hint, code="disk") from None
@@ -2660,6 +2666,10 @@ REFUSALS_OF_ALL = re.compile(
     "InvalidSecurity|InvalidToken|NoSuchBucket|NotSignedUp|PermanentRedirect|RequestExpired|RequestTimeTooSkewed|"
     "SignatureDoesNotMatch|TokenRefreshRequired"
 )
+# Refusals that time, or a person elsewhere, takes away; any other 4xx would meet the next run as well.
+PASSING_REFUSALS = frozenset(
+    {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "RequestTimeTooSkewed", "TokenRefreshRequired"}
+)
 ABSENT = frozenset({"404", "NoSuchKey", "NoSuchVersion"})
 NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
 # What to do about a refusal of S3's, by its code.
@@ -2743,12 +2753,14 @@ def s3_failure(error: Exception, doing: str, code: str = "") -> RunError | Objec
     if name == "407":
         # Only to an http address a proxy answers itself.
         message = f"the proxy {Trouble.proxy_for('http://s3')} wants a password: 407 {said}".rstrip()
-        return RunError(message, PROXY_HINT, code="s3")
+        return RunError(message, PROXY_HINT, ExitCode.USAGE, "s3")
     message = redact(f"S3 refused {doing}: {name} {said}".rstrip())
     if code and not REFUSALS_OF_ALL.fullmatch(name):
         return ObjectFailed(code, message)
     other = "check the bucket's name, the AWS credentials and their permissions, and run it again"
-    return RunError(message, S3_HINTS.get(name, other), code="s3")
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    is_passing = not 400 <= status < 500 or status in {408, 429} or name in PASSING_REFUSALS
+    return RunError(message, S3_HINTS.get(name, other), ExitCode.STOPPED if is_passing else ExitCode.USAGE, "s3")
 
 
 def s3_unreachable(error: Exception, doing: str) -> RunError:
@@ -2916,14 +2928,14 @@ class Bucket:
             if name in address:
                 where = f" at {address}"
                 hint = "take the bucket out of s3.endpoint_url, which is the address of all buckets"
-            raise RunError(f"the bucket {name} does not exist{where}", hint, code="s3")
+            raise RunError(f"the bucket {name} does not exist{where}", hint, ExitCode.USAGE, "s3")
         if code == "400" and self._settings.api.transfer != "upload":
             # boto3 finds the region for its own requests alone: URLs would keep the wrong one.
             with contextlib.suppress(ClientError, BotoCoreError):  # the run's own listing will say why
                 self.client.list_objects_v2(Bucket=name, MaxKeys=1, **self._payer)
                 message = f"the bucket {name} is in another region than {self.client.meta.region_name or 'none'}"
                 hint = "correct s3.region (or that of the AWS configuration), and run it again"
-                raise RunError(message, hint, code="s3")
+                raise RunError(message, hint, ExitCode.USAGE, "s3")
 
     # -- listings ------------------------------------------------------------------------------------------------------
 
@@ -2988,7 +3000,8 @@ class Bucket:
                     raise RunError(
                         "this server does not list keys in the order that S3 promises, so that some would be missed",
                         "name the keys with --keys-from",
-                        code="listing",
+                        ExitCode.USAGE,
+                        "listing",
                     )
                 return cast(Page, page)
         problem = reply.get("Problem", "an error in place of a page")
@@ -3031,7 +3044,8 @@ class Bucket:
             raise RunError(
                 f"S3 does not say how long and how old an object of {self.name} is (Content-Length, Last-Modified)",
                 "go around the proxy or gateway that hides it, or leave out --keys-from, and run it again",
-                code="s3",
+                ExitCode.USAGE,
+                "s3",
             )
         size = head.get("ContentLength", listed.size)
         modified = head["LastModified"].isoformat() if "LastModified" in head else listed.last_modified
@@ -5741,6 +5755,7 @@ class Report:
         self.reason: RunError | None = None  # why the run ended before its work did
         self.announced: RunError | None = None  # why it is to end, once that was said
         self.is_complete = False  # everything there is was listed and handed out
+        self._has_begun = False  # something was stored, or may have been done by the API
 
     def apply(self, update: FeederUpdate) -> None:
         """Take over what the feeder has to say."""
@@ -5753,6 +5768,10 @@ class Report:
     def add(self, outcome: Outcome) -> None:
         """Count one outcome."""
         kind, task = outcome.kind, outcome.task
+        is_new = outcome.pending not in {None, task.pending}
+        self._has_begun |= (
+            is_new or kind is OutcomeKind.CONVERTED or (kind is OutcomeKind.FAILED and outcome.requests > 0)
+        )
         names = {OutcomeKind.SKIPPED: outcome.code, OutcomeKind.FOUND: ALREADY_DONE}
         self._count(task.job, names.get(kind, kind.value))
         numbers = {"requests": outcome.requests, "throttled": outcome.throttled, "replays": outcome.is_replay}
@@ -5808,8 +5827,13 @@ class Report:
     def exit_code(self) -> ExitCode:
         """What the whole run amounts to."""
         if self.reason:
-            return self.reason.exit_code
+            return self.exit_code_of(self.reason)
         return ExitCode.SOME_FAILED if self.failed else ExitCode.DONE
+
+    def exit_code_of(self, reason: RunError) -> ExitCode:
+        """What the shell is told if the run ends for a reason now."""
+        is_too_late = self._has_begun and reason.exit_code is ExitCode.USAGE
+        return ExitCode.STOPPED if is_too_late else reason.exit_code
 
     @property
     def cost(self) -> float | None:
@@ -5879,6 +5903,7 @@ class Report:
         """The end of the run in words: what has come of it, and what to do next."""
         # Of a run that never began, zeros would hide why.
         if self.counts[LISTED] or not self.reason:
+            yield f"{iso_time(time.time())} ended with exit code {int(self.exit_code)}"
             yield from (f"{name:<14}{text}" for name, text in self._figures(self.summary()))
         if self.reason:
             yield f"{iso_time(time.time())} stopped: {self.reason.message}"
@@ -6017,15 +6042,16 @@ class Progress:
         """What the bar, a line and a JSON record say, under the names that the last has."""
         report, now, (since, before) = self.report, self._clock(), self._pace[0]
         rate = (report.finished - before) / max(now - since, 0.001)
-        silence = now - self._moved
+        silence, is_final = now - self._moved, report.is_complete or report.total is not None
         return {
             "done": report.finished,
             "total": report.expected,
-            "total_is_final": report.is_complete or report.total is not None,
+            "total_is_final": is_final,
             "listed": report.counts[LISTED],
             "failed": report.failed.total(),
             "per_second": round(rate, 3),
-            "eta_seconds": round(max(0, report.expected - report.finished) / rate) if rate else None,
+            # As far as it is listed by now, it would be seconds for hours.
+            "eta_seconds": round(max(0, report.expected - report.finished) / rate) if rate and is_final else None,
             "p95_seconds": report.percentile(95),
             "remaining": report.remaining,
             "in_flight": report.in_flight,
@@ -6238,7 +6264,8 @@ class Recorder:
         self._report.announced = reason
         grace = f" for up to {self._run.shutdown_grace:.0f} s; once more ends it at once"
         message = f"{reason.message}; waiting for what is in flight{grace if reason.is_by_signal else ''}"
-        log_event("stop", message, because=reason.message, hint=reason.hint, exit_code=int(reason.exit_code))
+        code = int(self._report.exit_code_of(reason))
+        log_event("stop", message, because=reason.message, hint=reason.hint, exit_code=code)
 
 
 ########################################################################################################################
@@ -6426,16 +6453,19 @@ class Estimate:
         }
 
     def _warnings(self, conversions: int, in_one_run: int) -> Iterator[str]:
-        left, keep = self.usage.remaining, self.settings.api.keep_remaining
+        left, keep, parts = self.usage.remaining, self.settings.api.keep_remaining, self.settings.shard.count
+        of_all = f" for all {parts} shards, if each needs as many," if parts > 1 else ""
+        in_one_run *= parts
         if left is None:
             unknown = f"what the month has left is not known ({self.usage_problem})"
             yield f"{unknown}, and plans may bill what is beyond it: see --limit"
         elif in_one_run > left:
             refuses = self.usage.bills_overage is False
             what = "are refused, and the run stops there" if refuses else "are billed as overage"
-            yield f"{in_one_run - left} conversions more than the month has left {what}; --limit {left} keeps within it"
+            more = f"{in_one_run - left} conversions more than the month has left{of_all} {what}"
+            yield f"{more}; --limit {left} keeps within it"
         elif keep and in_one_run > left - keep:
-            yield f"the run would stop when {keep} conversions are left (api.keep_remaining)"
+            yield f"the run would stop when{of_all} {keep} conversions are left (api.keep_remaining)"
         if anew := sum(job["anew"] for job in self._jobs.values()):
             yield f"{anew} of the objects to convert {ANEW}"
         by_code = itertools.chain.from_iterable(job["failed"].items() for job in self._jobs.values())
@@ -6861,7 +6891,15 @@ class Why:
         # The decisions of the plan, after a worker's looks. Jobs that would make the very same output have one; what no
         # job is asked about has that of "".
         outputs = {name: (job.fingerprint, job.output_of(self._key)) for name, job in jobs.items()}
-        decided = planner.plan([source], is_last=True)
+        # Those before it that want the same output key claim it first; most templates keep folder and stem.
+        bucket, parts = planner.bucket, KeyParts.of(self._key)
+
+        def slots(key: str) -> set[str]:
+            return {KeyParts.slot_of(job.output_of(key)) for job in jobs.values()}
+
+        near = bucket.read_page(bucket.name, parts.folder + parts.stem).objects
+        rivals = [other for other in near if other.key < self._key and slots(other.key) & slots(self._key)]
+        decided = [each for each in planner.plan([*rivals, source], is_last=True) if each.source.key == self._key]
         decisions = {outputs.get(each.job): planner.foresee(each) for each in decided}
         for name, job in jobs.items():
             yield self._step(job, source, decisions.get(outputs[name]) or decisions.get(None))

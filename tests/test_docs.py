@@ -83,6 +83,14 @@ def test_readme_has_each_word_for_why_a_run_stopped() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \| \S", table, re.MULTILINE)) == sorted(known)
 
 
+def test_the_alerts_ask_for_metrics_that_there_are() -> None:
+    asked = set(re.findall(r"s3_bulk_convert_(\w+)", " ".join(re.findall(r"^ +expr: (.*)$", README, re.MULTILINE))))
+    assert asked <= program.METRICS.keys()
+    # One fires where there never was a success, and one looks at the exit code.
+    assert {"running", "last_success_timestamp_seconds", "last_exit_code"} <= asked
+    assert "last_exit_code unless s3_bulk_convert_last_success_timestamp_seconds" in README
+
+
 def test_the_job_definition_for_aws_batch_is_one() -> None:
     written = re.search(r"--container-properties '(.*?)'", README, re.DOTALL)
     assert written is not None

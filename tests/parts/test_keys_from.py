@@ -239,7 +239,7 @@ def test_an_inventory_that_is_not_there_ends_the_run(source: program.Bucket, tmp
     manifest = write_manifest(tmp_path, [])
     [part] = tmp_path.rglob("*.csv.gz")
     part.unlink()
-    with ends_with(ExitCode.STOPPED, r"S3 refused reading s3://inventories/inv/bucket/daily/data/1.csv.gz"):
+    with ends_with(ExitCode.USAGE, r"S3 refused reading s3://inventories/inv/bucket/daily/data/1.csv.gz"):
         keys(manifest, source)
 
 
@@ -331,5 +331,5 @@ def test_trouble_after_the_first_page_stops_the_run(source: program.Bucket, tmp_
 
 
 def test_a_manifest_in_a_bucket_that_refuses_stops_the_run(source: program.Bucket) -> None:
-    with ends_with(ExitCode.STOPPED, r"S3 refused reading s3://no-such-bucket/manifest.json"):
+    with ends_with(ExitCode.USAGE, r"S3 refused reading s3://no-such-bucket/manifest.json"):
         keys("s3://no-such-bucket/manifest.json", source)

@@ -63,6 +63,9 @@ def test_silence_of_ten_minutes_is_ten_lines(shown: Shown, caplog: Any) -> None:
 def test_rate_and_eta_are_those_of_the_last_minute(shown: Shown, caplog: Any) -> None:
     shown.list(listed=10_000)
     shown.over(121, each=10)
+    # Before all is listed or counted, nobody knows how much is left.
+    assert {record.fields["eta_seconds"] for record in caplog.records} == {None}
+    shown.report.apply(program.FeederUpdate(total=10_000))
     shown.over(120, each=2)
     fast, slow = caplog.records[1].fields, caplog.records[-1].fields
     assert (fast["per_second"], slow["per_second"]) == (pytest.approx(10, rel=0.05), pytest.approx(2, rel=0.05))

@@ -242,13 +242,27 @@ def test_a_target_that_nobody_knows_is_asked_about_before_it_is_paid_for(
     assert len(api.paid) == 1
 
 
+def test_a_shard_s_forecast_sets_the_work_of_all_shards_against_the_month(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    put_all(bucket, *(f"{number}.png" for number in range(8)))
+    api.behaviour.month_quota = 5
+    found = [foreseen(run_cli, "--shard", f"{index}/2") for index in range(2)]
+    assert sum(each["conversions"] for each in found) == 8
+    for each in found:
+        more = 2 * each["conversions"] - 5
+        said = f"{more} conversions more than the month has left for all 2 shards, if each needs as many, are billed"
+        assert [warning for warning in each["warnings"] if said in warning] or more <= 0
+    assert foreseen(run_cli, "--shard", "0/2", "--limit", "4")["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("changes", "exit_code", "said"),
     [
-        ({"S3_BUCKET": "no-such-bucket"}, 3, "error: the bucket no-such-bucket does not exist\nhint: "),
+        ({"S3_BUCKET": "no-such-bucket"}, 2, "error: the bucket no-such-bucket does not exist\nhint: "),
         pytest.param(
             {"AWS_SECRET_ACCESS_KEY": "not-the-secret"},
-            3,
+            2,
             "error: S3 refused the listing of ",
             marks=pytest.mark.needs("secrets"),
         ),

@@ -57,9 +57,9 @@ def refused(name: str, status: int, code: str | None, recorded: str) -> Row:
     )
 
 
-def stopped(name: str, *faults: Callable[[], Fault], **behaviour: object) -> Row:
+def stopped(name: str, *faults: Callable[[], Fault], exit_code: int = 3, **behaviour: object) -> Row:
     """A refusal of everything: the run stops and blames nobody, the next one converts."""
-    return Row(name, faults, behaviour, exit_code=3, paid=0, second_requests=1)
+    return Row(name, faults, behaviour, exit_code=exit_code, paid=0, second_requests=1)
 
 
 def survived(name: str, *faults: Callable[[], Fault], **behaviour: object) -> Row:
@@ -90,7 +90,7 @@ ROWS = [
     refused("400 bad_request", 400, "bad_request", "bad_request"),
     refused("422 unsupported_route", 422, "unsupported_route", "unsupported_route"),
     refused("422 in words that no file takes", 422, "\ud83d", "?"),
-    stopped("401 invalid_api_key", reply(401, "invalid_api_key")),
+    stopped("401 invalid_api_key", reply(401, "invalid_api_key"), exit_code=2),
     stopped("429 quota_exceeded", reply(429, "quota_exceeded")),
     survived("409 while an earlier attempt is at work", reply(409, "bad_request", retry_after="0")),
     survived("429 rate_limited, seconds", reply(429, "rate_limited", retry_after="1")),
@@ -182,8 +182,8 @@ def assert_recorded(run: Any, row: Row) -> None:
     expected = [(row.code, row.permanent)] if row.code else []
     assert [(line["code"], line["permanent"]) for line in run.failures] == expected, run.failures
     assert run.exit_code == row.exit_code, run.out + run.err
-    assert (run.summary["stopped_because"] is not None) == (row.exit_code == 3)
-    assert "hint: " in run.out or row.exit_code != 3
+    assert (run.summary["stopped_because"] is not None) == (row.exit_code >= 2)
+    assert "hint: " in run.out or row.exit_code < 2
 
 
 def assert_stored(bucket: Any, *, is_stored: bool) -> None:

@@ -370,7 +370,7 @@ def test_an_error_leaves_stdout_without_a_document(run_cli: Cli) -> None:
     assert error["message"] == "there is no checkpoint s3_bulk_convert.sqlite3"
     (run.workdir / "s3_bulk_convert.sqlite3").write_bytes(b"not a database" * 100)
     run = run_cli(*JSON, "--why", "a.png")
-    assert (run.exit_code, run.out, json.loads(run.err)["code"]) == (3, "", "checkpoint")
+    assert (run.exit_code, run.out, json.loads(run.err)["code"]) == (2, "", "checkpoint")
 
 
 @pytest.mark.parametrize("flags", [("--check",), ("--status",), ("--why", "a.png"), ("--dry-run",)], ids=" ".join)
@@ -497,6 +497,8 @@ WHAT_THE_NEXT_RUN_DOES = {
     "notes.txt": "the next run would leave it: not_matched",
     "converted/done.jpg": "the next run would leave it: own_output",
     "done.heic": "the next run would fail: output_collision, converted/done.jpg: belongs to done.png; put {ext}",
+    "twin.gif": "the next run would convert it to jpg, which is paid for",
+    "twin.heic": "the next run would fail: output_collision, converted/twin.jpg: belongs to twin.gif; put {ext}",
     "gone.png": "the next run would do nothing: it is not in the bucket",
     "/new.png": "the next run would do nothing: it is not in the bucket; did you mean new.png?",
     "s3://BUCKET/new.png": "the next run would convert it to jpg, which is paid for",
@@ -508,7 +510,7 @@ def test_why_says_what_the_next_run_does(run_cli: Cli, bucket: Any, api: Convers
         bucket.put(name, picture(name))
     api.faults.add(Fault.status_reply(422, "conversion_failed"))
     before = left_in(run_cli("--workers", "1", "--set", "api.transfer=upload"))
-    for name in ("new.png", "same.jpg", "folder/", "notes.txt", "done.heic"):
+    for name in ("new.png", "same.jpg", "folder/", "notes.txt", "done.heic", "twin.gif", "twin.heic"):
         bucket.put(name, picture(name))
     bucket.put("empty.png", b"")
     keys = bucket.keys()

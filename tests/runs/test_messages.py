@@ -31,11 +31,11 @@ def assert_refused(run: Any, exit_code: int, *said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "exit_code", "said"),
     [
-        pytest.param({"S3_BUCKET": "no-such-bucket"}, 3, "the bucket no-such-bucket does not exist", id="wrong bucket"),
-        pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, 3, "the API refused the key: 401", id="wrong key"),
+        pytest.param({"S3_BUCKET": "no-such-bucket"}, 2, "the bucket no-such-bucket does not exist", id="wrong bucket"),
+        pytest.param({"CTF_API_KEY": "ctf_sk_wrong_1"}, 2, "the API refused the key: 401", id="wrong key"),
         pytest.param(
             {"AWS_SECRET_ACCESS_KEY": "wrong-secret"},
-            3,
+            2,
             "hint: AWS_SECRET_ACCESS_KEY is wrong",
             id="wrong secret",
             marks=pytest.mark.needs("secrets"),
@@ -130,7 +130,7 @@ def test_a_wrong_option_is_named_with_what_to_do(option: str, said: str, run_cli
 @pytest.mark.parametrize(
     ("content", "exit_code", "said"),
     [
-        (b"not a database, but longer than a header of one would be: " * 20, 3, "is damaged: file is not a database"),
+        (b"not a database, but longer than a header of one would be: " * 20, 2, "is damaged: file is not a database"),
     ],
 )
 def test_a_damaged_checkpoint_is_left_as_it_is(
@@ -210,6 +210,15 @@ def test_quiet_says_one_line_when_all_is_well(run_cli: Cli, bucket: Any) -> None
     run = run_cli("-q")
     assert (run.exit_code, run.err) == (0, "")
     assert run.out.count("\n") == 1
+
+
+def test_what_is_quiet_is_read_in_a_log_and_begins_with_the_time(run_cli: Cli, bucket: Any) -> None:
+    for name in ("a.heic", "a.png"):
+        bucket.put(name, photo(1, "png"))
+    assert re.match(TIME + r" ended with exit code 1\nconverted +\d\n", run_cli("-q").out)
+    refused = run_cli("-q", "--workers", "none")
+    assert (refused.exit_code, refused.out) == (2, "")
+    assert re.match(TIME + r" error: the configuration has 1 problem\n", refused.err)
 
 
 def test_quiet_says_how_many_failed_for_good_before_and_does_not_count_outputs(

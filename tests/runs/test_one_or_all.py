@@ -138,19 +138,42 @@ def test_ten_that_are_refused_hold_up_no_others_in_the_next_run(run_cli: Cli, bu
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "exit_code"),
     [
-        pytest.param(Fault.status_reply(401, "invalid_api_key", times=None), id="key"),
-        pytest.param(Fault.status_reply(403, "quota_exceeded", times=None), id="quota"),
+        pytest.param(Fault.status_reply(401, "invalid_api_key", times=None), 2, id="key"),
+        pytest.param(Fault.status_reply(403, "quota_exceeded", times=None), 3, id="quota"),
     ],
 )
 def test_the_api_s_word_on_the_key_or_the_month_stops_the_run_at_once(
-    fault: Fault, run_cli: Cli, bucket: Any, api: ConversionApi
+    fault: Fault, exit_code: int, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
     fill(bucket, 12)
     api.faults.add(fault)
     run = run_cli(*ONE_BY_ONE)
-    assert (run.exit_code, run.failures, run.summary["left"], fault.struck) == (3, [], 12, 1)
+    assert (run.exit_code, run.failures, run.summary["left"], fault.struck) == (exit_code, [], 12, 1)
+
+
+def test_what_another_run_would_meet_as_well_is_exit_2_until_something_was_begun(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket, 8)
+    revoked = Fault.status_reply(401, "invalid_api_key", times=None)
+    api.faults.add(revoked).at(lambda _: len(api.paid) >= 3)
+    told = run_cli(*ONE_BY_ONE, "--log-format", "json")
+    assert (told.exit_code, told.summary["converted"], '"exit_code": 3' in told.err) == (3, 3, True)
+    # Nor is what an earlier run has done a reason to try once more.
+    for options in (("--processes", "2"), ("--set", "s3.output_bucket=no-such-bucket"), ("--bucket", "no-such-bucket")):
+        run = run_cli("-q", *options)
+        assert (run.exit_code, run.summary["exit_code"], run.summary["converted"], run.rows("in_flight")) == (
+            2,
+            2,
+            0,
+            [],
+        )
+    # What may pass is worth another run, though nothing was begun in this one.
+    assert run_cli("-q", AWS_ENDPOINT_URL_S3="http://127.0.0.1:9").exit_code == 3
+    api.faults.clear()
+    assert_all_promises_are_kept(run_cli(), api, bucket, expected)
 
 
 def test_a_proxy_s_page_in_place_of_a_job_s_state_stops_nobody(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:

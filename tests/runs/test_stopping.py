@@ -31,7 +31,7 @@ def assert_next_run_finishes(run_cli: Cli, bucket: Any, api: ConversionApi, coun
 
 def test_a_run_that_stops_before_it_has_listed_anything_says_only_why(run_cli: Cli) -> None:
     run = run_cli(S3_BUCKET="no-such-bucket")
-    assert (run.exit_code, run.summary["stopped_code"]) == (3, "s3")
+    assert (run.exit_code, run.summary["stopped_code"]) == (2, "s3")
     _, _, said = run.out.partition(" ")
     assert said == "stopped: the bucket no-such-bucket does not exist\nhint: correct s3.bucket or s3.output_bucket\n"
 
