@@ -989,7 +989,6 @@ class StoredOutput(NamedTuple):
     key: str
     etag: str
     size: int  # bytes
-    page_bytes: int = 0  # of the pages that were stored beside it
 
 
 class ExpectedOutput(NamedTuple):
@@ -1014,6 +1013,7 @@ class Outcome:
     permanent: bool = False
     pending: PendingRequest | None = None  # the request that must be kept, because the API may have its result
     output: StoredOutput | None = None
+    page_bytes: int = 0  # of the pages that were stored beside it
     seconds: float = 0.0  # from the worker's first step to its last, waits included
     requests: int = 0
     throttled: int = 0  # answers 429
@@ -3207,15 +3207,15 @@ class Bucket:
 
         So an archive that lies there proves that its pages do, and a run that was killed before puts them again.
         """
-        key, page_bytes = task.output_key + file.type.suffix, 0
+        key = task.output_key + file.type.suffix
         if not file.pages:
             return self._put(task, key, file)
         # Before its pages, too: they would be put in vain, in each run.
         self._require_place(task, key)
         for number, page in enumerate(file.unpacked(task.target), 1):
             of_page = KeyParts.page_key(task.output_key, task.target, number, file.pages)
-            page_bytes += self._put(task, of_page, page, page=number, pages=file.pages).size
-        return self._put(task, key, file, pages=file.pages)._replace(page_bytes=page_bytes)
+            self._put(task, of_page, page, page=number, pages=file.pages)
+        return self._put(task, key, file, pages=file.pages)
 
     def _put(self, task: Task, key: str, file: "ConvertedFile", **numbers: int) -> StoredOutput:
         """Put one file, whose metadata get the numbers. A broken transfer leaves nothing."""
@@ -4457,6 +4457,7 @@ class ConvertedFile:
     size: int  # bytes
     type: FileType
     pages: int = 0  # of an archive that is to be unpacked
+    page_bytes: int = 0  # in all of them
 
     @classmethod
     def receive(
@@ -4490,7 +4491,8 @@ class ConvertedFile:
             found = FileType.identify(target, answer.headers.get("Content-Type", ""), disposition, head)
             file = cls(body, size, found)
             if is_unpacked and found.suffix:
-                file.pages = sum(1 for _ in file.unpacked(target))
+                for page in file.unpacked(target):
+                    file.pages, file.page_bytes = file.pages + 1, file.page_bytes + page.size
             on_failure.pop_all()
         return file
 
@@ -4662,6 +4664,7 @@ class Conversation:
         self._timeouts = 0  # 504s: the conversion takes longer than the API's synchronous call may
         self._failed_jobs = 0  # that may not fail again
         self._is_url_checked = False  # a refused URL was sent once more, because S3 serves it
+        self._page_bytes = 0  # of the answer, if it is an archive that is to be unpacked
         is_unpacked = context.settings.by_name[task.job].pages == "unpack"
         self._receive_file = partial(ConvertedFile.receive, target=task.target, is_unpacked=is_unpacked)
         # Unix seconds; when the current request was first sent in this run. From then on it counts against the cap.
@@ -4700,6 +4703,7 @@ class Conversation:
             why.permanent,
             pending=next(iter(pending), None),
             output=output,
+            page_bytes=self._page_bytes,
             seconds=time.monotonic() - self._started,
             requests=self._exchanges,
             throttled=self._throttled,
@@ -4727,6 +4731,7 @@ class Conversation:
                 file = self._answer(head)
                 request.state = RequestState.ANSWERED
                 request.mark_paid()
+                self._page_bytes = file.page_bytes
                 return file
             except ObjectFailed as failure:
                 # Some 200s are not the API's, and nobody has paid for them.
@@ -5789,7 +5794,7 @@ class Report:
             self.counts["failed_permanently"] += outcome.permanent
         elif kind is OutcomeKind.CONVERTED:
             self.counts["bytes_in"] += task.source.size
-            self.counts["bytes_out"] += outcome.output.size + outcome.output.page_bytes if outcome.output else 0
+            self.counts["bytes_out"] += outcome.output.size + outcome.page_bytes if outcome.output else 0
             self._latencies.append(outcome.seconds)
 
     def _count(self, job: str, name: str, number: int = 1) -> None:

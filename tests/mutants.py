@@ -296,8 +296,8 @@ OUTPUTS = (
     ),
     defect(
         "pages are stored while they are judged",
-        "file.pages = sum(1 for _ in file.unpacked(target))",
-        "file.pages = 1",
+        "for page in file.unpacked(target):\n                    file.pages,",
+        "for page in [file]:\n                    file.pages,",
         "test_an_archive_with_what_is_no_page_is_stored_only_as_it_is_and_bought_once",
     ),
     defect(
