@@ -1292,7 +1292,7 @@ class Shard:
 
     def owns(self, text: str) -> bool:
         """Whether a text belongs to this shard."""
-        return self.owner_of(text) == self
+        return self.count == 1 or self.owner_of(text) == self
 
     def share(self, total: int) -> int:
         """The part of a whole number that falls to this shard; those of all shards add up to it."""
@@ -1473,10 +1473,16 @@ class Job(ConvertOptions):
     def output_of(self, key: str) -> str:
         """The key that the output of an object is planned to have."""
         parts = KeyParts.of(key)
-        values = {"key": key, "dir": parts.folder, "name": parts.name, "stem": parts.stem, "ext": parts.ext}
-        values |= {"target": self.target, "job": self.name}
-        # One pass over the template: braces inside a key are a part of the key.
-        return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], self.output_key)
+        # The template is a format string by its reader; what is filled in is data, whatever braces it has.
+        return self.output_key.format(
+            key=key,
+            dir=parts.folder,
+            name=parts.name,
+            stem=parts.stem,
+            ext=parts.ext,
+            target=self.target,
+            job=self.name,
+        )
 
     def lets_in(self, key: str) -> bool:
         """Whether prefix and globs let a key in."""
@@ -1959,8 +1965,8 @@ CREATE TABLE runs (id INTEGER PRIMARY KEY, started REAL NOT NULL, ended REAL, ex
 TEMPORARY_SCHEMA = """
 CREATE TABLE claims (slot TEXT PRIMARY KEY, job TEXT NOT NULL, key TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE postponed (job TEXT, key TEXT, etag TEXT, size INTEGER, time TEXT, PRIMARY KEY (job, key)) WITHOUT ROWID;
-CREATE TABLE outputs (output_key TEXT PRIMARY KEY, job TEXT, key TEXT, etag TEXT, size INTEGER) WITHOUT ROWID;
-CREATE TABLE strangers (output_key TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE expected (output_key TEXT PRIMARY KEY, job TEXT, key TEXT, etag TEXT, size INTEGER) WITHOUT ROWID;
+CREATE TABLE there (output_key TEXT PRIMARY KEY, etag TEXT, size INTEGER) WITHOUT ROWID;
 CREATE TABLE lost (job TEXT, key TEXT, PRIMARY KEY (job, key)) WITHOUT ROWID;
 """
 
@@ -1973,6 +1979,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     """
 
     SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
+    # A server without ETags has sizes alone.
+    IS_SAME = "expected.size = there.size AND (expected.etag = there.etag OR '' IN (expected.etag, there.etag))"
 
     def __init__(self, path: Path, endpoint: str, settings: Settings, *, read_only: bool = False) -> None:
         self.path, self._read_only = real_file(path), read_only
@@ -2264,12 +2272,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def stored(self, job: str, keys: Sequence[str]) -> dict[str, tuple[str, StoredOutput]]:
         """Key -> the version that was converted, and its output; of those of the keys that are done."""
-        states, columns = self.states(job, keys), "key, etag, output_key, output_etag, bytes_out"
-        done = [key for key in keys if key in states and states[key][2] in DONE_EVENTS]
-        query = f"SELECT {columns} FROM log WHERE job = ? AND key IN ({{}}) ORDER BY key, id"
+        query = "SELECT key, etag, event, output_key, output_etag, bytes_out FROM log WHERE job = ? AND key IN ({})"
+        rows = self._ask_about(f"{query} ORDER BY key, id", (self._job_ids[job],), keys)
+        newest = {key: row for key, *row in rows}
+        if self._rivals[job]:
+            states = self.states(job, list(newest))
+            newest = {key: row for key, row in newest.items() if key in states}
         return {
             key: (version, StoredOutput(self._output_key(job, key, place), etag or "", size or 0))
-            for key, version, place, etag, size in self._ask_about(query, (self._job_ids[job],), done)
+            for key, (version, event, place, etag, size) in newest.items()
+            if event in DONE_EVENTS
         }
 
     def _output_key(self, job: str, key: str, place: str | None) -> str:
@@ -2292,52 +2304,75 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         with self._transaction() as db:
             db.executemany(f"INSERT INTO log VALUES (?{', ?' * 10}, NULL, NULL, NULL, NULL, NULL)", rows)
 
-    def expect(self, outputs: Sequence[ExpectedOutput]) -> None:
+    def expect(self, outputs: Iterable[ExpectedOutput]) -> None:
         """Set aside what is to be found in the output bucket."""
+        known, unknown = list[ExpectedOutput](), list[ExpectedOutput]()
+        for output in outputs:
+            (unknown if output.etag is None else known).append(output)
+        # Where two want one key, the one whose output lies there has it.
+        self._set_aside("REPLACE INTO expected VALUES (?, ?, ?, ?, ?)", known)
+        self._set_aside("IGNORE INTO expected VALUES (?, ?, ?, ?, ?)", unknown)
+
+    def see(self, outputs: Iterable[SourceObject]) -> None:
+        """Set aside what lies in the output bucket."""
+        # Without an ETag, a version has the time in it.
+        rows = [(each[0], "" if "@" in each[1] else each[1], each[2]) for each in outputs]
+        self._set_aside("REPLACE INTO there VALUES (?, ?, ?)", rows)
+
+    def _set_aside(self, insertion: str, rows: Sequence[Sequence[object]]) -> None:
         with self._locked():
-            # Where two want one key, the one whose output lies there has it.
             self._temporary.execute("BEGIN")
-            for how, is_there in (("REPLACE", True), ("IGNORE", False)):
-                rows = [output for output in outputs if (output.etag is not None) is is_there]
-                self._temporary.executemany(f"INSERT OR {how} INTO outputs VALUES (?, ?, ?, ?, ?)", rows)
+            self._temporary.executemany(f"INSERT OR {insertion}", rows)
             self._temporary.execute("COMMIT")
 
-    def take(self, output_keys: Sequence[str]) -> dict[str, ExpectedOutput]:
-        """Those of the keys that are expected, which then are so no longer; others are kept as strangers."""
-        with self._locked():
-            query, temporary = "SELECT * FROM outputs WHERE output_key IN ({})", self._temporary
-            found = {row[0]: ExpectedOutput(*row) for row in self._ask_about(query, (), output_keys, of=temporary)}
-            strangers = [(key,) for key in output_keys if key not in found]
-            temporary.execute("BEGIN")
-            temporary.executemany("DELETE FROM outputs WHERE output_key = ?", [(key,) for key in found])
-            temporary.executemany("INSERT OR IGNORE INTO strangers VALUES (?)", strangers)
-            temporary.execute("COMMIT")
-        return found
-
-    def expected(self) -> Iterator[list[ExpectedOutput]]:
-        """What is still expected, by pages."""
-        query = f"SELECT * FROM outputs WHERE output_key > ? ORDER BY output_key LIMIT {PAGE_KEYS}"
+    def _set_aside_pages(self, columns: str, where: str) -> Iterator[list[Any]]:
+        """Rows of what is expected beside what is there, by pages; each begins with the key of an output."""
+        query = f"SELECT output_key, {columns} FROM {where} AND output_key > ? ORDER BY output_key LIMIT {PAGE_KEYS}"
         rows: list[Any] = [("",)]
         while rows := self._ask(query, rows[-1][0], of=self._temporary):
+            yield rows
+
+    def expected(self) -> Iterator[list[ExpectedOutput]]:
+        """All that is to be found, by pages."""
+        for rows in self._set_aside_pages("job, key, etag, size", "expected WHERE TRUE"):
             yield [ExpectedOutput(*row) for row in rows]
+
+    def missing(self) -> Iterator[list[ExpectedOutput]]:
+        """What was stored and is not there, by pages."""
+        where = "expected LEFT JOIN there USING (output_key) WHERE there.size IS NULL AND expected.etag IS NOT NULL"
+        for rows in self._set_aside_pages("job, key, expected.etag, expected.size", where):
+            yield [ExpectedOutput(*row) for row in rows]
+
+    def altered(self) -> Iterator[dict[ExpectedOutput, StoredOutput]]:
+        """What was stored -> what lies there and is not that, by pages."""
+        where = f"expected JOIN there USING (output_key) WHERE expected.etag IS NOT NULL AND NOT ({self.IS_SAME})"
+        columns = "job, key, expected.etag, expected.size, there.etag, there.size"
+        for rows in self._set_aside_pages(columns, where):
+            yield {ExpectedOutput(*row[:5]): StoredOutput(row[0], *row[5:]) for row in rows}
+
+    def verified(self) -> int:
+        """How many outputs lie there as they were stored."""
+        query = f"SELECT count(*) FROM expected JOIN there USING (output_key) WHERE {self.IS_SAME}"
+        return int(self._ask(query, of=self._temporary)[0][0])
 
     def strangers(self) -> Iterator[tuple[str, str]]:
         """(key of an output that nobody expects, key of the source that it was made of; empty if none is known)."""
-        for job in self._jobs:
-            done = ", ".join(f"'{event}'" for event in DONE_EVENTS)
-            query = f"SELECT key, output_key, max(id) FROM log WHERE job = ? AND key > ? AND event IN ({done})"
-            query += f" GROUP BY key ORDER BY key LIMIT {PAGE_KEYS}"
+        unexpected = "there LEFT JOIN expected USING (output_key) WHERE expected.output_key IS NULL"
+        is_any = self._ask(f"SELECT 1 FROM {unexpected} LIMIT 1", of=self._temporary)
+        done = ", ".join(f"'{event}'" for event in DONE_EVENTS)
+        query = f"SELECT key, output_key, max(id) FROM log WHERE job = ? AND key > ? AND event IN ({done})"
+        query += f" GROUP BY key ORDER BY key LIMIT {PAGE_KEYS}"
+        for job in self._jobs if is_any else ():
             rows: list[Any] = [("",)]
             while rows := self._ask(query, self._job_ids[job.name], rows[-1][0]):
                 made = {self._output_key(job.name, key, place): key for key, place, _ in rows}
-                known = "SELECT output_key FROM strangers WHERE output_key IN ({})"
-                for (output_key,) in self._ask_about(known, (), list(made), of=self._temporary):
-                    yield output_key, made[output_key]
-                    self._ask("DELETE FROM strangers WHERE output_key = ?", output_key, of=self._temporary)
-        rows = [("",)]
-        query = f"SELECT output_key FROM strangers WHERE output_key > ? ORDER BY output_key LIMIT {PAGE_KEYS}"
-        while rows := self._ask(query, rows[-1][0], of=self._temporary):
-            yield from ((output_key, "") for (output_key,) in rows)
+                known = f"SELECT output_key FROM {unexpected} AND there.output_key IN ({{}})"
+                orphans = [key for (key,) in self._ask_about(known, (), list(made), of=self._temporary)]
+                # From now on they are no strangers.
+                self.expect(ExpectedOutput(key, job.name, made[key], None, None) for key in orphans)
+                yield from ((key, made[key]) for key in orphans)
+        for rows in self._set_aside_pages("1", unexpected):
+            yield from ((key, "") for key, _ in rows)
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -3919,7 +3954,7 @@ class Verification:
         for page in self._planner.foreseen():
             count += len(page)
             self.seen += len(page)
-            self._journal.expect([*self._done(page), *self._others(page)])
+            self._journal.expect(itertools.chain(self._done(page), self._others(page)))
             yield list(self._not_done(page))
         self.expected = 2 * count
 
@@ -3935,10 +3970,10 @@ class Verification:
     def _others(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
         """Keys under which something of an earlier version may lie, and what a look has shown to be there."""
         for each in page:
-            planned = self._settings.by_name[each.job].output_of(each.source.key) if each.job else ""
             if each.output:
                 yield ExpectedOutput(each.output.key, each.job, each.source.key, each.output.etag, each.output.size)
-            elif planned and each.kind is not DecisionKind.DONE:
+            elif each.job and each.kind is not DecisionKind.DONE:
+                planned = self._settings.by_name[each.job].output_of(each.source.key)
                 for key in (planned, f"{planned}.zip"):
                     yield ExpectedOutput(key, each.job, each.source.key, None, None)
 
@@ -3969,36 +4004,36 @@ class Verification:
                 yield lister.listed(prefix, keys).values()
 
     def _of_outputs(self) -> Iterator[list[Finding]]:
-        shard = self._settings.shard
+        shard, journal = self._settings.shard, self._journal
         for page in self._output_pages():
             self.seen += len(page)
-            outputs = {output.key: output for output in page if shard.owns(KeyParts.slot_of(output.key))}
-            yield list(self._altered(self._journal.take(list(outputs)), outputs))
-        for expected in self._journal.expected():
-            missing = (each for each in expected if each.etag is not None and self._is_newest(each))
+            journal.see(output for output in page if shard.owns(KeyParts.slot_of(output.key)))
+            yield []
+        self.counts[VERIFIED] = journal.verified()
+        for altered in journal.altered():
+            others = ((each, altered[each]) for each in self._not_stored_anew(list(altered)))
+            said = "it has {} bytes and the ETag {}, and what was stored had {} and {}"
+            yield [
+                Finding(
+                    ALTERED, each.source_key, each.key, said.format(now.size, now.etag, each.size, each.etag), each.job
+                )
+                for each, now in others
+            ]
+        for missing in journal.missing():
             said = "it was stored, and is not there"
-            yield [Finding(MISSING, each.source_key, each.key, said, each.job) for each in missing]
+            yield [
+                Finding(MISSING, each.source_key, each.key, said, each.job) for each in self._not_stored_anew(missing)
+            ]
 
-    def _altered(
-        self, expected: Mapping[str, ExpectedOutput], outputs: Mapping[str, SourceObject]
-    ) -> Iterator[Finding]:
-        for key, each in expected.items():
-            there = outputs[key]
-            # A server without ETags has sizes alone.
-            is_other = each.size != there.size or (each.etag and there.if_match and each.etag != there.version)
-            if each.etag is None:
-                continue
-            if not is_other:
-                self.counts[VERIFIED] += 1
-            elif self._is_newest(each):
-                said = f"it has {there.size} bytes and the ETag {there.version}, and what was stored had "
-                said += f"{each.size} and {each.etag}"
-                yield Finding(ALTERED, each.source_key, key, said, each.job)
-
-    def _is_newest(self, output: ExpectedOutput) -> bool:
-        """Whether a run has stored nothing else in the meantime."""
-        now = self._journal.stored(output.job, [output.source_key]).get(output.source_key)
-        return now is None or now[1] == (output.key, output.etag, output.size)
+    def _not_stored_anew(self, outputs: Sequence[ExpectedOutput]) -> Iterator[ExpectedOutput]:
+        """Those in whose place no run has stored anything else in the meantime."""
+        for name in self._settings.by_name:
+            of_job = [each for each in outputs if each.job == name]
+            stored = self._journal.stored(name, [each.source_key for each in of_job])
+            for each in of_job:
+                now = stored.get(each.source_key)
+                if now is None or now[1] == (each.key, each.etag, each.size):
+                    yield each
 
     def warnings(self) -> dict[str, str]:
         """What a repair leaves as it is."""
@@ -6290,10 +6325,6 @@ def run(settings: Settings, stop: StopFlag) -> Report:
         bucket = Bucket(settings, stop)
         journal = held.enter_context(Journal(checkpoint, bucket.endpoint, settings))
         journal.begin_run(time.time())
-        # What is imported is never garbage, and what a page is made of is in no cycle: to look for garbage in it again
-        # and again would cost a third of reading it.
-        gc.freeze()
-        gc.set_threshold(50_000)
         workers, processes = settings.run.workers, settings.run.processes
         tasks, messages = Tasks(2 * workers), queue.Queue[Message](8 * workers)
         ledger = Ledger(journal, settings)
@@ -7379,6 +7410,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
     # A key may have characters that the terminal has not.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
+    # What is imported is never garbage, and what a page is made of is in no cycle: to look for garbage in it again and
+    # again would cost a third of reading it.
+    gc.freeze()
+    gc.set_threshold(50_000)
     arguments = build_parser().read(argv)
     set_up_logging(quiet=arguments.quiet, verbose=arguments.verbose, as_json=arguments.log_format == "json")
     try:

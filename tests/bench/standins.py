@@ -19,6 +19,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 from xml.sax.saxutils import escape
 
-from tests.bench.keys import Keys
+from tests.bench.keys import LAST_CHARACTER, Keys
 from tests.standins.s3_server import HOST, end_on_signals, end_with_parent
 
 BACKLOG = 4096
@@ -233,6 +234,9 @@ class Counts:
         }
 
 
+OUTPUTS = "converted/"
+
+
 class Service:
     """Both servers."""
 
@@ -321,8 +325,24 @@ class Service:
             return answer(more="x-amz-bucket-region: us-east-1\r\n")
         self.counts.pages += 1
         wanted = {name: values[-1] for name, values in parse_qs(query, keep_blank_values=True).items()}
-        body = Page(self.keys, bucket, wanted).xml()
+        if self.options.has_outputs and wanted.get("prefix", "").startswith(OUTPUTS):
+            body = self._outputs(bucket, wanted)
+        else:
+            body = Page(self.keys, bucket, wanted).xml()
         return answer(body, media_type=XML)._replace(delay=self.options.page_latency)
+
+    def _outputs(self, bucket: str, wanted: dict[str, str]) -> bytes:
+        """A page of the outputs of all objects, each as it was answered and put."""
+        wanted["prefix"] = wanted["prefix"].removeprefix(OUTPUTS)
+        after = wanted.get("start-after", "")
+        wanted["start-after"] = after.removeprefix(OUTPUTS)
+        if match := re.fullmatch(r"(.*[0-9]{8})\.(.*)", wanted["start-after"]):
+            wanted["start-after"] = match[1] + (".png" if match[2] >= "jpg" else "")
+        elif after > OUTPUTS and not after.startswith(OUTPUTS):
+            wanted["start-after"] = LAST_CHARACTER
+        page = Page(self.keys, bucket, wanted).xml().replace(b"<Key>", b"<Key>converted/").replace(b".png<", b".jpg<")
+        page = re.sub(rb"&quot;[0-9a-f]{32}", b"&quot;" + self._answer_md5.encode(), page)
+        return page.replace(b"<Size>%d<" % self.keys.size, b"<Size>%d<" % self.options.answer_bytes)
 
     def _object(self, method: str, key: str, query: str) -> Answer:
         if method == "PUT":
@@ -377,7 +397,7 @@ class Page:
         self._prefix = wanted.get("prefix", "")
         self._most = min(int(wanted.get("max-keys", PAGE_KEYS)), PAGE_KEYS)
         self._delimiter = wanted.get("delimiter", "")
-        self._is_empty = bucket.endswith("-empty") or self._prefix.startswith("converted/")
+        self._is_empty = bucket.endswith("-empty") or self._prefix.startswith(OUTPUTS)
 
     def _first(self, start: int) -> int:
         token, after = self._wanted.get("continuation-token"), self._wanted.get("start-after")
@@ -450,6 +470,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--head-latency", type=float, default=0.0, metavar="S", help="seconds that a HEAD of an object takes")
     add("--page-latency", type=float, default=0.0, metavar="S", help="seconds that a page of a listing takes")
     add("--keys", type=int, default=1000, metavar="N", help="objects in the bucket")
+    add("--has-outputs", action="store_true", help="each object has its output below converted/")
     add("--folders", type=int, default=0, metavar="N", help="folders that the objects lie in; 0: a flat prefix")
     add("--size", type=int, default=20_000, metavar="N", help="bytes of each object")
     return parser
