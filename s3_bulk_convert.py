@@ -989,6 +989,7 @@ class StoredOutput(NamedTuple):
     key: str
     etag: str
     size: int  # bytes
+    pages: int = 0  # that were stored beside it, if it is an archive of pages
 
 
 class ExpectedOutput(NamedTuple):
@@ -997,8 +998,8 @@ class ExpectedOutput(NamedTuple):
     key: str
     job: str
     source_key: str
-    etag: str | None  # None: something of this source may lie there, and nothing more is known of it
-    size: int | None  # bytes
+    etag: str | None  # empty: not known; None: something of this source may lie there, or nothing
+    size: int | None  # bytes; None: not known
 
 
 @dataclass(frozen=True)
@@ -1944,7 +1945,8 @@ CREATE TABLE log (
     job INTEGER NOT NULL, key TEXT NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, etag TEXT NOT NULL,
     event TEXT NOT NULL CHECK (event IN ('converted', 'found', 'adopted', 'skipped', 'failed', 'lost')),
     permanent INTEGER NOT NULL, runs_failed INTEGER NOT NULL, code TEXT, message TEXT,
-    output_key TEXT, output_etag TEXT, bytes_out INTEGER, seconds REAL, requests INTEGER, charged_twice INTEGER,
+    output_key TEXT, output_etag TEXT, bytes_out INTEGER, pages INTEGER,
+    seconds REAL, requests INTEGER, charged_twice INTEGER,
     PRIMARY KEY (job, key, id)
 ) WITHOUT ROWID;
 CREATE INDEX log_adopted ON log (output_key) WHERE event = 'adopted';
@@ -1979,8 +1981,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     """
 
     SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
-    # A server without ETags has sizes alone.
-    IS_SAME = "expected.size = there.size AND (expected.etag = there.etag OR '' IN (expected.etag, there.etag))"
+    # A server without ETags has sizes alone; of pages, nothing is known but that they are to be there.
+    IS_SAME = "(expected.etag = there.etag OR '' IN (expected.etag, there.etag)) AND "
+    IS_SAME += "coalesce(expected.size = there.size, TRUE)"
 
     def __init__(self, path: Path, endpoint: str, settings: Settings, *, read_only: bool = False) -> None:
         self.path, self._read_only = real_file(path), read_only
@@ -2236,7 +2239,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         with self._transaction() as db:
             for outcome in outcomes:
                 if row := self._log_row(outcome, now):
-                    db.execute(f"INSERT INTO log VALUES (?{', ?' * 15})", row)
+                    db.execute(f"INSERT INTO log VALUES (?{', ?' * 16})", row)
                 task = outcome.task
                 if outcome.pending:
                     self._replace_request(db, task, outcome.pending)
@@ -2256,7 +2259,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         if not task.source.version or outcome.kind is OutcomeKind.LEFT or is_seen_again or is_known:
             return None
         self._next_id += 1
-        place, stored = None, (None, None) if output is None else (output.etag, output.size)
+        place, stored = None, (output.etag, output.size, output.pages or None) if output else (None, None, None)
         # Where an output lies is said by its job already, but for archives and what another program has made.
         if output and (output.key != task.output_key or outcome.kind is OutcomeKind.ADOPTED):
             place = f"{self._output_bucket}/{output.key}"
@@ -2272,15 +2275,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def stored(self, job: str, keys: Sequence[str]) -> dict[str, tuple[str, StoredOutput]]:
         """Key -> the version that was converted, and its output; of those of the keys that are done."""
-        query = "SELECT key, etag, event, output_key, output_etag, bytes_out FROM log WHERE job = ? AND key IN ({})"
+        columns = "key, etag, event, output_key, output_etag, bytes_out, pages"
+        query = f"SELECT {columns} FROM log WHERE job = ? AND key IN ({{}})"
         rows = self._ask_about(f"{query} ORDER BY key, id", (self._job_ids[job],), keys)
         newest = {key: row for key, *row in rows}
         if self._rivals[job]:
             states = self.states(job, list(newest))
             newest = {key: row for key, row in newest.items() if key in states}
         return {
-            key: (version, StoredOutput(self._output_key(job, key, place), etag or "", size or 0))
-            for key, (version, event, place, etag, size) in newest.items()
+            key: (version, StoredOutput(self._output_key(job, key, place), etag or "", size or 0, pages or 0))
+            for key, (version, event, place, etag, size, pages) in newest.items()
             if event in DONE_EVENTS
         }
 
@@ -2302,7 +2306,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 (self._job_ids[job], key, self._next_id, int(now), version, LOST, 0, 0, f"run {self.run_id}", "", place)
             )
         with self._transaction() as db:
-            db.executemany(f"INSERT INTO log VALUES (?{', ?' * 10}, NULL, NULL, NULL, NULL, NULL)", rows)
+            db.executemany(f"INSERT INTO log VALUES (?{', ?' * 10}{', NULL' * 6})", rows)
 
     def expect(self, outputs: Iterable[ExpectedOutput]) -> None:
         """Set aside what is to be found in the output bucket."""
@@ -2351,8 +2355,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             yield {ExpectedOutput(*row[:5]): StoredOutput(row[0], *row[5:]) for row in rows}
 
     def verified(self) -> int:
-        """How many outputs lie there as they were stored."""
-        query = f"SELECT count(*) FROM expected JOIN there USING (output_key) WHERE {self.IS_SAME}"
+        """How many outputs lie there as they were stored, without pages."""
+        is_output = "expected.size IS NOT NULL"
+        query = f"SELECT count(*) FROM expected JOIN there USING (output_key) WHERE {is_output} AND {self.IS_SAME}"
         return int(self._ask(query, of=self._temporary)[0][0])
 
     def strangers(self) -> Iterator[tuple[str, str]]:
@@ -3116,10 +3121,21 @@ class Bucket:
         for key in (task.output_key, f"{task.output_key}.zip") if task.look else ():
             head = self.head(self.output_name, key)
             if head is not None and (kind := self._judge(task, key, head)):
-                return kind, StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", 0))
+                told = head["Metadata"].get("pages", "") if kind is OutcomeKind.FOUND else ""
+                pages = min(int(told), MAX_PAGES) if told.isdecimal() else 0
+                output = StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", 0), pages)
+                if self._has_its_pages(task, output):
+                    return kind, output
         if task.holder:
             raise ObjectFailed("output_collision", taken_key(task.output_key, task.holder))
         return None
+
+    def _has_its_pages(self, task: Task, output: StoredOutput) -> bool:
+        """Whether the pages are there that an archive proves; asked of what was found to be lost."""
+        is_lost = task.known is not None and task.known.event == LOST
+        numbers = range(1, output.pages + 1) if is_lost else ()
+        keys = (KeyParts.page_key(task.output_key, task.target, number, output.pages) for number in numbers)
+        return all(self.head(self.output_name, key) for key in keys)
 
     def _require_place(self, task: Task, key: str) -> None:
         """Raise ObjectFailed if another's object lies there by now: the look or the listing may be hours old."""
@@ -3266,7 +3282,7 @@ class Bucket:
                 reply = self.client.put_object(Bucket=self.output_name, Key=key, Body=file.body, **extra)
         # Without an ETag, it may have been a portal that has said yes.
         etag = bare_etag(reply.get("ETag")) or bare_etag(self._head_stored(key).get("ETag"))
-        return StoredOutput(key, etag, file.size)
+        return StoredOutput(key, etag, file.size, numbers.get("pages", 0))
 
     def copy(self, task: Task, seen: Head) -> StoredOutput:
         """Copy an object that is in the target format already, within S3, in the version that was looked at."""
@@ -3945,8 +3961,8 @@ class Verification:
         """Have the journal take for lost what is missing, page by page. Raises RunError."""
         for findings in self.pages():
             for name in self._settings.by_name:
-                lost = [each.key for each in findings if each.kind == MISSING and each.job == name]
-                self._journal.mark_lost(name, lost, time.time())
+                lost = {each.key for each in findings if each.kind == MISSING and each.job == name}
+                self._journal.mark_lost(name, list(lost), time.time())
             yield
 
     def _of_sources(self) -> Iterator[list[Finding]]:
@@ -3964,14 +3980,22 @@ class Verification:
             settled = (each for each in page if each.kind in {DecisionKind.DONE, DecisionKind.SKIP} and not each.output)
             sources = {each.source.key: each.source.version for each in settled if each.job in {"", name}}
             for key, (version, output) in self._journal.stored(name, list(sources)).items():
+                of_version = self._outputs_of(name, key, output)
                 is_same = sources[key] in {"", version}
-                yield ExpectedOutput(output.key, name, key, *(output[1:] if is_same else (None, None)))
+                yield from of_version if is_same else (each._replace(etag=None) for each in of_version)
+
+    def _outputs_of(self, job: str, key: str, output: StoredOutput) -> Iterator[ExpectedOutput]:
+        """An output, and the pages beside it."""
+        yield ExpectedOutput(output.key, job, key, output.etag, output.size)
+        for number in range(1, output.pages + 1):
+            planned, target = KeyParts.slot_of(output.key), self._settings.by_name[job].target
+            yield ExpectedOutput(KeyParts.page_key(planned, target, number, output.pages), job, key, "", None)
 
     def _others(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
         """Keys under which something of an earlier version may lie, and what a look has shown to be there."""
         for each in page:
             if each.output:
-                yield ExpectedOutput(each.output.key, each.job, each.source.key, each.output.etag, each.output.size)
+                yield from self._outputs_of(each.job, each.source.key, each.output)
             elif each.job and each.kind is not DecisionKind.DONE:
                 planned = self._settings.by_name[each.job].output_of(each.source.key)
                 for key in (planned, f"{planned}.zip"):
@@ -4032,7 +4056,7 @@ class Verification:
             stored = self._journal.stored(name, [each.source_key for each in of_job])
             for each in of_job:
                 now = stored.get(each.source_key)
-                if now is None or now[1] == (each.key, each.etag, each.size):
+                if now is None or each in self._outputs_of(name, each.source_key, now[1]):
                     yield each
 
     def warnings(self) -> dict[str, str]:

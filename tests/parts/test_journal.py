@@ -115,7 +115,12 @@ def test_a_log_row_says_all_that_is_known(journal: Journal) -> None:
     [row] = journal.history("a.png")
     assert (row.pop("id") > 0, row.pop("job")) == (True, 1)
     expected: dict[str, Any] = {"time": NOW, "key": "a.png", "etag": "etag-1", "event": "converted", "requests": 3}
-    expected |= {"output_key": "bucket/converted/a.jpg.zip", "output_etag": "etag-of-output", "bytes_out": 5}
+    expected |= {
+        "output_key": "bucket/converted/a.jpg.zip",
+        "output_etag": "etag-of-output",
+        "bytes_out": 5,
+        "pages": None,
+    }
     expected |= {"code": "c", "message": "m", "permanent": 1, "runs_failed": 4, "charged_twice": 1, "seconds": 1.235}
     expected |= {"name": "default", "target": "jpg", "output_bucket": "bucket"}
     assert row == {**expected, "place": "converted/{dir}{stem}.{target}"}

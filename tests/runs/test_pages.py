@@ -241,3 +241,26 @@ def test_a_page_and_another_source_s_output_overwrite_each_other_in_no_order(
     # The document was paid for, once; for the page's rival nothing was.
     assert len(api.paid) == 3
     assert bodies(bucket) == {"converted/a/001.jpg": page(PDF + b"single 1", 1)} | stored("converted/b", PDF + b"2", 2)
+
+
+def test_pages_are_proved_and_made_again_with_their_archive(
+    run_cli: Cli, bucket: Any, strict_api: ConversionApi
+) -> None:
+    bucket.put("a.pdf", PDF + b"3")
+    bucket.put("b.pdf", PDF + b"2")
+    assert run_cli(*UNPACK).exit_code == 0
+    before = bucket.outputs()
+    verified = run_cli(*UNPACK, "--verify")
+    assert (verified.exit_code, verified.out.splitlines()[-1]) == (0, "verified 2 of 2")
+    assert "unknown       0" in verified.out
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a/002.jpg")
+    verified = run_cli(*UNPACK, "--verify", "-v")
+    assert "missing       converted/a/002.jpg (of a.pdf): it was stored, and is not there" in verified.out
+    assert verified.exit_code == 1
+    run = run_cli(*UNPACK, "--repair")
+    assert (run.exit_code, run.summary["converted"], len(strict_api.paid)) == (0, 1, 3)
+    assert {key: body for key, (body, *_) in bucket.outputs().items()} == {
+        key: body for key, (body, *_) in before.items()
+    }
+    # Of what was lost, the archive alone proves nothing; of anything else, it does.
+    assert (run_cli(*UNPACK, "--repair").exit_code, len(strict_api.paid)) == (0, 3)
