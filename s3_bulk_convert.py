@@ -6842,9 +6842,7 @@ class Why:
         """A row of the log, with the key of its output."""
         planned, made = Job(row["target"], name=row["name"], output_key=row["place"]).output_of(self._key), None
         if row["event"] not in {OutcomeKind.FAILED.value, OutcomeKind.SKIPPED.value}:
-            # The log names an output where it lies elsewhere than planned: the slot of an archive, or what was adopted.
-            is_archive = row["output_key"] and row["event"] != OutcomeKind.ADOPTED.value
-            made = f"{planned}.zip" if is_archive else (row["output_key"] or "").partition("/")[2] or planned
+            made = (row["output_key"] or "").partition("/")[2] or planned
         names = ("event", "target", "etag", "output_bucket", "output_etag", "bytes_out", "seconds", "requests")
         return {
             "time": iso_time(row["time"]),

@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
+from tests.standins.converters import zip_of_pages
 from tests.standins.program import PYTHON, SCRIPT, shard_of
 from tests.standins.relay import Relay
 
@@ -696,6 +697,28 @@ def test_why_says_that_an_output_is_missing_and_how_to_have_it_again(run_cli: Cl
     bucket.put("it's.png", picture("changed"))
     run = run_cli("--why", "it's.png")
     assert "it is missing: converted/it's.jpg was stored, and is not there\nthe next run would convert it" in run.out
+
+
+def test_what_why_says_of_a_missing_output_converts_that_object_again_and_no_other(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for key in ("it's.png", "b.png"):
+        bucket.put(key, picture(key))
+    api.behaviour.convert = lambda conversion: zip_of_pages([conversion.source] * 2, "jpg")
+    run_cli()
+    for output in bucket.keys("converted/"):
+        bucket.client.delete_object(Bucket=bucket.name, Key=output)
+    (job,) = document(run_cli(*JSON, "--why", "it's.png"))["jobs"]
+    command = job["repair"].partition("this object alone: ")[2].replace("s3_bulk_convert.py", 'exec "$@"')
+    repaired = run_cli(command=("-c", IN_SHELL, command, PYTHON, str(SCRIPT)))
+    assert (repaired.exit_code, bucket.keys("converted/"), len(api.paid)) == (0, ["converted/it's.jpg.zip"], 3), (
+        repaired.err
+    )
+    found = document(run_cli(*JSON, "--why", "it's.png"))
+    assert [(row["event"], row["output_key"]) for row in found["history"]] == [
+        (event, "converted/it's.jpg.zip") for event in ("converted", "lost", "converted")
+    ]
+    assert [output["state"] for output in found["jobs"][0]["outputs"]] == ["there"]
 
 
 def test_why_says_that_an_output_is_altered_and_who_has_to_delete_it(run_cli: Cli, bucket: Any) -> None:
