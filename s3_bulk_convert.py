@@ -3405,6 +3405,14 @@ def keys_from(source: str, bucket: Bucket, stop: StopFlag) -> Iterator[list[Sour
         pool.shutdown(wait=False)
 
 
+def copy_stdin() -> None:
+    """Read stdin to its end, and put a copy in its place, which can be read more than once. Raises RunError."""
+    with no_space_stops_the_run():
+        copy: Any = temporary_file()
+        shutil.copyfileobj(sys.stdin.buffer, copy)
+        sys.stdin = io.TextIOWrapper(copy)
+
+
 class KeyFile:
     """A file that names objects of a bucket. Every error names the file, and the line if one is to blame.
 
@@ -3475,7 +3483,8 @@ class KeyFile:
                 if self._md5 not in {"", digest.hexdigest()}:
                     message = f"{self.name} is damaged: its MD5 is not the manifest's"
                     raise usage_error(message, "copy it again from its bucket")
-                if self._md5:
+                # A copy of stdin may have been read before.
+                if self._md5 or (self.name == "-" and file.writable()):
                     file.seek(0)
                 yield file
         except (OSError, EOFError, zlib.error) as problem:
@@ -7407,6 +7416,8 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         # A command that has nothing to finish ends with one word.
         signal.signal(signal.SIGINT, lambda *_: StopFlag.exit_at_once("interrupted", ExitCode.SIGINT))
+    if settings.repair and settings.keys_from == "-" and sys.stdin:
+        copy_stdin()  # read once for what is missing, and once for what is to be done
     if not command:
         # Only a run has something to finish: from here on Ctrl-C is a reason to stop.
         stop = StopFlag()
