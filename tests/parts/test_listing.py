@@ -267,7 +267,9 @@ class Shown(program.Bucket):
     def __init__(self, *pages: Page) -> None:
         self._pages = pages
 
-    def list_pages(self, prefix: str, max_parallel: Callable[[], int]) -> Generator[list[SourceObject], None, None]:
+    def list_pages(
+        self, prefix: str, max_parallel: Callable[[], int], bucket: str = ""
+    ) -> Generator[list[SourceObject], None, None]:
         """All of them."""
         yield from (page.objects for page in self._pages)
 

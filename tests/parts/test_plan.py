@@ -52,7 +52,9 @@ class FakeBucket(program.Bucket):
     def check(self) -> None:
         """It exists."""
 
-    def list_pages(self, prefix: str, max_parallel: Callable[[], int]) -> Generator[list[SourceObject], None, None]:
+    def list_pages(
+        self, prefix: str, max_parallel: Callable[[], int], bucket: str = ""
+    ) -> Generator[list[SourceObject], None, None]:
         """The pages, those of the keys that begin with the prefix."""
         self.listed.append(prefix)
         for page in self.pages:
@@ -501,9 +503,11 @@ def test_pages_are_read_side_by_side_only_while_workers_wait(path: Path) -> None
 
         asked: list[int]
 
-        def list_pages(self, prefix: str, max_parallel: Callable[[], int]) -> Generator[list[SourceObject], None, None]:
+        def list_pages(
+            self, prefix: str, max_parallel: Callable[[], int], bucket: str = ""
+        ) -> Generator[list[SourceObject], None, None]:
             self.asked = []
-            for page in super().list_pages(prefix, max_parallel):
+            for page in super().list_pages(prefix, max_parallel, bucket):
                 self.asked.append(max_parallel())
                 yield page
 
