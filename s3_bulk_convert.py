@@ -111,8 +111,10 @@ try:
         ConnectTimeoutError,
         EndpointConnectionError,
         HTTPClientError,
+        ParamValidationError,
         ProxyConnectionError,
     )
+    from botocore.parsers import ResponseParserError
     from requests.adapters import HTTPAdapter
     from tqdm import tqdm
     from urllib3.filepost import encode_multipart_formdata
@@ -174,6 +176,7 @@ COMMIT_SECONDS = 0.05  # that an outcome waits for others: a commit for each wou
 LINE_SECONDS = 60  # between two lines where there is no terminal, even if nothing finishes
 SILENCE_SECONDS = 30  # without news, what is being waited for is said
 S3_KEY_BYTES = 1_024
+SMALL_FILE_BYTES = 10**6  # of the configuration, and of the file with the API key
 MAX_TAGS = 10  # of an object
 SCARCE_DISK_BYTES, LITTLE_DISK_BYTES = 100 * 10**6, 10**9  # a failure, a warning of --check
 LOOK_SECONDS = 60  # for an answer that no conversion waits for
@@ -1359,6 +1362,16 @@ class ConvertOptions:
     pages: str = option(Read.choice("zip", "unpack"), "an archive of pages: as it is, or each page too", "zip")
 
 
+def read_small_file(path: Path, encoding: str) -> tuple[str, int]:
+    """The text of a file that a person has written, and its mode. Raises OSError, UnicodeError."""
+    # A device may never end.
+    with path.open("rb") as file:
+        content = file.read(SMALL_FILE_BYTES + 1)
+        if len(content) > SMALL_FILE_BYTES:
+            raise OSError(errno.EFBIG, f"it has more than {human_bytes(SMALL_FILE_BYTES)}")
+        return content.decode(encoding), stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+
+
 @dataclass(frozen=True)
 class ApiOptions:
     """The options of [api]."""
@@ -1390,7 +1403,7 @@ class ApiOptions:
         if not key and self.key_file:
             place = f"[api] key_file = {self.key_file}"
             try:
-                words = Path(os.path.expanduser(self.key_file)).read_text(encoding="ascii").split()
+                words = read_small_file(Path(os.path.expanduser(self.key_file)), "ascii")[0].split()
             except OSError as problem:
                 return "", f"{place}: {problem.strerror}"
             except ValueError:
@@ -1597,9 +1610,8 @@ class RawOption(NamedTuple):
         parser = configparser.ConfigParser(interpolation=None, default_section="\0")
         compare, give = "compare it with config.example.ini", "give the INI file with -c, or copy config.example.ini"
         try:
-            with path.open(encoding="utf-8-sig") as lines:
-                parser.read_file(lines)
-                mode = stat.S_IMODE(os.fstat(lines.fileno()).st_mode)
+            text, mode = read_small_file(path, "utf-8-sig")
+            parser.read_file(io.StringIO(text, newline=None))
         except FileNotFoundError:
             if required:
                 raise usage_error(f"{path} does not exist", give) from None
@@ -2395,10 +2407,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """All jobs that it knows, with their objects by state, counted by SQLite: ten million take seconds."""
         newest = "SELECT max(id), event, permanent, CASE event WHEN 'failed' THEN code END AS code FROM log"
         query = f"SELECT event, permanent, code, count(*) FROM ({newest} WHERE job = ? GROUP BY key) GROUP BY 1, 2, 3"
+        # A run that has left nothing to do has asked for all that it met.
         for found in self._records("""
+            WITH last AS (SELECT * FROM (SELECT * FROM runs ORDER BY id DESC LIMIT 1) WHERE exit_code IN (0, 1))
             SELECT id, bucket, fingerprint, name AS job, target, output_bucket, output_key,
                 (SELECT count(*) FROM in_flight WHERE job = jobs.id) AS in_flight,
                 (SELECT min(sent_at) FROM in_flight WHERE job = jobs.id) AS oldest_sent_at,
+                (SELECT count(*) FROM in_flight AS sent, last WHERE job = jobs.id AND sent_at < started
+                    AND NOT EXISTS (SELECT 1 FROM log WHERE job = sent.job AND key = sent.key AND id >= last.id << 32)
+                ) AS not_asked_for,
                 (SELECT count(*) FROM log WHERE job = jobs.id AND charged_twice) AS possible_double_charges FROM jobs
         """):
             # A job may have been renamed since, or have left the configuration.
@@ -2712,6 +2729,7 @@ PASSING_REFUSALS = frozenset(
 )
 ABSENT = frozenset({"404", "NoSuchKey", "NoSuchVersion"})
 NO_CONNECTION = (EndpointConnectionError, ConnectTimeoutError, ProxyConnectionError)
+UNREADABLE = (ResponseParserError, ValueError)  # what boto3 raises for a date or a number that is none
 # What to do about a refusal of S3's, by its code.
 S3_HINTS = {
     "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY is wrong (or that of the profile): correct it, and run it again",
@@ -2772,7 +2790,9 @@ def translate_s3_errors(doing: str, code: str = "", *, is_of_source: bool = Fals
     """Turn an error of S3's into RunError or, with a code, ObjectFailed; of a source it may say that it has changed."""
     try:
         yield
-    except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError) as error:
+    except (ClientError, BotoCoreError, boto3.exceptions.S3UploadFailedError, *UNREADABLE) as error:
+        if isinstance(error, ValueError) and not is_of_source:
+            raise  # only what is read has dates and numbers
         # upload_fileobj wraps the error that says what happened.
         cause: Any = (isinstance(error, boto3.exceptions.S3UploadFailedError) and error.__context__) or error
         if is_of_source and error_code(cause) in SOURCE_CHANGES:
@@ -2787,6 +2807,9 @@ def s3_failure(error: Exception, doing: str, code: str = "") -> RunError | Objec
     if code and isinstance(error, HTTPClientError) and type(error) is not HTTPClientError:
         # An exchange that broke says nothing of the next one; only an address that is none is plainly so called.
         return ObjectFailed(code, redact(f"S3, {doing}: {error}"))
+    if isinstance(error, UNREADABLE):
+        said = f"S3, {doing}: its answer cannot be read ({error}): is there a proxy or a gateway on the way?"
+        return ObjectFailed(code or "look_failed", redact(said))
     if not isinstance(error, ClientError):
         return s3_unreachable(error, doing)
     name, said = error_code(error), error.response.get("Error", {}).get("Message", "")
@@ -2805,6 +2828,9 @@ def s3_failure(error: Exception, doing: str, code: str = "") -> RunError | Objec
 
 def s3_unreachable(error: Exception, doing: str) -> RunError:
     """The end of the run where S3 gives no answer."""
+    if isinstance(error, ParamValidationError) and (wrong := re.search('Invalid bucket name ".*?"', str(error))):
+        # Its own words are a regular expression.
+        return usage_error(f"S3, {doing}: {wrong[0]}", "correct s3.bucket, s3.output_bucket or FILE")
     untrusted = Trouble.certificate_problem(error)
     if untrusted:
         hint = "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock"
@@ -2823,6 +2849,10 @@ def s3_unreachable(error: Exception, doing: str) -> RunError:
 
 def misconfigured(problem: Exception) -> RunError:
     """What to say of an AWS configuration that leads nowhere."""
+    file = getattr(problem, "filename", None)
+    if variable := next((name for name, value in os.environ.items() if file and value == file), None):
+        hint = f"set {variable} to a file that is there and can be used, or to nothing"
+        return usage_error(f"{variable} = {file} cannot be used: {getattr(problem, 'strerror', problem)}", hint)
     return usage_error(f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region")
 
 
@@ -3061,11 +3091,12 @@ class Bucket:
         """What a HEAD says; None for an object that is not there. Raises ObjectFailed with the code, RunError."""
         try:
             return self.client.head_object(Bucket=bucket, Key=key, **self._payer)
-        except (ClientError, BotoCoreError) as error:
+        except (ClientError, BotoCoreError, *UNREADABLE) as error:
             if error_code(error) in ABSENT:
                 return None
             # A server's error is no word on the object.
             is_refusal = isinstance(error, ClientError) and error.response["ResponseMetadata"]["HTTPStatusCode"] < 500
+            is_refusal |= isinstance(error, UNREADABLE)
             doing = f"looking at s3://{bucket}/{printable(key)}"
             raise s3_failure(error, doing, code if is_refusal else "look_failed") from None
 
@@ -3835,6 +3866,8 @@ class Planner:
         slots = [self.journal.slot(task.output_key) for task in tasks]
         held = self.journal.holders(slots)
         there = self._outputs.existing([(jobs[task.job].constant_prefix, task.output_key) for task in tasks])
+        if self._outputs.refusal:
+            self.warnings["outputs"] = f"outputs cannot be listed ({self._outputs.refusal}): each is looked at instead"
         placed: list[tuple[str, Task]] = []
         for slot, task in zip(slots, tasks, strict=True):
             is_there = task.output_key in there
@@ -3875,7 +3908,7 @@ class OutputLister:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self._bucket, self._is_refused = bucket, False
+        self._bucket, self.refusal = bucket, ""  # why outputs may not be listed
         self._empty_after: dict[str, tuple[str, float]] = {}  # prefix -> (key, monotonic seconds)
 
     def existing(self, places: Sequence[tuple[str, str]]) -> set[str]:
@@ -3885,11 +3918,10 @@ class OutputLister:
             keys = [key for own, key in places if own == prefix]
             listed: Collection[str] = {made for key in keys for made in (key, f"{key}.zip")}
             try:
-                listed = listed if self._is_refused else self.listed(prefix, listed)
+                listed = listed if self.refusal else self.listed(prefix, listed)
             except ObjectFailed as failure:
                 # What may not be listed is looked at, object by object.
-                log.warning("outputs cannot be listed (%s): each is looked at instead", failure.message)
-                self._is_refused = True
+                self.refusal = failure.message
             found.update(key for key in keys if key in listed or f"{key}.zip" in listed)
         return found
 
@@ -6352,6 +6384,9 @@ def run(settings: Settings, stop: StopFlag) -> Report:
     for name in ("failures", "summary", "metrics"):
         OutputFile(f"run.{name}", getattr(settings.run, name)).require_writable()
     Trouble.require_open_files(settings.run.workers)
+    if settings.run.processes > 1 and not os.path.isfile(globals().get("__file__", "")):
+        # Other processes read it as well.
+        raise usage_error("run.processes needs this program as a file", "save it, and start that; or set it to 1")
     Trouble.require_certificates(settings.api.url, "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
     with contextlib.ExitStack() as held:
         held.enter_context(RunLock(checkpoint))
@@ -6716,6 +6751,9 @@ class Status:
             step = ", asked for again by the next run" if is_interrupted else ""
             oldest = f", the oldest since {local_date(job['oldest_sent_at'])}" if job["oldest_sent_at"] else ""
             yield f"  {'interrupted' if is_interrupted else 'in flight':<11}  {job['in_flight']}{step}{oldest}"
+            if is_interrupted and job["not_asked_for"]:
+                gone = "the last run did not meet: deleted, or wanted by no job; forgotten after a week"
+                yield f"  of these     {job['not_asked_for']} {gone}"
             if job["possible_double_charges"]:
                 twice = pluralize(job["possible_double_charges"], "conversion")
                 yield f"  warning      {twice} may have been charged twice"
@@ -7191,9 +7229,21 @@ class Diagnostics:
 
     def _check_reading(self, bucket: Bucket, sources: Sequence[SourceObject], trusted: Any) -> None:
         """Read the first object that can be a source as a worker does, and as the API does, by a presigned URL."""
+
+        def is_there(source: SourceObject) -> bool:
+            try:
+                bucket.look_at_source(source)
+            except ObjectSkipped as skipped:
+                return str(skipped) != ARCHIVED  # of Intelligent-Tiering, no listing says so
+            except ObjectFailed as failure:
+                return failure.code not in {"source_gone", "source_changed"}
+            except RunError:
+                pass  # said below
+            return True
+
         # What a run would skip may be unreadable for good reasons: an archived object, a folder of another tool.
         readable = (each for each in sources if not (skip_reason(each) or KeyParts.of(each.key).has_dot_segments))
-        source = next(readable, None)
+        source = next(filter(is_there, itertools.islice(readable, 16)), None)
         if source is None:
             self._report("WARN", "read", "nothing was listed that could be read", "try again when there is something")
             return

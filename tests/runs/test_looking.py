@@ -94,6 +94,16 @@ def kill_with_one_in_flight(start: Cli, api: ConversionApi, release: threading.E
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def test_check_reads_nothing_that_an_archive_keeps(run_cli: Cli, bucket: Any, relay: Relay) -> None:
+    bucket.put("a.png", picture())
+    # Intelligent-Tiering says so to who looks, and in no listing.
+    relay.added = {"x-amz-archive-status": "ARCHIVE_ACCESS"}
+    relay.refuse = lambda method, path: method == "GET" and urlsplit(path).path.endswith("/a.png")
+    relay.refusal = b"<Error><Code>InvalidObjectState</Code><Message>archived</Message></Error>"
+    run = run_cli("-q", "--check", AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, starting("WARN", run)) == (0, ["read"])
+
+
 def test_check_proves_everything_and_leaves_nothing_behind(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     bucket.put("a.png", picture())
     run = run_cli("--check")
@@ -435,6 +445,7 @@ def test_status_tells_what_the_runs_came_to(run_cli: Cli, bucket: Any, api: Conv
         "skipped": 0,
         "lost": 0,
         "in_flight": 1,
+        "not_asked_for": 0,
         "possible_double_charges": 0,
     }
     (job,) = found["jobs"]
@@ -481,6 +492,20 @@ def test_status_of_a_killed_run_shows_what_is_in_flight(
     assert re.search(r"interrupted  1, asked for again by the next run, the oldest since \S+ \S+ \(\d s ago\)", run.out)
     assert left_in(run) == before
     assert "s3_bulk_convert.sqlite3-wal" in before
+
+
+def test_status_tells_what_is_in_flight_of_objects_that_are_gone(
+    start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
+) -> None:
+    bucket.put("a.png", picture())
+    kill_with_one_in_flight(start, api, release)
+    said = "  of these     1 the last run did not meet: deleted, or wanted by no job; forgotten after a week\n"
+    assert said not in run_cli("--status").out
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    assert run_cli().exit_code == 0
+    assert said in run_cli("--status").out
+    (job,) = document(run_cli(*JSON, "--status"))["jobs"]
+    assert (job["in_flight"], job["not_asked_for"]) == (1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

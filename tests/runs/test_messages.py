@@ -47,6 +47,7 @@ def assert_refused(run: Any, exit_code: int, *said: str) -> None:
         pytest.param({"AWS_ACCESS_KEY_ID": None}, 2, "there are no AWS credentials", id="no credentials"),
         pytest.param({"S3_BUCKET": "s3://b/up"}, 2, "did you mean bucket = b and prefix = up/?", id="an address"),
         pytest.param({"AWS_PROFILE": "nobody"}, 2, "nobody", id="no such profile"),
+        pytest.param({"SSLKEYLOGFILE": "/nowhere/x"}, 2, "SSLKEYLOGFILE = /nowhere/x cannot be used", id="key log"),
     ],
 )
 def test_a_wrong_environment_is_named_and_nothing_is_started(
@@ -56,6 +57,18 @@ def test_a_wrong_environment_is_named_and_nothing_is_started(
     assert_refused(run_cli(**changes), exit_code, said)
     assert bucket.outputs() == {}
     assert api.paid == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--set", "api.key_file=/dev/zero"), "api.key_file = /dev/zero: it has more than 1.0 MB"),
+        (("-c", "/dev/zero"), "/dev/zero cannot be read: it has more than 1.0 MB"),
+        (("--keys-from", "s3://a b/c"), 'reading s3://a b/c: Invalid bucket name "a b"\nhint: '),
+    ],
+)
+def test_what_leads_nowhere_is_named_at_once(arguments: tuple[str, ...], said: str, run_cli: Cli) -> None:
+    assert_refused(run_cli(*arguments, CTF_API_KEY=None if "api.key_file" in said else "ctf_sk_1"), 2, said)
 
 
 def test_a_wrong_key_blames_no_object_and_the_right_one_goes_on(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:

@@ -26,6 +26,21 @@ def marked(source: bytes) -> bytes:
     return marking(Conversion(source, "png", "jpg", None)).body
 
 
+@pytest.mark.parametrize("name", ["Last-Modified", "Content-Length"])
+def test_an_answer_of_s3_that_cannot_be_read_is_no_bug(
+    name: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    api.behaviour.convert = marking
+    expected = fill(bucket, 1)
+    relay.hidden, relay.added = {name.lower()}, {name: "many"}
+    run = run_cli(AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"source_unreadable": 1}, [])
+    assert re.search(
+        r"its answer cannot be read \(.*many.*\): is there a proxy or a gateway", run.failures[0]["message"]
+    )
+    assert_all_promises_are_kept(run_cli(), api, bucket, expected)
+
+
 ########################################################################
 # Packed sources, and those of another length than the listing says
 ########################################################################

@@ -117,6 +117,19 @@ def test_a_free_place_that_may_be_listed_and_not_looked_at_is_written(
     assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 1)
 
 
+def test_that_outputs_cannot_be_listed_is_said_once(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    for number in range(40):
+        bucket.put(f"{number:02}.png", PNG)
+    # So slowly that the total is counted as well, by a pass of its own.
+    api.behaviour.latency = 0.05
+    relay.refuse = lambda method, path: method == "GET" and "prefix=converted" in path
+    run = run_cli("--workers", "1", AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, run.summary["converted"]) == (0, 40)
+    assert run.err.count("outputs cannot be listed (S3 refused the listing") == 1
+
+
 ########################################################################
 # Several source buckets with one output bucket
 ########################################################################

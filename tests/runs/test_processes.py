@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault, Request
-from tests.standins.program import script_with
+from tests.standins.program import SCRIPT, script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 
 Cli = Callable[..., Any]
@@ -30,6 +30,15 @@ def read_proc(path: Path) -> bytes:
         return path.read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return b""
+
+
+def test_processes_are_refused_where_the_program_is_no_file(start: Cli) -> None:
+    with SCRIPT.open("rb") as script:
+        run = start("--processes", "2", command=("-",), stdin=script.fileno()).wait()
+    assert (run.exit_code, run.out) == (2, "")
+    assert (
+        run.err == "error: run.processes needs this program as a file\nhint: save it, and start that; or set it to 1\n"
+    )
 
 
 def worker_pids(run: Any) -> list[int]:
