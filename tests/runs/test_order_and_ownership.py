@@ -87,7 +87,7 @@ def test_a_listing_out_of_order_stops_the_run_before_anything_is_paid(
         lose_checkpoint(tmp_path / "work")
     relay.rewrite = lambda body: reversed_entries(body) if (what == "sources") is (b"<Key>000.png<" in body) else body
     run = run_cli(**there)
-    assert run.exit_code == 3, run.out
+    assert run.exit_code == 2, run.out
     assert "order" in run.summary["stopped_because"]
     assert len(api.paid) == paid
 

@@ -128,7 +128,7 @@ def test_the_standard_output_gets_the_summary_before_the_words_for_people(run_cl
     assert (run.exit_code, run.err.count("cannot be written")) == (0, 0), run.err
     found, end = json.JSONDecoder().raw_decode(run.out)
     assert found["converted"] == 1
-    assert run.out[end:].lstrip().startswith("converted ")
+    assert run.out[end:].partition(" ")[2].startswith("ended with exit code 0\nconverted ")
     assert (work / "stdout").is_symlink()
 
 
