@@ -849,7 +849,91 @@ LOOKING = (
     ),
 )
 
-DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *TAGS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT, *LOOKING)
+FOUND_BY_VERIFY = "test_verify_names_what_is_wrong_and_repair_makes_again_what_is_missing_and_nothing_else"
+PAGES_PROVED = "test_pages_are_proved_and_made_again_with_their_archive"
+EACH_ITS_OWN = "test_each_job_and_each_shard_verifies_its_own_outputs_and_a_file_of_keys_those_of_its_keys"
+VERIFY = (
+    defect(
+        "--verify compares sizes alone",
+        "(expected.etag = there.etag OR '' IN (expected.etag, there.etag)) AND",
+        "TRUE AND",
+        FOUND_BY_VERIFY,
+    ),
+    defect(
+        "--verify compares ETags alone",
+        "coalesce(expected.size = there.size, TRUE)",
+        "TRUE",
+        "test_where_no_etags_are_shown_outputs_are_told_apart_by_size",
+    ),
+    defect(
+        "what was altered is no reason to fail",
+        "return ExitCode.SOME_FAILED if self._counts[MISSING] or self._counts[ALTERED] else ExitCode.DONE",
+        "return ExitCode.SOME_FAILED if self._counts[MISSING] else ExitCode.DONE",
+        FOUND_BY_VERIFY,
+    ),
+    defect(
+        "what was altered is converted again",
+        "lost = {each.key for each in findings if each.kind == MISSING and each.job == name}",
+        "lost = {each.key for each in findings if each.kind in {MISSING, ALTERED} and each.job == name}",
+        FOUND_BY_VERIFY,
+    ),
+    defect(
+        "orphans are unknown",
+        "if source_key:\n                yield [Finding(ORPHANS",
+        "if False:\n                yield [Finding(ORPHANS",
+        FOUND_BY_VERIFY,
+    ),
+    defect(
+        "what a run stores while --verify looks is altered",
+        "if now is None or each in self._outputs_of(name, each.source_key, now[1]):",
+        "if True:",
+        "test_what_is_stored_anew_while_it_is_verified_is_no_finding",
+    ),
+    defect(
+        "the outputs of other shards are unknown",
+        "journal.see(output for output in page if shard.owns(KeyParts.slot_of(output.key)))",
+        "journal.see(output for output in page if shard)",
+        EACH_ITS_OWN,
+    ),
+    defect(
+        "outputs of sources that no job wants any more are not proved",
+        "settled = (each for each in page if each.kind in {DecisionKind.DONE, DecisionKind.SKIP} and not each.output)",
+        "settled = (each for each in page if each.kind is DecisionKind.DONE and not each.output)",
+        "test_an_archived_source_and_one_that_a_glob_leaves_out_by_now_have_outputs_to_be_proved",
+    ),
+    defect(
+        "pages are unknown",
+        "for number in range(1, output.pages + 1):\n            planned",
+        "for number in range(0):\n            planned",
+        PAGES_PROVED,
+    ),
+    defect(
+        "an archive whose pages are lost is found",
+        "is_lost = task.known is not None and task.known.event == LOST\n        numbers",
+        "is_lost = False\n        numbers",
+        PAGES_PROVED,
+    ),
+    defect(
+        "what was lost is asked for under its old key",
+        "lost = [known.code] if known and known.event == LOST else []",
+        "lost: list[str] = []",
+        FOUND_BY_VERIFY,
+    ),
+    defect(
+        "what was found to be lost comes last, as what failed does",
+        "elif is_last or state[2] == LOST or",
+        "elif is_last or",
+        "test_what_is_lost_is_made_again_before_what_failed",
+    ),
+    defect(
+        "a dry run forgets what it has found to be lost",
+        "states[key] = JournalState(*states[key])._replace(event=LOST)",
+        "pass",
+        FOUND_BY_VERIFY,
+    ),
+)
+
+DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *TAGS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT, *LOOKING, *VERIFY)
 
 
 def copy_of_the_checkout(folder: Path) -> Path:

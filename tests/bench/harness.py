@@ -65,10 +65,10 @@ class Standins:
 
 
 @contextmanager
-def standins(*, has_outputs: bool = False, **options: float) -> Iterator[Standins]:
-    """Start the stand-ins with some of their options; they end with the block."""
-    flags = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    flags += ["--has-outputs"] if has_outputs else []
+def standins(**options: float) -> Iterator[Standins]:
+    """Start the stand-ins with some of their options, of which True stands for a flag; they end with the block."""
+    named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
+    flags = [part for name, value in named.items() for part in (name, *[str(value)][: value is not True])]
     command = [sys.executable, "-m", "tests.bench.standins", *flags]
     process = subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:

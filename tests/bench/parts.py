@@ -255,6 +255,50 @@ def nothing_to_do(scale: Scale) -> Part:
     return Part("A pass with nothing to do", about, [table(columns, filled)], [plot], targets)
 
 
+def verification(scale: Scale) -> Part:
+    """--verify of a bucket whose outputs are all there, beside a pass over it with nothing to do."""
+    rows: list[list[Cell]] = []
+    ratios: list[float] = []
+    peaks: list[float] = []
+    for keys in scale.pass_keys[-2:]:
+        costs = passes_and_verifications(keys, scale.rounds)
+        for name, each in costs.items():
+            usual = sorted(each, key=lambda cost: cost.cpu_seconds)[len(each) // 2]
+            requests = [int(usual.counts[counted]) for counted in ("pages", "heads")]
+            rows.append([name, keys, usual.seconds, usual.cpu_seconds, max(cost.peak_mb for cost in each), *requests])
+        pairs = zip(costs["--verify"], costs["a pass"], strict=True)
+        ratios.append(median(verify.cpu_seconds / nothing.cpu_seconds for verify, nothing in pairs))
+        peaks.append(max(cost.peak_mb for cost in costs["--verify"]))
+    keys, fewer = scale.pass_keys[-1], scale.pass_keys[-2]
+    targets = [
+        Target(f"CPU of --verify ÷ CPU of a pass, {keys:,} objects", ratios[-1], most=2.0),
+        Target(f"memory of --verify with {keys:,} objects ÷ with {fewer:,}", peaks[-1] / peaks[-2], most=1.05),
+    ]
+    about = (
+        "A pass over finished objects, and `--verify` of the same bucket with all outputs there, in turn, "
+        f"{scale.rounds} times; a row is the usual run, its start included; the ratio is the median of those of two "
+        "neighbours."
+    )
+    columns = ("what", "keys", "seconds", "CPU s", "peak MB", "LISTs", "HEADs")
+    return Part("Proving what was stored", about, [table(columns, rows)], [], targets)
+
+
+def passes_and_verifications(keys: int, rounds: int) -> dict[str, list[Cost]]:
+    """Both in turn, with one checkpoint."""
+    costs: dict[str, list[Cost]] = {"a pass": [], "--verify": []}
+    with (
+        standins(keys=keys, has_outputs=True) as servers,
+        finished_checkpoint(servers, keys, 0, OBJECT_BYTES, SCRIPT) as path,
+    ):
+        for _ in range(rounds):
+            costs["a pass"].append(succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done"))
+            found = run_program(servers, "--verify", checkpoint=path)
+            if found.out.strip() != f"verified {keys} of {keys}":
+                raise RuntimeError(f"--verify: exit {found.exit_code}: {found.out[-500:]}{found.err[-500:]}")
+            costs["--verify"].append(found)
+    return costs
+
+
 def passes_of_each(servers: Standins, keys: int, rounds: int) -> dict[str, list[Cost]]:
     """Passes of both editions in turn, each with a checkpoint of its own."""
     found: dict[str, list[Cost]] = {OURS: [], FIRST: []}
@@ -551,6 +595,7 @@ PARTS = {
     "cost": cost,
     "listing": listing,
     "pass": nothing_to_do,
+    "verify": verification,
     "memory": memory,
     "throughput": throughput,
     "sizes": sizes,

@@ -223,3 +223,25 @@ def test_repair_is_a_run_and_no_other_command(run_cli: Cli) -> None:
     for command in (["--status"], ["--check"], ["--why", "a.png"], ["--verify"]):
         run = run_cli("--repair", *command)
         assert (run.exit_code, run.err.splitlines()[0]) == (2, f"error: --repair: not with {command[0]}")
+
+
+def test_where_no_etags_are_shown_outputs_are_told_apart_by_size(run_cli: Cli, bucket: Any, relay: Relay) -> None:
+    put_pictures(bucket, 2)
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    of_outputs = re.compile(rb"(<Key>converted/.*?)<ETag>[^<]*</ETag>")
+    relay.rewrite = lambda body: of_outputs.sub(rb"\1", body)
+    assert run_cli(**there).exit_code == 0
+    bucket.put("converted/in/001.jpg", b"another size")
+    run = run_cli("--verify", "-q", **there)
+    assert (run.exit_code, run.out[:25]) == (1, "verified 1 of 2; 1 altere"), run.out
+
+
+def test_what_is_lost_is_made_again_before_what_failed(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    put_pictures(bucket, 2)
+    api.faults.add(Fault.status_reply(503, "service_unavailable"))
+    one_by_one = ("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload")
+    assert run_cli(*one_by_one).summary["failed"] == {"service_unavailable": 1}
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/001.jpg")
+    assert run_cli(*one_by_one, "--repair").exit_code == 0
+    made = [charge.source_sha256 for charge in api.paid]
+    assert (made[0], len(made), len(set(made[1:]))) == (made[1], 3, 2)
