@@ -576,12 +576,6 @@ class KeyParts(NamedTuple):
         """The key of one of the pages, from 1, that belong to a planned output; sorted, they are in their order."""
         return f"{output_key.removesuffix(f'.{target}')}/{number:0{max(3, len(str(count)))}}.{target}"
 
-    @staticmethod
-    def outputs_with_page(key: str) -> tuple[str, ...]:
-        """The planned outputs to which an object may belong as a page; none if it is not called like one."""
-        match = re.fullmatch(r"(.+)/\d{3,5}\.([a-z0-9]+)", key, re.DOTALL)
-        return (f"{match[1]}.{match[2]}", match[1]) if match else ()
-
     @property
     def has_dot_segments(self) -> bool:
         """Whether HTTP clients would normalise the key's path, so that a presigned URL for it cannot be fetched."""

@@ -141,6 +141,8 @@ def test_a_version_with_fewer_pages_replaces_what_it_has_and_deletes_nothing(run
     left = {key: body for key, body in stored("converted/x", PDF + b"first 4", 4).items() if key[-7:] > "002.jpg"}
     assert {key: body for key, (body, _, _) in outputs.items()} == left | stored("converted/x", PDF + b"second 2", 2)
     assert outputs["converted/x.jpg.zip"][2]["pages"] == "2"
+    verified = run_cli(*UNPACK, "--verify").out
+    assert ("unknown       2" in verified, verified.splitlines()[-1]) == (True, "verified 1 of 1")
 
 
 def test_pages_among_the_sources_are_converted_by_no_job(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
