@@ -2001,6 +2001,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.run_id = self._next_id = 0
         self.horizon = sys.maxsize  # rows with this id or a later one are as if they were not there
         self._job_ids: dict[str, int] = {}  # 0 where a read-only checkpoint does not know the job
+        self._has_lost = False  # a dry run has found something to be lost
         self._former: list[int] = []  # jobs of this bucket that are not configured now
         self._rivals: dict[str, list[int]] = {}  # jobs that put their outputs, of other options, under the same keys
         with self._locked(), contextlib.ExitStack() as on_failure:
@@ -2198,7 +2199,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 if event in DONE_EVENTS:
                     states.pop(key, None)
         # What a dry run takes for lost is written down nowhere.
-        if self._read_only:
+        if self._has_lost:
             query = "SELECT key FROM lost WHERE job = ? AND key IN ({})"
             for (key,) in self._ask_about(query, (job,), keys, of=self._temporary):
                 states[key] = JournalState(*states[key])._replace(event=LOST)
@@ -2302,7 +2303,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """Take what is done for lost, because its output is not there any more. Read-only: in this process alone."""
         lost = self.stored(job, keys)
         if self._read_only:
-            self._temporary.executemany("INSERT OR IGNORE INTO lost VALUES (?, ?)", [(job, key) for key in lost])
+            self._set_aside("IGNORE INTO lost VALUES (?, ?)", [(job, key) for key in lost])
+            self._has_lost |= bool(lost)
             return
         rows = []
         for key, (version, output) in lost.items():
