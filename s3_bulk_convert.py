@@ -562,7 +562,7 @@ class KeyParts(NamedTuple):
         folder, slash, name = key.rpartition("/")
         stem, _, ext = name.rpartition(".")
         # A hidden file's name is no extension, and neither is the end of a sentence, or of a date as in "12.05.2023".
-        if not stem or not re.fullmatch(r"(?=[0-9]*[A-Za-z])[A-Za-z0-9]{1,10}", ext):
+        if not (stem and ext.isascii() and ext.isalnum() and not ext.isdigit() and len(ext) <= 10):
             stem, ext = name, ""
         return cls(key, folder + slash, name, stem, ext)
 
@@ -3699,8 +3699,10 @@ class Planner:
 
         with ThreadPoolExecutor(LIST_THREADS) as pool:
             for page in self.decisions(lambda: LIST_THREADS):
-                looked = pool.map(self.foresee, filter(is_open, page))
-                yield [*itertools.filterfalse(is_open, page), *looked]
+                settled = [each for each in page if each.task is None]
+                tasks = [each for each in page if each.task is not None]
+                looked = pool.map(self.foresee, filter(is_open, tasks))
+                yield [*settled, *itertools.filterfalse(is_open, tasks), *looked]
 
     def foresee(self, decision: Decision) -> Decision:
         """A decision as a worker's looks would leave it. Raises RunError."""
@@ -3724,13 +3726,17 @@ class Planner:
 
         `is_last`: nothing is postponed, because all else has been tried.
         """
-        shard, decisions = self.settings.shard, list[Decision]()
+        jobs, shard, decisions = self.settings.jobs, self.settings.shard, list[Decision]()
         selected: list[tuple[str, SourceObject]] = []
         for source in page:
-            reason = self._is_own(source.key) or skip_reason(source)
+            reason = self._is_own(source.key) if source.key.startswith(self._own_prefixes) else skip_reason(source)
             if self._unmet_prefixes or self._unmet_jobs:
                 self._note_match(source.key, reason)
-            wanting = () if reason else self._wanting(source)
+            wanting = [] if reason else [job for job in jobs if job.wants(source)]
+            if len(wanting) > 1:
+                # Of jobs that would make the very same output, the first is enough.
+                outputs = {(job.fingerprint, job.output_of(source.key)): job for job in reversed(wanting)}
+                wanting = [job for job in wanting if job in outputs.values()]
             if not wanting and shard.owns(source.key):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
             for job in wanting:
@@ -3752,9 +3758,7 @@ class Planner:
                 del self._unmet_jobs[name]
 
     def _is_own(self, key: str) -> str:
-        """OWN_OUTPUT if a key lies where outputs go. Such keys are skipped; a warning names sources among them."""
-        if not key.startswith(self._own_prefixes):
-            return ""
+        """OWN_OUTPUT, of a key that lies where outputs go: it is skipped, and a warning names sources among such keys."""
         # A few looks, for a warning alone, at what some job would take if it lay elsewhere.
         jobs = self.settings.jobs if self._unmarked_looks and not key.endswith((".zip", "/")) else ()
         if any(job.lets_in(key) and not job.leaves_as_it_is(key) for job in jobs):
@@ -3766,16 +3770,6 @@ class Planner:
                     "if they are sources, give outputs a prefix of their own in s3.output_key"
                 )
         return OWN_OUTPUT
-
-    def _wanting(self, source: SourceObject) -> Iterable[Job]:
-        wanting = [job for job in self.settings.jobs if job.wants(source)]
-        if len(wanting) < 2:
-            return wanting
-        # Of jobs that would make the very same output, the first is enough.
-        outputs = dict[tuple[str, str], Job]()
-        for job in wanting:
-            outputs.setdefault((job.fingerprint, job.output_of(source.key)), job)
-        return outputs.values()
 
     def _decide(self, selected: Sequence[tuple[str, SourceObject]], *, is_last: bool) -> list[Decision]:
         """Decisions for (job, object) by what the journal knows, and by who has their output keys."""
@@ -4013,20 +4007,23 @@ class Verification:
 
     def _done(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
         """Outputs of what is done; also of what no job wants any more, such as an archived source."""
+        settled = [each for each in page if each.kind is DecisionKind.DONE or each.kind is DecisionKind.SKIP]
         for name in self._settings.by_name:
-            settled = (each for each in page if each.kind in {DecisionKind.DONE, DecisionKind.SKIP} and not each.output)
-            sources = {each.source.key: each.source.version for each in settled if each.job in {"", name}}
+            mine = (each for each in settled if each.job in {"", name} and not each.output)
+            sources = {each.source.key: each.source.version for each in mine}
             for key, (version, output) in self._journal.stored(name, list(sources)).items():
-                of_version = self._outputs_of(name, key, output)
+                expected = self._outputs_of(name, key, output)
                 is_same = sources[key] in {"", version}
-                yield from of_version if is_same else (each._replace(etag=None) for each in of_version)
+                yield from expected if is_same else [each._replace(etag=None) for each in expected]
 
-    def _outputs_of(self, job: str, key: str, output: StoredOutput) -> Iterator[ExpectedOutput]:
+    def _outputs_of(self, job: str, key: str, output: StoredOutput) -> list[ExpectedOutput]:
         """An output, and the pages beside it."""
-        yield ExpectedOutput(output.key, job, key, output.etag, output.size)
+        expected = [ExpectedOutput(output.key, job, key, output.etag, output.size)]
         for number in range(1, output.pages + 1):
             planned, target = KeyParts.slot_of(output.key), self._settings.by_name[job].target
-            yield ExpectedOutput(KeyParts.page_key(planned, target, number, output.pages), job, key, "", None)
+            page = KeyParts.page_key(planned, target, number, output.pages)
+            expected.append(ExpectedOutput(page, job, key, "", None))
+        return expected
 
     def _others(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
         """Keys under which something of an earlier version may lie, and what a look has shown to be there."""
@@ -4040,7 +4037,7 @@ class Verification:
 
     def _not_done(self, page: Sequence[Decision]) -> Iterator[Finding]:
         for each in page:
-            if each.kind in {DecisionKind.DONE, DecisionKind.POSTPONE} or not each.job:
+            if each.kind is DecisionKind.DONE or each.kind is DecisionKind.POSTPONE or not each.job:
                 continue
             kind = each.reason if each.kind is DecisionKind.SKIP else NOT_CONVERTED
             if kind in FINDINGS:
