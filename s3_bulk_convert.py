@@ -3758,7 +3758,7 @@ class Planner:
                 del self._unmet_jobs[name]
 
     def _is_own(self, key: str) -> str:
-        """OWN_OUTPUT, of a key that lies where outputs go: it is skipped, and a warning names sources among such keys."""
+        """OWN_OUTPUT, of a key that lies where outputs go: it is skipped; a warning names sources among such keys."""
         # A few looks, for a warning alone, at what some job would take if it lay elsewhere.
         jobs = self.settings.jobs if self._unmarked_looks and not key.endswith((".zip", "/")) else ()
         if any(job.lets_in(key) and not job.leaves_as_it_is(key) for job in jobs):
