@@ -3330,6 +3330,8 @@ class Bucket:
         with translate_s3_errors(f"writing {printable(key)}", "store_failed", is_of_source=True):
             parts, place = TransferConfig(use_threads=False), {"Bucket": self.name, "Key": source.key}
             self.client.copy(cast(Any, place), self.output_name, key, ExtraArgs=extra, Config=parts)
+        # Some servers take no notice of the condition.
+        self.require_unchanged(source, seen)
         head = self._head_stored(key)
         return StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", source.size))
 
@@ -3365,7 +3367,9 @@ class Bucket:
         if (version := seen.get("VersionId", "null")) != "null":
             place["VersionId"] = version
         with translate_s3_errors(f"the tags of {printable(source.key)}", TAG_FAILED, is_of_source=True):
-            return place, {tag["Key"]: tag["Value"] for tag in self.client.get_object_tagging(**place)["TagSet"]}
+            return place, {
+                tag["Key"]: tag["Value"] for tag in self.client.get_object_tagging(**place).get("TagSet", ())
+            }
 
     def _head_stored(self, key: str) -> Head:
         """What a HEAD says of an output that was just written. Raises ObjectFailed, RunError."""

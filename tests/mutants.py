@@ -849,6 +849,14 @@ LOOKING = (
     ),
 )
 
+COPIES = (
+    defect(
+        "a copy is believed to be of the version that was looked at",
+        "        # Some servers take no notice of the condition.\n        self.require_unchanged(source, seen)\n",
+        "",
+        "test_where_the_condition_of_a_copy_is_not_heeded_another_version_s_copy_counts_as_no_output",
+    ),
+)
 FOUND_BY_VERIFY = "test_verify_names_what_is_wrong_and_repair_makes_again_what_is_missing_and_nothing_else"
 PAGES_PROVED = "test_pages_are_proved_and_made_again_with_their_archive"
 EACH_ITS_OWN = "test_each_job_and_each_shard_verifies_its_own_outputs_and_a_file_of_keys_those_of_its_keys"
@@ -933,7 +941,20 @@ VERIFY = (
     ),
 )
 
-DEFECTS = (*LISTING, *SOURCES, *OUTPUTS, *TAGS, *REQUESTS, *ANSWERS, *FIGURES, *SECRETS, *CHECKPOINT, *LOOKING, *VERIFY)
+DEFECTS = (
+    *LISTING,
+    *SOURCES,
+    *OUTPUTS,
+    *TAGS,
+    *REQUESTS,
+    *ANSWERS,
+    *FIGURES,
+    *SECRETS,
+    *CHECKPOINT,
+    *LOOKING,
+    *COPIES,
+    *VERIFY,
+)
 
 
 def copy_of_the_checkout(folder: Path) -> Path:

@@ -5,6 +5,7 @@ And S3 takes its time: it asks for fewer requests, sends empty pages, and reads 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import threading
@@ -251,6 +252,7 @@ def test_nothing_is_stored_of_a_source_that_was_overwritten_while_it_was_fetched
     assert run_cli("--set", "api.transfer=url", **by_url).summary["already_done"] == 1
 
 
+@pytest.mark.needs("conditional copies")
 @pytest.mark.parametrize("change", ["overwritten", "deleted"])
 def test_nothing_is_copied_of_a_source_that_is_not_what_was_looked_at(
     change: str, run_cli: Cli, bucket: Any, relay: Relay
@@ -275,6 +277,37 @@ def test_nothing_is_copied_of_a_source_that_is_not_what_was_looked_at(
     again = run_cli(*options, AWS_ENDPOINT_URL_S3=relay.url)
     assert again.exit_code == 0
     assert [body for body, *_ in bucket.outputs().values()] == [b"version 2"] * (change == "overwritten")
+
+
+def test_where_the_condition_of_a_copy_is_not_heeded_another_version_s_copy_counts_as_no_output(
+    run_cli: Cli, bucket: Any, relay: Relay
+) -> None:
+    bucket.put("a.jpg", b"version 1")
+    copied = threading.Event()
+
+    def copy_what_is_there_by_now(asked: Asked) -> bytes | None:
+        if asked.method != "PUT" or "x-amz-copy-source" not in asked.headers or copied.is_set():
+            return None
+        copied.set()
+        bucket.put("a.jpg", b"version 2")
+        source = {"Bucket": bucket.name, "Key": "a.jpg"}
+        named = "x-amz-meta-"
+        metadata = {
+            name[len(named) :]: value for name, value in asked.headers.items() if name.lower().startswith(named)
+        }
+        bucket.client.copy_object(
+            Bucket=bucket.name, Key=asked.key, CopySource=source, Metadata=metadata, MetadataDirective="REPLACE"
+        )
+        return b"<CopyObjectResult><ETag>any</ETag></CopyObjectResult>"
+
+    relay.instead = copy_what_is_there_by_now
+    options = ("--set", "convert.same_format=copy")
+    run = run_cli(*options, AWS_ENDPOINT_URL_S3=relay.url)
+    assert (copied.is_set(), run.exit_code, run.summary["failed"]) == (True, 1, {"source_changed": 1})
+    assert run_cli(*options, AWS_ENDPOINT_URL_S3=relay.url).summary["converted"] == 1
+    assert [(body, of["source-etag"]) for body, _, of in bucket.outputs().values()] == [
+        (b"version 2", hashlib.md5(b"version 2").hexdigest())
+    ]
 
 
 @pytest.mark.parametrize("way", ["listed", "named in a file"])

@@ -96,7 +96,11 @@ class Ceph(S3Server):
     access_key = ACCESS_KEY
     start_seconds = START_SECONDS
     stop_seconds = 3 * STOP_SECONDS + 1
-    lacks: ClassVar = {"strict tags": "its limits of tags were not compared with Amazon's"}
+    lacks: ClassVar = {
+        "strict tags": "its limits of tags were not compared with Amazon's",
+        "tags of copies": "it drops the tags that a copy is to have",
+        "conditional copies": "it takes no notice of x-amz-copy-source-if-match",
+    }
 
     @classmethod
     def version(cls) -> str:
