@@ -43,53 +43,54 @@ def verified(run_cli: Cli, *arguments: str) -> tuple[int, dict[str, int], dict[s
     return run.exit_code, counts, {kind: sorted(keys) for kind, keys in found.items()}
 
 
-def damage(bucket: Any) -> None:
-    """Of 20 outputs 3 are deleted, 2 replaced, 1 source is deleted; 4 sources are added, and a stranger's file."""
+def damage(bucket: Any, count: int = 20) -> None:
+    """Of so many outputs 3 are deleted, 2 replaced, 1 source is deleted; 4 sources are added, and a stranger's file."""
     for number in (3, 4, 19):
         bucket.client.delete_object(Bucket=bucket.name, Key=f"converted/in/{number:03}.jpg")
     bucket.put("converted/in/007.jpg", b"another size")
     size = len(bucket.read("converted/in/008.jpg"))
     bucket.put("converted/in/008.jpg", b"x" * size)
     bucket.client.delete_object(Bucket=bucket.name, Key="in/012.png")
-    put_pictures(bucket, 4, first=20)
+    put_pictures(bucket, 4, first=count)
     bucket.put("converted/notes.txt", b"mine")
 
 
+@pytest.mark.parametrize("count", [20, pytest.param(1_000, marks=pytest.mark.slow)])
 def test_verify_names_what_is_wrong_and_repair_makes_again_what_is_missing_and_nothing_else(
-    run_cli: Cli, bucket: Any, api: ConversionApi
+    count: int, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
-    put_pictures(bucket, 20)
+    put_pictures(bucket, count)
     assert run_cli().exit_code == 0
-    assert verified(run_cli) == (0, {"verified": 20}, {})
-    damage(bucket)
+    assert verified(run_cli) == (0, {"verified": count}, {})
+    damage(bucket, count)
     before = bucket.outputs()
     expected = {
         "missing": ["converted/in/003.jpg", "converted/in/004.jpg", "converted/in/019.jpg"],
         "altered": ["converted/in/007.jpg", "converted/in/008.jpg"],
-        "not_converted": [f"converted/in/{number:03}.jpg" for number in range(20, 24)],
+        "not_converted": [f"converted/in/{number:03}.jpg" for number in range(count, count + 4)],
         "orphans": ["converted/in/012.jpg"],
         "unknown": ["converted/notes.txt"],
     }
-    counts = {"verified": 14, **{kind: len(keys) for kind, keys in expected.items()}}
+    counts = {"verified": count - 6, **{kind: len(keys) for kind, keys in expected.items()}}
     assert verified(run_cli) == (1, counts, expected)
-    assert (len(api.paid), bucket.outputs()) == (20, before)
+    assert (len(api.paid), bucket.outputs()) == (count, before)
 
     forecast = json.loads(run_cli("--dry-run", "--repair", "--log-format", "json").out)
-    assert (forecast["conversions"], forecast["jobs"]["default"]["already_done"]) == (7, 16)
+    assert (forecast["conversions"], forecast["jobs"]["default"]["already_done"]) == (7, count - 4)
     assert any("2 outputs" in warning and "007.jpg" in warning for warning in forecast["warnings"])
-    assert (len(api.paid), bucket.outputs()) == (20, before)
+    assert (len(api.paid), bucket.outputs()) == (count, before)
 
     run = run_cli("--repair")
     assert run.exit_code == 0, run.err
     assert "2 outputs altered since" in run.err
-    assert (len(api.paid), run.summary["converted"], run.summary["possible_double_charges"]) == (27, 7, 0)
+    assert (len(api.paid), run.summary["converted"], run.summary["possible_double_charges"]) == (count + 7, 7, 0)
     assert bucket.read("converted/in/007.jpg") == b"another size"
     rest = {kind: expected[kind] for kind in ("altered", "orphans", "unknown")}
-    assert verified(run_cli) == (1, {"verified": 21, "altered": 2, "orphans": 1, "unknown": 1}, rest)
+    assert verified(run_cli) == (1, {"verified": count + 1, "altered": 2, "orphans": 1, "unknown": 1}, rest)
     assert run_cli("--repair").exit_code == 0
-    assert len(api.paid) == 27
+    assert len(api.paid) == count + 7
     bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/007.jpg")
-    assert (run_cli("--repair").exit_code, len(api.paid)) == (0, 28)
+    assert (run_cli("--repair").exit_code, len(api.paid)) == (0, count + 8)
     assert [row["event"] for row in run.rows() if row["key"] == "in/007.png"] == ["converted", "lost", "converted"]
 
 
