@@ -2039,8 +2039,11 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return sqlite3.connect(address, isolation_level=None, check_same_thread=False, timeout=30, uri=True)
 
     def _open_schema(self) -> None:
+        # A run that starts beside this reader may be filling it at this moment.
+        patience = time.monotonic() + (2 if self._read_only and self.is_there else 0)
+        while (is_new := not self._ask("SELECT 1 FROM sqlite_master LIMIT 1")) and time.monotonic() < patience:
+            time.sleep(0.02)
         (version,), (owner,) = self._ask("PRAGMA user_version")[0], self._ask("PRAGMA application_id")[0]
-        is_new = not self._ask("SELECT 1 FROM sqlite_master LIMIT 1")
         if owner != APPLICATION_ID and not is_new:
             raise usage_error(f"{self.path} is not a checkpoint of this program", "set run.checkpoint to another path")
         if version != JOURNAL_VERSION and not is_new:

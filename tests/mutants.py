@@ -543,14 +543,14 @@ REQUESTS = (
     ),
     defect(
         "no quality in the idempotency key",
-        "task.target, task.quality, place])",
-        "task.target, place])",
+        "task.target, task.quality, place, *lost])",
+        "task.target, place, *lost])",
         "test_what_was_in_flight_with_another_quality_is_not_taken_for_done",
     ),
     defect(
         "no place in the idempotency key",
-        "task.target, task.quality, place])",
-        "task.target, task.quality])",
+        "task.target, task.quality, place, *lost])",
+        "task.target, task.quality, *lost])",
         "test_two_jobs_with_equal_options_put_their_outputs_into_two_places",
     ),
     defect(
@@ -941,6 +941,105 @@ VERIFY = (
     ),
 )
 
+WORDS = (
+    defect(
+        "what matches nothing is not named",
+        "            if was_any and job.prefix not in self._unmet_prefixes:",
+        "            if False:",
+        "test_what_was_asked_for_and_matches_nothing_is_named",
+    ),
+    defect(
+        "two asterisks and a slash want a folder",
+        'made.replace("\\0", "(?:.*/)?")',
+        'made.replace("\\0", ".*/")',
+        "test_globs_match_names_or_with_a_slash_whole_keys",
+    ),
+    defect(
+        "sources that end as outputs do are looked past",
+        "if any(job.lets_in(key) and not job.leaves_as_it_is(key) for job in jobs):",
+        "if not key.endswith(tuple(job.target for job in jobs)):",
+        "test_sources_that_end_as_outputs_do_are_named_if_a_job_would_take_them",
+    ),
+    defect(
+        "a target that nobody knows is taken",
+        'self._warn("target", ',
+        'self._warn("target", () and ',
+        "test_a_target_that_nobody_knows_is_asked_about_before_it_is_paid_for",
+    ),
+    defect(
+        "what a run has begun is forgotten at its end",
+        "is_too_late = self._has_begun and reason.exit_code is ExitCode.USAGE",
+        "is_too_late = False",
+        "test_what_another_run_would_meet_as_well_is_exit_2_until_something_was_begun",
+    ),
+    defect(
+        "a key that is refused at the start is worth another run",
+        "is_too_late = self._has_begun and reason.exit_code is ExitCode.USAGE",
+        "is_too_late = reason.exit_code is ExitCode.USAGE",
+        "test_what_another_run_would_meet_as_well_is_exit_2_until_something_was_begun",
+    ),
+    defect(
+        "there is an ETA before the total is known",
+        "if rate and is_final else None",
+        "if rate else None",
+        "test_rate_and_eta_are_those_of_the_last_minute",
+    ),
+    defect(
+        "a shard's forecast sets its part alone against the month",
+        "        in_one_run *= parts\n",
+        "",
+        "test_a_shard_s_forecast_sets_the_work_of_all_shards_against_the_month",
+    ),
+    defect(
+        "--why knows nothing of who wants the same output key",
+        "planner.plan([*rivals, source]",
+        "planner.plan([source]",
+        "test_why_says_what_the_next_run_does",
+    ),
+    defect(
+        "an error in a log has no time",
+        "{f'{when} ' if self._quiet else ''}",
+        "",
+        "test_what_is_quiet_is_read_in_a_log_and_begins_with_the_time",
+    ),
+    defect(
+        "an answer of S3 that cannot be read is a bug",
+        "except (ClientError, BotoCoreError, *UNREADABLE) as error:",
+        "except (ClientError, BotoCoreError) as error:",
+        "test_an_answer_of_s3_that_cannot_be_read_is_no_bug",
+    ),
+    defect(
+        "a file of any length is read for a key",
+        "if len(content) > SMALL_FILE_BYTES:",
+        "if False:",
+        "test_what_leads_nowhere_is_named_at_once",
+    ),
+    defect(
+        "--check reads what an archive keeps",
+        "return str(skipped) != ARCHIVED",
+        "return True",
+        "test_check_reads_nothing_that_an_archive_keeps",
+    ),
+    defect(
+        "what is in flight of deleted objects is told as interrupted alone",
+        "WHERE exit_code IN (0, 1)",
+        "WHERE 0",
+        "test_status_tells_what_is_in_flight_of_objects_that_are_gone",
+    ),
+    defect(
+        "processes are started of a program that is no file",
+        "not os.path.isfile(globals()",
+        "os.path.isdir(globals()",
+        "test_processes_are_refused_where_the_program_is_no_file",
+    ),
+    defect(
+        "the AWS configuration is blamed for a variable",
+        "if file and value == file",
+        "if False",
+        "test_a_wrong_environment_is_named_and_nothing_is_started[key log]",
+    ),
+)
+
 DEFECTS = (
     *LISTING,
     *SOURCES,
@@ -954,6 +1053,7 @@ DEFECTS = (
     *LOOKING,
     *COPIES,
     *VERIFY,
+    *WORDS,
 )
 
 

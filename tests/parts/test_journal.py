@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,15 @@ def test_what_was_postponed_comes_back_once_and_by_pages(journal: Journal) -> No
     pages = list(journal.postponed())
     assert [len(page) for page in pages] == [1000, 500]
     assert [each for page in pages for each in page] == [("default", source) for source in sources]
+
+
+def test_a_reader_waits_for_a_run_that_fills_the_checkpoint_at_this_moment(path: Path) -> None:
+    path.touch()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(opened, path, read_only=True)
+        assert wait([reading], timeout=0.1).not_done
+        with opened(path), reading.result(timeout=10) as reader:
+            assert reader.last_run() is None
 
 
 @pytest.mark.parametrize("read_only", [False, True])
