@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 CODE   := s3_bulk_convert.py tests
 
-.PHONY: help demo recording test test-slow test-all test-real soak mutants bench lint clean
+.PHONY: help demo recording flow test test-slow test-all test-real soak mutants bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## say what can be made
@@ -20,6 +20,9 @@ demo: .venv/ready  ## convert about 60 real files from a real S3 server, twice, 
 
 recording: .venv/ready  ## draw what a terminal shows of the demo into tests/demo.svg
 	$(BIN)/python -m tests.recording
+
+flow: .venv/ready  ## draw the way of an object into docs/flow.svg
+	$(BIN)/python -m tests.flow
 
 test: .venv/ready  ## all tests but the slow ones
 	$(BIN)/python -m pytest -c tests/pytest.ini -n 6 --dist worksteal tests

@@ -387,7 +387,7 @@ class ExitCode(IntEnum):
     SIGTERM = 143
 
 
-# Why a run ends or cannot start, as a word for machines: README says what each means.
+# Why a run ends or cannot start, as a word for machines: docs/operations.md says what each means.
 StopCode = (
     Literal["signal", "time", "cap", "quota", "api_key", "api", "s3", "listing", "same_failure", "failure_rate"]
     | Literal["disk", "checkpoint", "environment", "usage", "locked", "bug"]

@@ -1,7 +1,7 @@
-"""What README says of messages is made from the script: every error text with its hint, every code with its remedy.
+"""What docs/messages.md says is made from the script: every error text with its hint, every code with its remedy.
 
     python -m tests.messages            print the tables
-    python -m tests.messages --write    put them into README.md
+    python -m tests.messages --write    put them into docs/messages.md
 
 The texts are read from the syntax tree, so that none can be forgotten; what only a run can fill in is an ellipsis.
 """
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import s3_bulk_convert as program
 
 SCRIPT = Path(program.__file__).resolve()
-README = SCRIPT.parent / "README.md"
+DOCUMENT = SCRIPT.parent / "docs" / "messages.md"
 BEGIN, END = "<!-- messages: made by `python -m tests.messages --write` -->", "<!-- end of messages -->"
 FILLED_IN = "…"
 WITH_HINT = {"RunError", "usage_error", "CheckWarning"}  # called with (message, hint, ...)
@@ -206,7 +206,7 @@ def table(head: str, rows: Iterable[Row]) -> Iterator[str]:
 
 
 def tables() -> str:
-    """The part of README between the two marks."""
+    """The part of docs/messages.md between the two marks."""
     reader = read_script()
     errors = [row for row in reader.errors if says_something(row.text) and says_something(row.hint)]
     errors += [Row(f"S3 refused {FILLED_IN}: {code} {FILLED_IN}", hint) for code, hint in program.S3_HINTS.items()]
@@ -225,8 +225,8 @@ def tables() -> str:
 def main() -> None:
     """Print the tables, or put them in their place."""
     if sys.argv[1:] == ["--write"]:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-        README.write_text(before + tables() + rest.partition(END)[2], encoding="utf-8")
+        before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
+        DOCUMENT.write_text(before + tables() + rest.partition(END)[2], encoding="utf-8")
     else:
         print(tables())
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
+from tests.documents import OPERATIONS, column
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import Converted, marking, wrapped
 from tests.standins.program import SCRIPT, lose_checkpoint
@@ -329,7 +330,9 @@ def test_output_that_nobody_can_read_is_no_bug_of_the_program(
 
 def test_the_summary_has_exactly_the_promised_keys(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", photo(1, "png"))
-    assert " ".join(run_cli().summary) == (
+    summary = list(run_cli().summary)
+    assert summary == column(OPERATIONS, "key")
+    assert " ".join(summary) == (
         "version started bucket shard jobs listed converted already_done adopted skipped failed left bytes_in "
         "bytes_out seconds per_second p50_seconds p95_seconds requests throttled replays possible_double_charges cost "
         "remaining exit_code stopped_because stopped_code listing_complete"

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
+from tests.documents import OPERATIONS, section
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import zip_of_pages
 from tests.standins.program import PYTHON, SCRIPT, shard_of
@@ -29,8 +30,7 @@ pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
 IN_SHELL = "import os, sys; os.execv('/bin/sh', ['sh', '-c', sys.argv[1], 'sh', *sys.argv[2:]])"
 PLACE = "converted/{dir}{stem}.{target}"
-README = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
-DOCUMENTED = set(re.findall(r"`(\w+)`", README.partition("### Looking in JSON")[2].partition("\n## ")[0]))
+DOCUMENTED = set(re.findall(r"`(\w+)`", section(OPERATIONS, "Looking in JSON")))
 JSON = ("--log-format", "json")
 DATE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d \(\d s ago\)"
 

@@ -1,10 +1,12 @@
-"""Every command that README shows runs, as it stands there, on real servers."""
+"""Every command that README and docs/ show runs, as it stands there, on real servers."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -13,14 +15,21 @@ from typing import Any
 
 import pytest
 
+from tests.documents import README, ROOT, blocks
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import marking
 from tests.standins.key_files import full_row, write_manifest
 from tests.standins.program import SCRIPT
 from tests.standins.s3_server import S3Server
 
-README = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = [block for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if not block.startswith("make ")]
+# What is not run here -> why.
+NOT_RUN = {
+    "make demo\nmake test\n": "the one is run by a test of its own, the other is this",
+    "docker build": "there is no container engine on the machine of the tests",
+}
+SHOWN = [*blocks("sh"), *blocks("bash")]
+PLAYING = next(block for block in SHOWN if "/tmp/play" in block)  # has servers of its own: see below
+BLOCKS = [block for block in SHOWN if not block.startswith((PLAYING, *NOT_RUN))]
 # What stands for the commands of others: that GNU parallel and Slurm do as is said here, test_array_jobs.py proves.
 OTHERS = {
     "python3": 'if [ "$*" != "-m venv venv" ]; then exec {python} "$@"; fi',
@@ -55,7 +64,7 @@ def directory(tmp_path: Path, api: ConversionApi, bucket: Any) -> Path:
 
 
 def run_as_shown(command: str, directory: Path, s3: S3Server, api: ConversionApi, bucket: Any) -> str:
-    """What a shell says to a command of README's, with the reader's own names in it; it must succeed."""
+    """What a shell says to a command that is shown, with the reader's own names in it; it must succeed."""
     tools = directory / "tools"
     tools.mkdir()
     # Making an environment takes half a minute and the network: what is in it stands there already.
@@ -86,7 +95,7 @@ def run_as_shown(command: str, directory: Path, s3: S3Server, api: ConversionApi
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0][:40])
-def test_every_command_that_readme_shows_runs(
+def test_every_command_that_is_shown_runs(
     block: str, directory: Path, s3: S3Server, api: ConversionApi, bucket: Any
 ) -> None:
     # Four shards tell as much as sixteen, and start four programs.
@@ -96,18 +105,81 @@ def test_every_command_that_readme_shows_runs(
     assert len(api.paid) == len(bucket.keys("converted/")) > (0 if converts else -1)
 
 
+def masked(output: str) -> list[str]:
+    """Lines without what differs from run to run: numbers, times, the plan; those about versions and places go."""
+    kept = [line for line in output.strip().splitlines() if not re.match("OK   (versions|space)", line)]
+    return [re.sub(r"\d[\d.,:T+-]*( [KMG]?B\b)?|my-bucket", "N", line) for line in kept]
+
+
+def test_what_readme_shows_of_the_first_five_minutes_is_what_is_said(
+    directory: Path, s3: S3Server, api: ConversionApi, bucket: Any
+) -> None:
+    for key in bucket.keys(""):
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+    for number in range(1, 62):
+        bucket.put(f"photos/IMG_{number:04}.png", b"\x89PNG\r\n\x1a\n" + str(number).encode() * 2000)
+    bucket.put("photos/", b"")
+    api.behaviour.month_quota = 1000
+    shown = re.findall(r"```text\n\$ venv/bin/python s3_bulk_convert\.py ?(.*)\n((?:.+\n)*)```", README)
+    assert [flags for flags, _ in shown] == ["--check", "--dry-run", "--limit 10", ""]
+    script = "venv/bin/python s3_bulk_convert.py"
+    commands = [f"{script} {flags} > {number} 2>&1 || true" for number, (flags, _) in enumerate(shown)]
+    run_as_shown("\n".join(commands), directory, s3, api, bucket)
+    for number, (_, output) in enumerate(shown):
+        said = (directory / str(number)).read_text().replace(bucket.name, "my-bucket")
+        assert masked(said) == masked(output)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_who_wants_to_play_with_it_can(tmp_path: Path) -> None:
+    play = PLAYING.replace("/tmp/play", str(tmp_path)).replace(".venv/bin/python", sys.executable)
+    for port in ("9000", "9001"):
+        play = play.replace(port, str(free_port()))
+    options = f" --set run.checkpoint={tmp_path}/c.sqlite3 --set run.failures={tmp_path}/f.jsonl"
+    with (tmp_path / "said").open("w+") as said:
+        process = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", play.rstrip() + options],
+            cwd=ROOT,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(60)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # the servers stay, and are in its group
+        said.seek(0)
+        output = said.read()
+    assert (code, "converted     1\n" in output) == (0, True), output
+
+
+def test_what_make_demo_runs_shows_what_it_promises() -> None:
+    recipe = re.search(r"^demo:.*\n\t(.*)\n(?!\t)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert recipe is not None
+    assert recipe[1] == "$(BIN)/python -m tests.demo"
+    done = subprocess.run([sys.executable, "-m", "tests.demo"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_line_for_cron_runs_and_says_one_line(
     directory: Path, s3: S3Server, api: ConversionApi, bucket: Any
 ) -> None:
-    line = re.search(r"```cron\n(?:\S+ ){4}\S+\s+(.*)\n```", README)
-    assert line is not None
-    run_as_shown(line[1].replace("/srv/convert", str(directory)), directory, s3, api, bucket)
+    (line,) = blocks("cron")
+    run_as_shown(
+        re.sub(r"^(\S+ ){4}\S+\s+", "", line).replace("/srv/convert", str(directory)), directory, s3, api, bucket
+    )
     assert re.fullmatch(r"\S+T\S+ converted 3 in .*, failed 0, left 0\n", (directory / "convert.log").read_text())
 
 
 @pytest.mark.real
 def test_the_units_for_systemd_are_good_ones(tmp_path: Path) -> None:
-    units = re.findall(r"```ini\n# /etc/systemd/system/(\S+)\n(.*?)```", README, re.DOTALL)
+    units = re.findall(r"^# /etc/systemd/system/(\S+)\n((?:.+\n|\n(?!#))*)", "\n".join(blocks("ini")), re.MULTILINE)
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     for name in ("s3_bulk_convert.py", "venv/bin/python"):
         (tmp_path / name).touch(stat.S_IRWXU)
@@ -121,9 +193,8 @@ def test_the_units_for_systemd_are_good_ones(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_prometheus_takes_the_alerts(tmp_path: Path) -> None:
-    rules = re.search(r"```yaml\n(groups:.*?)```", README, re.DOTALL)
-    assert rules is not None
-    (tmp_path / "rules.yml").write_text(rules[1], encoding="utf-8")
+    (rules,) = (block for block in blocks("yaml") if block.startswith("groups:"))
+    (tmp_path / "rules.yml").write_text(rules, encoding="utf-8")
     done = subprocess.run(
         ["promtool", "check", "rules", tmp_path / "rules.yml"], capture_output=True, text=True, check=False
     )
@@ -132,10 +203,9 @@ def test_prometheus_takes_the_alerts(tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_logrotate_takes_its_lines(tmp_path: Path) -> None:
-    lines = re.search(r"```text\n(/srv/convert/conversion_failures\.jsonl \{.*?)```", README, re.DOTALL)
-    assert lines is not None
+    (lines,) = (block for block in blocks("text") if block.startswith("/srv/convert/conversion_failures.jsonl {"))
     (tmp_path / "conversion_failures.jsonl").write_text("{}\n")
-    (tmp_path / "rotate").write_text(lines[1].replace("/srv/convert", str(tmp_path)), encoding="utf-8")
+    (tmp_path / "rotate").write_text(lines.replace("/srv/convert", str(tmp_path)), encoding="utf-8")
     (tmp_path / "rotate").chmod(0o644)
     command = ["logrotate", "--force", "--state", str(tmp_path / "state"), str(tmp_path / "rotate")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

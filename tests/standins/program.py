@@ -46,7 +46,7 @@ def lose_checkpoint(workdir: Path) -> None:
 
 
 def shard_of(output_key: str, count: int) -> int:
-    """The shard that an object belongs to, by the key of its output: README says how it is found."""
+    """The shard that an object belongs to, by the key of its output."""
     digest = hashlib.blake2b(output_key.removesuffix(".zip").encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % count
 

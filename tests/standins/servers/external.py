@@ -42,7 +42,7 @@ class External(S3Server):
     def missing(cls) -> str:
         """What is to be set."""
         missing = [name for name in NEEDED if not os.environ.get(name)]
-        return f"{', '.join(missing)}: not set; see Development in README.md" if missing else ""
+        return f"{', '.join(missing)}: not set; see docs/internals.md" if missing else ""
 
     def start(self) -> None:
         """Nothing: it runs."""
