@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.standins.conversion_api import ConversionApi
+from tests.standins.fork_server import IMPORTING, ForkedRun, can_fork
 from tests.standins.s3_server import PROJECT, S3Server
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ PYTHON = os.environ.get("S3_TEST_PYTHON", sys.executable)
 
 def script_with(changes: str) -> tuple[str, str]:
     """The real script after some statements about `program`, for other numbers: so that no test waits for a minute."""
-    return "-c", f"import s3_bulk_convert as program\n{changes}\nprogram.leave(program.main())"
+    return "-c", f"{IMPORTING}{changes}\nprogram.leave(program.main())"
 
 
 # It waits for a fraction of a second where the API would be given seconds.
@@ -94,7 +95,8 @@ class Run:
     ) -> None:
         self.command, self.workdir, self._environment = command, workdir, environment
         output = subprocess.PIPE if terminal is None else terminal
-        self.process = subprocess.Popen(
+        starter = ForkedRun if can_fork(command, environment, stdin, terminal) else subprocess.Popen[str]
+        self.process = starter(
             command,
             cwd=workdir,
             env=environment,

@@ -1,0 +1,171 @@
+"""A process that has imported what the script imports, and forks for each run of it: that saves most of a start.
+
+A run that is started so is a process like any other: a child of the tests' own, with its pid, streams, directory,
+environment and signals; test_fork_server.py compares the two. What Python and the packages read while they start (the
+locale, Python's own variables) is the same in all runs of a server: a run that wants another is started by itself.
+
+S3_TEST_PLAIN_STARTS=1 starts each run by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import importlib
+import json
+import multiprocessing.process
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import boto3
+from botocore.loaders import JSONFileLoader
+
+MODULE = "s3_bulk_convert"
+# How code begins that changes the script: see script_with.
+IMPORTING = f"import {MODULE} as program\n"
+# Variables that nothing reads before it is needed, so that each run may have its own.
+READ_LATE = ("AWS_", "CTF_API_KEY", "S3_BUCKET", "SOURCE_PREFIX", "TARGET_FORMAT", "CONCURRENCY", "HOME")
+MESSAGE_BYTES = 150_000
+PR_SET_CHILD_SUBREAPER = 36
+
+
+########################################################################
+# In the tests' process
+########################################################################
+
+
+class ForkServer:
+    """Forks runs of one interpreter with one environment, until this process ends."""
+
+    def __init__(self, python: str, environment: tuple[tuple[str, str], ...]) -> None:
+        self._lock = threading.Lock()
+        self._libc = ctypes.CDLL(None)
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [python, __file__, str(theirs.fileno())]
+            # It ends with this process, whose end of the channel is then closed. Its streams are of the runs' kinds.
+            self._process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                pass_fds=[theirs.fileno()],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+
+    def fork(self, arguments: list[str], cwd: str, environment: Mapping[str, str], streams: list[int]) -> int:
+        """Start a run, which is a child of this process, and return its pid."""
+        message = json.dumps([arguments, cwd, dict(environment)]).encode()
+        with self._lock:
+            # The server's grandchild has no parent any more: for this moment this process takes in its orphans.
+            self._libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            socket.send_fds(self._channel, [message], streams)
+            pid = self._channel.recv(100)
+            self._libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        if not pid:
+            raise RuntimeError(f"the fork server has ended:\n{self._process.communicate()[1].decode()}")
+        return int(pid)
+
+
+@functools.cache
+def server_for(python: str, environment: tuple[tuple[str, str], ...]) -> ForkServer:
+    """The one server of such runs."""
+    return ForkServer(python, environment)
+
+
+class ForkedRun(subprocess.Popen[str]):
+    """A run that a server starts; all else is Popen's own."""
+
+    def _execute_child(self, args: Any, *given: Any) -> None:
+        cwd, environment = given[4:6]
+        _, _, _, output, _, errors = given[9:15]  # its ends of the pipes
+        fixed = {name: value for name, value in environment.items() if not name.startswith(READ_LATE)}
+        server = server_for(args[0], tuple(fixed.items()))
+        self.pid = server.fork(args[1:], str(cwd), environment, [0, output, errors])
+        self._child_created = True
+        os.close(output)
+        os.close(errors)
+
+
+def can_fork(command: list[str], environment: Mapping[str, str], stdin: int | None, terminal: int | None) -> bool:
+    """Whether a start by a server is the same as a start by itself."""
+    is_script = command[1:3] == ["-m", MODULE] or (command[1] == "-c" and command[2].startswith(IMPORTING))
+    fixed = {name for name in environment if not name.startswith(READ_LATE)}
+    is_plain = sys.platform != "linux" or bool(os.environ.get("S3_TEST_PLAIN_STARTS"))
+    return is_script and fixed == {"PATH", "PYTHONPATH"} and stdin is terminal is None and not is_plain
+
+
+########################################################################
+# In the server's process, and in those that it forks
+########################################################################
+
+
+def serve(channel: socket.socket) -> tuple[bytes, list[int]]:
+    """Fork for each message. Returns it with the streams, in the new process."""
+    while True:
+        message, streams, *_ = socket.recv_fds(channel, MESSAGE_BYTES, 3)
+        if not message:
+            os._exit(0)
+        reading, writing = os.pipe()
+        middle = os.fork()
+        if not middle:
+            pid = os.fork()
+            if pid:
+                os.write(writing, str(pid).encode())
+                os._exit(0)
+            for number in (reading, writing, channel.fileno()):
+                os.close(number)
+            return message, streams
+        # Only then is the run a child of the tests.
+        os.waitpid(middle, 0)
+        channel.send(os.read(reading, 100))
+        for number in (reading, writing, *streams):
+            os.close(number)
+
+
+def read_models() -> None:
+    """Read what boto3 knows of S3, which lies in files that do not change: a third of what is left of a start."""
+    os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull)
+    for name in ("exists", "load_file"):
+        setattr(JSONFileLoader, name, staticmethod(functools.cache(getattr(JSONFileLoader(), name))))
+    boto3.session.Session().client("s3", "us-east-1", aws_access_key_id="-", aws_secret_access_key="-")
+
+
+def main() -> None:
+    """Be the server, and then, in each forked process, what its arguments say."""
+    locale = {name: value for name, value in os.environ.items() if name.startswith("LC_")}  # set by Python itself
+    del sys.path[0]
+    importlib.import_module(MODULE)
+    del sys.modules[MODULE]  # each run executes it anew
+    read_models()
+    gc.freeze()
+    message, streams = serve(socket.socket(fileno=int(sys.argv[1])))
+    (kind, what, *arguments), cwd, environment = json.loads(message)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.chdir(cwd)
+    multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
+    os.environ.clear()
+    os.environ.update({**locale, **environment})
+    gc.unfreeze()
+    main_module = ModuleType("__main__")
+    # Under the second name, multiprocessing looks for what its other processes have sent.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main_module
+    sys.argv = [kind, *arguments]
+    sys.path.insert(0, os.getcwd() if kind == "-m" else "")
+    if kind == "-m":
+        runpy._run_module_as_main(what)  # type: ignore[attr-defined]
+    else:
+        exec(compile(what, "<string>", "exec"), vars(main_module))
+
+
+if __name__ == "__main__":
+    main()
