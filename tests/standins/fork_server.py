@@ -120,8 +120,9 @@ def serve(channel: socket.socket) -> tuple[bytes, list[int]]:
             if pid:
                 os.write(writing, str(pid).encode())
                 os._exit(0)
-            for number in (reading, writing, channel.fileno()):
-                os.close(number)
+            channel.close()
+            os.close(reading)
+            os.close(writing)
             return message, streams
         # Only then is the run a child of the tests.
         os.waitpid(middle, 0)
