@@ -4987,6 +4987,7 @@ class Conversation:
             answer = self._session.ask("GET", call.address)
         if is_own:
             self._context.outage.mark_answered()
+            self._context.limiter.update_limit(answer.headers, time.time())
         if answer.status_code not in {200, 202}:
             with contextlib.closing(answer):
                 raise self._refusal(call, answer)
@@ -5006,7 +5007,6 @@ class Conversation:
             raise
         if answer.status_code not in {200, 202}:
             request.state = before  # what the reply means for the request, `_refusal` says
-        self._context.limiter.update_limit(answer.headers, time.time())
         remaining = answer.headers.get("X-CTF-Remaining", "")
         # A replay has the headers of the first answer, which may be a day old.
         is_stale = self._is_replay and ApiReply.is_older(answer.headers, self._asked_at)

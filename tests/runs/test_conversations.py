@@ -96,6 +96,8 @@ def test_a_job_that_stays_unknown_is_ordered_once_more_and_counted(
     runs.append(run_cli(*JOBS))
     assert (runs[-1].exit_code, len(api.paid), bodies(bucket)) == (0, 2, expected)
     assert [run.summary["possible_double_charges"] for run in runs] == [0, 0, 1]
+    # The answer to a question for a job is an answer: the second question does not wait for another one.
+    assert max(run.summary["seconds"] for run in runs) < 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------

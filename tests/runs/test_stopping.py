@@ -11,6 +11,7 @@ import pytest
 from tests.runs.test_processes import wait_until
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
+from tests.standins.program import script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 
 pytestmark = pytest.mark.usefixtures("cheap")
@@ -165,7 +166,7 @@ def test_the_limit_pays_for_exactly_so_many(run_cli: Cli, bucket: Any, api: Conv
 def test_under_a_cap_what_was_interrupted_comes_before_what_is_new(
     start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
 ) -> None:
-    put_some(bucket, 30)
+    put_some(bucket, 12)
     api.on("work_done", lambda _: release.wait(30))
     run = start("--workers", "10")
     wait_until(lambda: len(api.paid) == 10)
@@ -177,7 +178,7 @@ def test_under_a_cap_what_was_interrupted_comes_before_what_is_new(
         assert run_cli("--limit", "3").exit_code == 3
         assert (len(bucket.outputs()), len(api.paid)) == (settled, 10)
     assert run_cli().exit_code == 0
-    assert (len(api.paid), api.paid_twice()) == (30, [])
+    assert (len(api.paid), api.paid_twice()) == (12, [])
 
 
 def test_too_many_failures_stop_the_run_and_are_named(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
@@ -206,7 +207,8 @@ def test_a_pause_that_one_worker_learns_of_holds_for_all(run_cli: Cli, bucket: A
     api.behaviour.per_minute = 5
     api.behaviour.window_seconds = 4
     api.behaviour.rate_headers = False
-    run = run_cli("--workers", "3")
+    # After a 429 it goes on at a pace that does not take a minute.
+    run = run_cli("--workers", "3", command=script_with("program.RateLimiter.MIN_LIMIT = 60"))
     assert run.exit_code == 0
     assert_next_run_finishes(run_cli, bucket, api, 12)
     # Without the pause each of the three would ask again and again.
