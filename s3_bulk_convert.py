@@ -138,7 +138,7 @@ if TYPE_CHECKING:
 
     from mypy_boto3_s3.client import S3Client
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 log = logging.getLogger("s3_bulk_convert")
 
