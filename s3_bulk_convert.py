@@ -6126,6 +6126,7 @@ class Progress:
             log_event("progress", ", ".join(self._words(numbers)), level=logging.INFO, **numbers)
         if now >= self._metrics_due:
             self._metrics_due = now + 15  # seconds, as often as Prometheus asks by default
+            gc.collect()  # errors and their tracebacks hold each other; see `main`
             self._write_metrics(is_running=True)
 
     def finish(self) -> None:
@@ -7494,7 +7495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A key may have characters that the terminal has not.
     cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     # What is imported is never garbage, and what a page is made of is in no cycle: to look for garbage in it again and
-    # again would cost a third of reading it.
+    # again would cost a third of reading it. A run does so by the clock.
     gc.freeze()
     gc.set_threshold(50_000)
     arguments = build_parser().read(argv)
