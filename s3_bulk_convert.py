@@ -997,6 +997,7 @@ class ExpectedOutput(NamedTuple):
     source_key: str
     etag: str | None  # empty: not known; None: something of this source may lie there, or nothing
     size: int | None  # bytes; None: not known
+    left_out: str = ""  # why a run would skip its source
 
 
 @dataclass(frozen=True)
@@ -1973,7 +1974,9 @@ CREATE TABLE runs (id INTEGER PRIMARY KEY, started REAL NOT NULL, ended REAL, ex
 TEMPORARY_SCHEMA = """
 CREATE TABLE claims (slot TEXT PRIMARY KEY, job TEXT NOT NULL, key TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE postponed (job TEXT, key TEXT, etag TEXT, size INTEGER, time TEXT, PRIMARY KEY (job, key)) WITHOUT ROWID;
-CREATE TABLE expected (output_key TEXT PRIMARY KEY, job TEXT, key TEXT, etag TEXT, size INTEGER) WITHOUT ROWID;
+CREATE TABLE expected (
+    output_key TEXT, job TEXT, key TEXT, etag TEXT, size INTEGER, left_out TEXT, PRIMARY KEY (output_key, key)
+) WITHOUT ROWID;
 CREATE TABLE there (output_key TEXT PRIMARY KEY, etag TEXT, size INTEGER) WITHOUT ROWID;
 CREATE TABLE lost (job TEXT, key TEXT, PRIMARY KEY (job, key)) WITHOUT ROWID;
 """
@@ -2114,8 +2117,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 message = f"the checkpoint {path} is damaged: {said}"
                 raise RunError(message, hint, ExitCode.USAGE, "checkpoint") from None
             if "full" in said or "disk I/O" in said:
-                hint = "free some space and run it again"
-                raise RunError(f"the checkpoint {path} cannot be written: {said}", hint, code="disk") from None
+                hint = "free some space, in TMPDIR too, and run it again"
+                message = f"the checkpoint {path} cannot be written, or a temporary file of SQLite's: {said}"
+                raise RunError(message, hint, code="disk") from None
             hint = "make it and its directory readable and writable, or set run.checkpoint to another path"
             raise usage_error(f"the checkpoint {path} cannot be used: {said}", hint) from None
 
@@ -2171,6 +2175,11 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         with self._locked():
             rows = [(job, *source[:4]) for job, source in sources]
             self._temporary.executemany("INSERT OR REPLACE INTO postponed VALUES (?, ?, ?, ?, ?)", rows)
+
+    def forget_plans(self) -> None:
+        """Let go of all claims, and of what was set aside: what was planned will be planned anew."""
+        with self._locked():
+            self._temporary.executescript("DELETE FROM claims; DELETE FROM postponed")
 
     def postponed(self) -> Iterator[list[tuple[str, SourceObject]]]:
         """What was set aside, by pages."""
@@ -2305,6 +2314,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def mark_lost(self, job: str, keys: Sequence[str], now: float) -> None:
         """Take what is done for lost, because its output is not there any more. Read-only: in this process alone."""
         lost = self.stored(job, keys)
+        # Its place stays its own, whoever else wants it.
+        self.claim([(self.slot(output.key), job, key) for key, (_, output) in lost.items()])
         if self._read_only:
             self._set_aside("IGNORE INTO lost VALUES (?, ?)", [(job, key) for key in lost])
             self._has_lost |= bool(lost)
@@ -2324,9 +2335,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         known, unknown = list[ExpectedOutput](), list[ExpectedOutput]()
         for output in outputs:
             (unknown if output.etag is None else known).append(output)
-        # Where two want one key, the one whose output lies there has it.
-        self._set_aside("REPLACE INTO expected VALUES (?, ?, ?, ?, ?)", known)
-        self._set_aside("IGNORE INTO expected VALUES (?, ?, ?, ?, ?)", unknown)
+        self._set_aside("REPLACE INTO expected VALUES (?, ?, ?, ?, ?, ?)", known)
+        self._set_aside("IGNORE INTO expected VALUES (?, ?, ?, ?, ?, ?)", unknown)
 
     def see(self, outputs: Iterable[SourceObject]) -> None:
         """Set aside what lies in the output bucket."""
@@ -2341,29 +2351,31 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             self._temporary.execute("COMMIT")
 
     def _set_aside_pages(self, columns: str, where: str) -> Iterator[list[Any]]:
-        """Rows of what is expected beside what is there, by pages; each begins with the key of an output."""
-        query = f"SELECT output_key, {columns} FROM {where} AND output_key > ? ORDER BY output_key LIMIT {PAGE_KEYS}"
-        rows: list[Any] = [("",)]
-        while rows := self._ask(query, rows[-1][0], of=self._temporary):
+        """Rows of what is expected beside what is there, by pages; each begins with the keys of output and source."""
+        query = f"SELECT output_key, key, {columns} FROM {where} AND output_key >= ? AND (output_key, key) > (?, ?) "
+        query += f"ORDER BY output_key, key LIMIT {PAGE_KEYS}"
+        rows: list[Any] = [("", "")]
+        while rows := self._ask(query, rows[-1][0], *rows[-1][:2], of=self._temporary):
             yield rows
 
     def expected(self) -> Iterator[list[ExpectedOutput]]:
         """All that is to be found, by pages."""
-        for rows in self._set_aside_pages("job, key, etag, size", "expected WHERE TRUE"):
-            yield [ExpectedOutput(*row) for row in rows]
+        for rows in self._set_aside_pages("job, etag, size, left_out", "expected WHERE TRUE"):
+            yield [ExpectedOutput(output_key, job, key, *known) for output_key, key, job, *known in rows]
 
-    def missing(self) -> Iterator[list[ExpectedOutput]]:
-        """What was stored and is not there, by pages."""
-        where = "expected LEFT JOIN there USING (output_key) WHERE there.size IS NULL AND expected.etag IS NOT NULL"
-        for rows in self._set_aside_pages("job, key, expected.etag, expected.size", where):
-            yield [ExpectedOutput(*row) for row in rows]
-
-    def altered(self) -> Iterator[dict[ExpectedOutput, StoredOutput]]:
-        """What was stored -> what lies there and is not that, by pages."""
-        where = f"expected JOIN there USING (output_key) WHERE expected.etag IS NOT NULL AND NOT ({self.IS_SAME})"
-        columns = "job, key, expected.etag, expected.size, there.etag, there.size"
-        for rows in self._set_aside_pages(columns, where):
-            yield {ExpectedOutput(*row[:5]): StoredOutput(row[0], *row[5:]) for row in rows}
+    def unlike(self) -> Iterator[dict[ExpectedOutput, StoredOutput | None]]:
+        """What was stored -> what lies there and is not that, by pages; None if nothing does, or another's output."""
+        is_anothers = f"EXISTS (SELECT 1 FROM expected WHERE output_key = there.output_key AND {self.IS_SAME})"
+        columns = "job, expected.etag, expected.size, left_out, there.etag, "
+        columns += f"CASE WHEN NOT {is_anothers} THEN there.size END"
+        where = "expected LEFT JOIN there USING (output_key) WHERE expected.etag IS NOT NULL AND "
+        for rows in self._set_aside_pages(columns, f"{where}(there.size IS NULL OR NOT ({self.IS_SAME}))"):
+            yield {
+                ExpectedOutput(output_key, job, key, etag, size, left_out): None
+                if now_size is None
+                else StoredOutput(output_key, now_etag, now_size)
+                for output_key, key, job, etag, size, left_out, now_etag, now_size in rows
+            }
 
     def verified(self) -> int:
         """How many outputs lie there as they were stored, without pages."""
@@ -2388,7 +2400,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 self.expect(ExpectedOutput(key, job.name, made[key], None, None) for key in orphans)
                 yield from ((key, made[key]) for key in orphans)
         for rows in self._set_aside_pages("1", unexpected):
-            yield from ((key, "") for key, _ in rows)
+            yield from ((key, "") for key, *_ in rows)
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -3161,9 +3173,10 @@ class Bucket:
         return None
 
     def _has_its_pages(self, task: Task, output: StoredOutput) -> bool:
-        """Whether the pages are there that an archive proves; asked of what was found to be lost."""
-        is_lost = task.known is not None and task.known.event == LOST
-        numbers = range(1, output.pages + 1) if is_lost else ()
+        """Whether the pages are there that an archive proves; asked in a repair, and of what one has found lost."""
+        is_lost = self._settings.repair or (task.known is not None and task.known.event == LOST)
+        is_asked = is_lost and self._settings.by_name[task.job].pages == "unpack"
+        numbers = range(1, output.pages + 1) if is_asked else ()
         keys = (KeyParts.page_key(task.output_key, task.target, number, output.pages) for number in numbers)
         return all(self.head(self.output_name, key) for key in keys)
 
@@ -3702,7 +3715,12 @@ class Planner:
 
         def is_open(decision: Decision) -> bool:
             task = decision.task
-            return task is not None and bool(task.look or task.holder or self.settings.keys_from)
+            if task is None:
+                return False
+            # An archive of pages between the sources is no source, and only its metadata say so.
+            is_among = self.settings.puts_among_sources(self.settings.by_name[task.job])
+            may_be_own = is_among and task.source.key.endswith(".zip")
+            return bool(task.look or task.holder or self.settings.keys_from or may_be_own)
 
         with ThreadPoolExecutor(LIST_THREADS) as pool:
             for page in self.decisions(lambda: LIST_THREADS):
@@ -3972,6 +3990,7 @@ class Finding(NamedTuple):
     output_key: str
     message: str
     job: str = ""
+    left_out: str = ""  # why a run would skip its source, so that --repair cannot help
 
 
 class Verification:
@@ -3983,6 +4002,9 @@ class Verification:
         self.counts = Counter[str]()
         self.examples: dict[str, Finding] = {}  # by kind, the first
         self.seen = 0  # objects listed, sources and outputs
+        self.left_out = 0  # of what is missing: its source is skipped, and nothing is made of it
+        # They belong to the shard of their archive, and nothing in a key tells whose page it is.
+        self._has_pages = any(job.pages == "unpack" for job in self._settings.jobs)
         # How many will be seen in all, as far as the checkpoint tells.
         done = [each for each in self._journal.counts() if each["configured_as"]]
         self.expected = 2 * sum(each[event] for each in done for event in DONE_EVENTS)
@@ -3992,6 +4014,7 @@ class Verification:
         for findings in itertools.chain(self._of_sources(), self._of_outputs(), self._of_strangers()):
             for finding in findings:
                 self.counts[finding.kind] += 1
+                self.left_out += finding.kind == MISSING and bool(finding.left_out)
                 self.examples.setdefault(finding.kind, finding)
             yield findings
 
@@ -3999,7 +4022,8 @@ class Verification:
         """Have the journal take for lost what is missing, page by page. Raises RunError."""
         for findings in self.pages():
             for name in self._settings.by_name:
-                lost = {each.key for each in findings if each.kind == MISSING and each.job == name}
+                missing = (each for each in findings if each.kind == MISSING and not each.left_out)
+                lost = {each.key for each in missing if each.job == name}
                 self._journal.mark_lost(name, list(lost), time.time())
             yield
 
@@ -4011,25 +4035,27 @@ class Verification:
             self._journal.expect(itertools.chain(self._done(page), self._others(page)))
             yield list(self._not_done(page))
         self.expected = 2 * count
+        self._journal.forget_plans()
 
     def _done(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
         """Outputs of what is done; also of what no job wants any more, such as an archived source."""
         settled = [each for each in page if each.kind is DecisionKind.DONE or each.kind is DecisionKind.SKIP]
         for name in self._settings.by_name:
             mine = (each for each in settled if each.job in {"", name} and not each.output)
-            sources = {each.source.key: each.source.version for each in mine}
-            for key, (version, output) in self._journal.stored(name, list(sources)).items():
-                expected = self._outputs_of(name, key, output)
-                is_same = sources[key] in {"", version}
+            decided = {each.source.key: each for each in mine}
+            for key, (version, output) in self._journal.stored(name, list(decided)).items():
+                now = decided[key]
+                expected = self._outputs_of(name, key, output, now.reason if now.kind is DecisionKind.SKIP else "")
+                is_same = now.source.version in {"", version}
                 yield from expected if is_same else [each._replace(etag=None) for each in expected]
 
-    def _outputs_of(self, job: str, key: str, output: StoredOutput) -> list[ExpectedOutput]:
-        """An output, and the pages beside it."""
-        expected = [ExpectedOutput(output.key, job, key, output.etag, output.size)]
-        for number in range(1, output.pages + 1):
-            planned, target = KeyParts.slot_of(output.key), self._settings.by_name[job].target
-            page = KeyParts.page_key(planned, target, number, output.pages)
-            expected.append(ExpectedOutput(page, job, key, "", None))
+    def _outputs_of(self, job: str, key: str, output: StoredOutput, left_out: str = "") -> list[ExpectedOutput]:
+        """An output, and the pages beside it, if they are wanted."""
+        expected = [ExpectedOutput(output.key, job, key, output.etag, output.size, left_out)]
+        target, is_unpacked = self._settings.by_name[job].target, self._settings.by_name[job].pages == "unpack"
+        for number in range(1, output.pages + 1 if is_unpacked else 1):
+            page = KeyParts.page_key(KeyParts.slot_of(output.key), target, number, output.pages)
+            expected.append(ExpectedOutput(page, job, key, "", None, left_out))
         return expected
 
     def _others(self, page: Sequence[Decision]) -> Iterator[ExpectedOutput]:
@@ -4072,23 +4098,22 @@ class Verification:
         shard, journal = self._settings.shard, self._journal
         for page in self._output_pages():
             self.seen += len(page)
-            journal.see(output for output in page if shard.owns(KeyParts.slot_of(output.key)))
+            is_any = shard.count == 1 or self._has_pages
+            journal.see(output for output in page if is_any or shard.owns(KeyParts.slot_of(output.key)))
             yield []
         self.counts[VERIFIED] = journal.verified()
-        for altered in journal.altered():
-            others = ((each, altered[each]) for each in self._not_stored_anew(list(altered)))
-            said = "it has {} bytes and the ETag {}, and what was stored had {} and {}"
-            yield [
-                Finding(
-                    ALTERED, each.source_key, each.key, said.format(now.size, now.etag, each.size, each.etag), each.job
-                )
-                for each, now in others
-            ]
-        for missing in journal.missing():
-            said = "it was stored, and is not there"
-            yield [
-                Finding(MISSING, each.source_key, each.key, said, each.job) for each in self._not_stored_anew(missing)
-            ]
+        for unlike in journal.unlike():
+            yield [self._wrong(each, unlike[each]) for each in self._not_stored_anew(list(unlike))]
+
+    @staticmethod
+    def _wrong(stored: ExpectedOutput, now: StoredOutput | None) -> Finding:
+        """What is wrong with an output, in whose place something else lies, or nothing of its own."""
+        kind, said = MISSING, "it was stored, and is not there"
+        if now:
+            kind, said = ALTERED, f"it has {now.size} bytes and the ETag {now.etag}, "
+            said += f"and what was stored had {stored.size} and {stored.etag}"
+        said += f"; its source is left out by now ({stored.left_out})" if stored.left_out else ""
+        return Finding(kind, stored.source_key, stored.key, said, stored.job, stored.left_out)
 
     def _not_stored_anew(self, outputs: Sequence[ExpectedOutput]) -> Iterator[ExpectedOutput]:
         """Those in whose place no run has stored anything else in the meantime."""
@@ -4097,25 +4122,30 @@ class Verification:
             stored = self._journal.stored(name, [each.source_key for each in of_job])
             for each in of_job:
                 now = stored.get(each.source_key)
-                if now is None or each in self._outputs_of(name, each.source_key, now[1]):
+                if now is None or each in self._outputs_of(name, each.source_key, now[1], each.left_out):
                     yield each
 
     def warnings(self) -> dict[str, str]:
         """What a repair leaves as it is."""
-        if (example := self.examples.get(ALTERED)) is None:
-            return {}
-        count = pluralize(self.counts[ALTERED], "output")
-        return {ALTERED: f"{count} altered since, for example {printable(example.output_key)}: {FINDINGS[ALTERED]}"}
+        told = dict[str, str]()
+        if example := self.examples.get(ALTERED):
+            count = pluralize(self.counts[ALTERED], "output")
+            told[ALTERED] = f"{count} altered since, for example {printable(example.output_key)}: {FINDINGS[ALTERED]}"
+        if self.left_out:
+            told["left_out"] = f"{pluralize(self.left_out, 'output')} missing whose sources are left out by now: "
+            told["left_out"] += "see --verify -v; they are not made again"
+        return told
 
     def _of_strangers(self) -> Iterator[list[Finding]]:
         jobs = self._settings.by_name.values()
         # Between the sources, nothing tells a stranger from a source.
         places = tuple(job.constant_prefix for job in jobs if not self._settings.puts_among_sources(job))
+        is_mixed = self._settings.shard.count > 1 and self._has_pages
         for key, source_key in self._journal.strangers():
             if source_key:
-                yield [Finding(ORPHANS, source_key, key, "its source is gone")]
-            elif key.startswith(places):
-                yield [Finding(UNKNOWN, "", key, "no output of this configuration")]
+                yield [Finding(ORPHANS, source_key, key, "its source is gone, or left out by now")]
+            elif key.startswith(places) and not is_mixed:
+                yield [Finding(UNKNOWN, "", key, "nothing of this configuration is to be there")]
 
 
 ########################################################################################################################
@@ -5241,7 +5271,8 @@ class Feeder:
             if self._stop.is_set:
                 return False
         self.planner.warnings |= verification.warnings()
-        count, counts = pluralize(verification.counts[MISSING], "output"), verification.counts
+        counts = verification.counts
+        count = pluralize(counts[MISSING] - verification.left_out, "output")
         log_event("repair", f"--repair: {count} missing, to be converted again", level=logging.INFO, **counts)
         return True
 
@@ -6685,7 +6716,9 @@ class Proof:
                     yield f"              for example {self._words(example)}"
                     yield f"              remedy: {remedy}"
         wrong = [kind for kind in (MISSING, ALTERED) if counts[kind]]
-        said = (f"; {counts[kind]} {kind}: {FINDINGS[kind]}" for kind in wrong)
+        said = [f"; {counts[kind]} {kind}: {FINDINGS[kind]}" for kind in wrong]
+        if left_out := self._verification.left_out:
+            said.insert(1, f", but for {left_out} whose sources are left out by now")
         yield f"{VERIFIED} {counts[VERIFIED]} of {sum(counts[kind] for kind in (VERIFIED, *wrong))}{''.join(said)}"
 
 

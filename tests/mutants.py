@@ -768,8 +768,8 @@ CHECKPOINT = (
     ),
     defect(
         "a bug is said in place of a full disk",
-        'raise RunError(f"the checkpoint {path} cannot be written: {said}", hint, code="disk") from None',
-        "raise RuntimeError(said) from None",
+        'raise RunError(message, hint, code="disk") from None\n            hint = "make it',
+        'raise RuntimeError(said) from None\n            hint = "make it',
         "test_a_disk_that_is_full_stops_the_run_and_loses_nothing",
     ),
     defect(
@@ -859,6 +859,7 @@ COPIES = (
 )
 FOUND_BY_VERIFY = "test_verify_names_what_is_wrong_and_repair_makes_again_what_is_missing_and_nothing_else"
 PAGES_PROVED = "test_pages_are_proved_and_made_again_with_their_archive"
+LEFT_OUT = "test_an_archived_source_and_one_that_a_glob_leaves_out_by_now_have_outputs_to_be_proved"
 EACH_ITS_OWN = "test_each_job_and_each_shard_verifies_its_own_outputs_and_a_file_of_keys_those_of_its_keys"
 VERIFY = (
     defect(
@@ -881,8 +882,8 @@ VERIFY = (
     ),
     defect(
         "what was altered is converted again",
-        "lost = {each.key for each in findings if each.kind == MISSING and each.job == name}",
-        "lost = {each.key for each in findings if each.kind in {MISSING, ALTERED} and each.job == name}",
+        "missing = (each for each in findings if each.kind == MISSING and not each.left_out)",
+        "missing = (each for each in findings if each.kind in {MISSING, ALTERED} and not each.left_out)",
         FOUND_BY_VERIFY,
     ),
     defect(
@@ -893,32 +894,86 @@ VERIFY = (
     ),
     defect(
         "what a run stores while --verify looks is altered",
-        "if now is None or each in self._outputs_of(name, each.source_key, now[1]):",
+        "if now is None or each in self._outputs_of(name, each.source_key, now[1], each.left_out):",
         "if True:",
         "test_what_is_stored_anew_while_it_is_verified_is_no_finding",
     ),
     defect(
         "the outputs of other shards are unknown",
-        "journal.see(output for output in page if shard.owns(KeyParts.slot_of(output.key)))",
-        "journal.see(output for output in page if shard)",
+        "is_any = shard.count == 1 or self._has_pages",
+        "is_any = True",
         EACH_ITS_OWN,
+    ),
+    defect(
+        "pages are asked for in the shard of their own keys",
+        "is_any = shard.count == 1 or self._has_pages",
+        "is_any = shard.count == 1",
+        "test_a_page_belongs_to_the_shard_of_its_document",
+    ),
+    defect(
+        "the pages of other shards are unknown",
+        "elif key.startswith(places) and not is_mixed:",
+        "elif key.startswith(places):",
+        "test_a_page_belongs_to_the_shard_of_its_document",
+    ),
+    defect(
+        "another source's output in its place hides that an output is missing",
+        "PRIMARY KEY (output_key, key)\n",
+        "PRIMARY KEY (output_key)\n",
+        "test_an_output_in_whose_place_another_source_has_put_its_own_is_missing",
+    ),
+    defect(
+        "another source's output is altered",
+        "CASE WHEN NOT {is_anothers} THEN there.size END",
+        "there.size",
+        "test_an_output_in_whose_place_another_source_has_put_its_own_is_missing",
+    ),
+    defect(
+        "what is left out is noted as lost",
+        "if each.kind == MISSING and not each.left_out)",
+        "if each.kind == MISSING)",
+        LEFT_OUT,
+    ),
+    defect(
+        "a repair says nothing of what is left out",
+        "        if self.left_out:\n            told",
+        "        if False:\n            told",
+        LEFT_OUT,
+    ),
+    defect(
+        "pages are wanted where only archives are",
+        "range(1, output.pages + 1 if is_unpacked else 1)",
+        "range(1, output.pages + 1)",
+        PAGES_PROVED,
+    ),
+    defect(
+        "an archive between the sources is foreseen to be converted",
+        "self.settings.keys_from or may_be_own)",
+        "self.settings.keys_from)",
+        "test_an_archive_between_the_sources_is_foreseen_to_be_no_source",
+    ),
+    defect(
+        "without a checkpoint, an archive whose pages are lost is found",
+        "is_lost = self._settings.repair or (",
+        "is_lost = (",
+        PAGES_PROVED,
     ),
     defect(
         "outputs of sources that no job wants any more are not proved",
         "settled = [each for each in page if each.kind is DecisionKind.DONE or each.kind is DecisionKind.SKIP]",
         "settled = [each for each in page if each.kind is DecisionKind.DONE]",
-        "test_an_archived_source_and_one_that_a_glob_leaves_out_by_now_have_outputs_to_be_proved",
+        LEFT_OUT,
     ),
     defect(
         "pages are unknown",
-        "for number in range(1, output.pages + 1):\n            planned",
-        "for number in range(0):\n            planned",
+        "range(1, output.pages + 1 if is_unpacked else 1)",
+        "range(0)",
         PAGES_PROVED,
     ),
     defect(
         "an archive whose pages are lost is found",
-        "is_lost = task.known is not None and task.known.event == LOST\n        numbers",
-        "is_lost = False\n        numbers",
+        "is_asked = is_lost and",
+        "is_asked = False and",
         PAGES_PROVED,
     ),
     defect(

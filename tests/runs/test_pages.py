@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +15,7 @@ from tests.runs.test_outputs_as_stored import AMONG_SOURCES, written
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import Conversion, Converted, wrapped
-from tests.standins.program import HASTY, lose_checkpoint, script_with
+from tests.standins.program import HASTY, lose_checkpoint, script_with, shard_of
 from tests.standins.relay import Relay
 
 Cli = Callable[..., Any]
@@ -266,3 +268,41 @@ def test_pages_are_proved_and_made_again_with_their_archive(
     }
     # Of what was lost, the archive alone proves nothing; of anything else, it does.
     assert (run_cli(*UNPACK, "--repair").exit_code, len(strict_api.paid)) == (0, 3)
+    # Nobody wants pages who wants archives alone; without a checkpoint, an archive says how many there are to be.
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/b/002.jpg")
+    for _ in range(2):
+        assert (run_cli("--verify").exit_code, run_cli("--repair").exit_code, len(strict_api.paid)) == (0, 0, 3)
+        lose_checkpoint(run.workdir)
+    assert (run_cli(*UNPACK, "--verify").exit_code, run_cli(*UNPACK, "--repair").summary["converted"]) == (1, 1)
+    assert (run_cli(*UNPACK, "--verify").exit_code, len(strict_api.paid)) == (0, 4)
+
+
+def test_a_page_belongs_to_the_shard_of_its_document(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    documents = [f"in/{number}.pdf" for number in range(4)]
+    for key in documents:
+        bucket.put(key, PDF + b"3")
+    shards = [("--shard", f"{index}/2", *UNPACK) for index in (0, 1)]
+    assert [run_cli(*shard).exit_code for shard in shards] == [0, 0]
+    # One whose key alone would be the other shard's.
+    places = [(shard_of(f"converted/in/{number}.jpg", 2), f"converted/in/{number}/001.jpg") for number in range(4)]
+    home, page_key = next((home, key) for home, key in places if shard_of(key, 2) != home)
+    for gone in (None, page_key):
+        found = [json.loads(run_cli("--verify", "--log-format", "json", *shard).out) for shard in shards]
+        assert sum(each["verified"] for each in found) == len(documents)
+        missing = [(index, each["output_key"]) for index in (0, 1) for each in found[index]["findings"]]
+        assert missing == ([(home, gone)] if gone else [])
+        bucket.client.delete_object(Bucket=bucket.name, Key=page_key)
+    made = [re.findall("^converted +([0-9]+)", run_cli("--repair", *shard).out, re.M) for shard in shards]
+    assert made == [[str(int(index == home))] for index in (0, 1)]
+    assert len(api.paid) == len(documents) + 1
+
+
+def test_an_archive_between_the_sources_is_foreseen_to_be_no_source(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("x.pdf", PDF + b"3")
+    assert run_cli(*AMONG_SOURCES).exit_code == 0
+    assert json.loads(run_cli(*AMONG_SOURCES, "--dry-run", "--log-format", "json").out)["conversions"] == 0
+    verified = run_cli(*AMONG_SOURCES, "--verify").out
+    assert ("not_converted 0" in verified, verified.splitlines()[-1]) == (True, "verified 1 of 1")
+    assert (run_cli(*AMONG_SOURCES).summary["skipped"], len(api.paid)) == ({"own_output": 1}, 1)

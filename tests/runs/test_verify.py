@@ -195,9 +195,40 @@ def test_an_archived_source_and_one_that_a_glob_leaves_out_by_now_have_outputs_t
     bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/001.jpg")
     left_out = ("--set", "convert.exclude=001.png 002.png")
     assert verified(run_cli, *left_out) == (1, {"verified": 2, "missing": 1}, {"missing": ["converted/in/001.jpg"]})
-    # It is not wanted, and so it is not made again.
+    assert "1 missing: --repair converts them again, which is paid for, but for 1 whose sources are left out" in (
+        run_cli("--verify", "-q", *left_out).out
+    )
+    # It is not wanted, and so it is not made again; and it stays missing.
     run = run_cli("--repair", *left_out)
     assert (run.exit_code, run.summary["converted"], run.summary["skipped"]["not_matched"]) == (0, 0, 2)
+    assert "--repair: 0 outputs missing, to be converted again" in run.err
+    assert "1 output missing whose sources are left out by now" in run.err
+    assert verified(run_cli, *left_out)[:2] == (1, {"verified": 2, "missing": 1})
+    assert (run_cli("--repair").summary["converted"], verified(run_cli)[0]) == (1, 0)
+
+
+def test_an_output_in_whose_place_another_source_has_put_its_own_is_missing(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.heic", picture("1"))
+    assert run_cli().exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
+    bucket.put("a.png", picture("2"))
+    assert (run_cli().exit_code, len(api.paid)) == (0, 2)
+    assert verified(run_cli) == (1, {"verified": 1, "missing": 1}, {"missing": ["converted/a.jpg"]})
+    before = bucket.outputs()
+    run = run_cli("--repair")
+    assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 1}, 2)
+    assert bucket.outputs() == before
+
+
+def test_an_output_of_a_job_that_wants_its_source_no_more_is_not_said_to_have_none(run_cli: Cli, bucket: Any) -> None:
+    put_pictures(bucket, 2)
+    jobs = ("--set", "job a.target=webp", "--set", "job b.target=jpg")
+    assert run_cli(*jobs).exit_code == 0
+    run = run_cli("--verify", "-v", *jobs, "--set", "job b.exclude=001.png")
+    said = "converted/in/001.jpg (of in/001.png): its source is gone, or left out by now"
+    assert (run.exit_code, f"orphans       {said}" in run.out.splitlines()) == (0, True), run.out
 
 
 def test_repair_keeps_to_the_cap_and_goes_on_after_a_kill(
@@ -246,3 +277,35 @@ def test_what_is_lost_is_made_again_before_what_failed(run_cli: Cli, bucket: Any
     assert run_cli(*one_by_one, "--repair").exit_code == 0
     made = [charge.source_sha256 for charge in api.paid]
     assert (made[0], len(made), len(set(made[1:]))) == (made[1], 3, 2)
+
+
+def test_what_is_lost_keeps_its_place_before_whatever_else_wants_it(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", picture("1"))
+    jobs = [part for name in "bc" for part in ("--set", f"job {name}.quality={ord(name) - 50}")]
+    assert (run_cli(*jobs).summary["failed"], len(api.paid)) == ({"output_collision": 1}, 1)
+    bucket.put("a.heic", picture("2"))
+    before = bucket.outputs()
+    assert (run_cli(*jobs).summary["failed"], len(api.paid)) == ({"output_collision": 3}, 1)
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
+    assert json.loads(run_cli(*jobs, "--dry-run", "--repair", "--log-format", "json").out)["conversions"] == 1
+    run = run_cli(*jobs, "--repair")
+    assert (run.summary["converted"], run.summary["failed"], len(api.paid)) == (1, {"output_collision": 3}, 2)
+    assert bucket.outputs() == before
+
+
+def test_what_is_deleted_while_a_repair_looks_is_counted_by_no_pass(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    put_pictures(bucket, 2)
+    api.faults.add(Fault.status_reply(503, "service_unavailable"))
+    failed = run_cli("--workers", "1", "--set", "api.retries=0", "--set", "api.transfer=upload").failures[0]["key"]
+
+    def delete_it(asked: Asked) -> None:
+        if asked.is_listing and asked.query["prefix"] == "converted/":
+            bucket.client.delete_object(Bucket=bucket.name, Key=failed)
+
+    relay.instead = delete_it
+    run = run_cli("--repair", "-q", AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, run.summary["failed"], run.summary["already_done"]) == (0, {}, 1), run.out
