@@ -905,6 +905,18 @@ VERIFY = (
         EACH_ITS_OWN,
     ),
     defect(
+        "what is lost loses its place to whatever else wants it",
+        "self.claim([(self.slot(output.key), job, key) for key, (_, output) in lost.items()])",
+        "pass",
+        "test_what_is_lost_keeps_its_place_before_whatever_else_wants_it",
+    ),
+    defect(
+        "what a repair has planned while it looks stays planned",
+        "self.expected = 2 * count\n        self._journal.forget_plans()",
+        "self.expected = 2 * count",
+        "test_what_is_deleted_while_a_repair_looks_is_counted_by_no_pass",
+    ),
+    defect(
         "pages are asked for in the shard of their own keys",
         "is_any = shard.count == 1 or self._has_pages",
         "is_any = shard.count == 1",
