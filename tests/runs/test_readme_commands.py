@@ -179,7 +179,8 @@ def test_the_line_for_cron_runs_and_says_one_line(
 
 @pytest.mark.real
 def test_the_units_for_systemd_are_good_ones(tmp_path: Path) -> None:
-    units = re.findall(r"^# /etc/systemd/system/(\S+)\n((?:.+\n|\n(?!#))*)", "\n".join(blocks("ini")), re.MULTILINE)
+    shown = (re.fullmatch(r"# /etc/systemd/system/(\S+)\n(.*)", block, re.DOTALL) for block in blocks("ini"))
+    units = [found.groups() for found in shown if found]
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     for name in ("s3_bulk_convert.py", "venv/bin/python"):
         (tmp_path / name).touch(stat.S_IRWXU)
