@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.program import lose_checkpoint
+from tests.standins.program import lose_checkpoint, script_with
 from tests.standins.relay import Asked, Relay
 
 pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
+LARGE = 9_000_000
+IN_PARTS = script_with("program.MULTIPART_BYTES = 8_500_000")
 FOUND = ("verified", "missing", "altered", "not_converted", "failed_before", "orphans", "unknown")
 
 
@@ -309,3 +311,16 @@ def test_what_is_deleted_while_a_repair_looks_is_counted_by_no_pass(
     relay.instead = delete_it
     run = run_cli("--repair", "-q", AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["failed"], run.summary["already_done"]) == (0, {}, 1), run.out
+
+
+def test_outputs_that_were_put_in_parts_are_proved_by_the_etags_that_s3_gave_them(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("large.png", picture() + bytes(LARGE))
+    bucket.put("large.jpg", picture() + bytes(LARGE))
+    copying = ("--set", "convert.same_format=copy", "--set", "s3.output_key=converted/{name}.{target}")
+    assert run_cli(*copying, command=IN_PARTS).exit_code == 0
+    run = run_cli(*copying, "--verify")
+    assert (run.exit_code, run.out.splitlines()[-1]) == (0, "verified 2 of 2"), run.out
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/large.png.jpg")
+    assert run_cli(*copying, "--verify").exit_code == 1
+    assert run_cli(*copying, "--repair", command=IN_PARTS).summary["converted"] == 1
+    assert run_cli(*copying, "--verify", "-q").out == "verified 2 of 2\n"
