@@ -18,8 +18,8 @@ help:  ## say what can be made
 demo: .venv/ready  ## convert about 60 real files from a real S3 server, twice, on this machine only
 	$(BIN)/python -m tests.demo
 
-recording: .venv/ready  ## draw what a terminal shows of the demo into tests/demo.svg
-	$(BIN)/python -m tests.recording
+recording: .venv/ready  ## draw what a terminal shows of the demo into tests/demo/demo.svg
+	$(BIN)/python -m tests.demo.recording
 
 flow: .venv/ready  ## draw the way of an object into docs/flow.svg
 	$(BIN)/python -m tests.flow
@@ -31,7 +31,7 @@ test-slow: .venv/ready  ## the long proofs: random kills, many examples
 	$(BIN)/python -m pytest -c tests/pytest.ini -m slow -s tests
 
 test-all: .venv/ready  ## all tests but the slow ones on each Python that is here, and with the oldest packages
-	$(BIN)/python -m tests.all_pythons
+	$(BIN)/python -m tests.real.pythons
 
 .venv-ministack/ready: tests/standins/servers/requirements.txt
 	$(PYTHON) -m venv .venv-ministack
@@ -39,13 +39,13 @@ test-all: .venv/ready  ## all tests but the slow ones on each Python that is her
 	@touch $@
 
 test-real: .venv/ready .venv-ministack/ready  ## against real S3 servers, also over TLS, and with real tools; ONLY=ceph one of them
-	$(BIN)/python -m tests.real_servers $(ONLY)
+	$(BIN)/python -m tests.real.servers $(ONLY)
 
 soak: .venv/ready  ## an hour of faults, changes and kills: nothing paid twice, lost, wrong or growing; MINUTES=5 less
-	$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),60)
+	$(BIN)/python -m tests.proofs.soak --minutes $(or $(MINUTES),60)
 
 mutants: .venv/ready  ## plant defects in a copy, one at a time: a test sees each; ONLY=word some of them
-	$(BIN)/python -m tests.mutants $(ONLY)
+	$(BIN)/python -m tests.proofs.mutants $(ONLY)
 
 .venv/ready-bench: .venv/ready tests/bench/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt

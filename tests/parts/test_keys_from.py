@@ -22,8 +22,8 @@ from s3_bulk_convert import ExitCode, RunError, SourceObject
 from tests.runs.test_what_is_converted import ODD_KEYS as CONVERTED_KEYS
 from tests.standins.key_files import DATE, SCHEMA, SOURCE, full_row, inventory_rows, write, write_manifest
 from tests.standins.program import SCRIPT
-from tests.test_s3_server import DOTTED_KEYS
-from tests.test_s3_server import ODD_KEYS as SERVER_KEYS
+from tests.standins.test_s3_server import DOTTED_KEYS
+from tests.standins.test_s3_server import ODD_KEYS as SERVER_KEYS
 
 if TYPE_CHECKING:
     from tests.standins.program import TestBucket

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import s3_bulk_convert as program
 from s3_bulk_convert import Page, SourceObject
-from tests.test_s3_server import DOTTED_KEYS, ODD_KEYS
+from tests.standins.test_s3_server import DOTTED_KEYS, ODD_KEYS
 
 XML = """<?xml version="1.0" encoding="UTF-8"?>
 <ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>{truncated}</IsTruncated>

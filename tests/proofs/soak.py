@@ -1,6 +1,6 @@
 """Let the real script work for an hour under every kind of trouble: it keeps its promises and does not grow.
 
-    python -m tests.soak [--minutes N] [--rate N] [--seed N]
+    python -m tests.proofs.soak [--minutes N] [--rate N] [--seed N]
 
 On one bucket, at the same time:
 
@@ -41,8 +41,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.proofs.test_random_kills import PNG, Siege
 from tests.runs.test_processes import worker_pids
-from tests.runs.test_random_kills import PNG, Siege
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import marking
 from tests.standins.program import Run, TestBucket, launch

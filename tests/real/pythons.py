@@ -1,6 +1,6 @@
 """Run the tests on every supported Python that is on this machine, and once with the oldest packages that are admitted.
 
-    python -m tests.all_pythons [NAME ...]      3.10, 3.11, ..., `oldest`, `bare`; all of them if none is named
+    python -m tests.real.pythons [NAME ...]      3.10, 3.11, ..., `oldest`, `bare`; all of them if none is named
 
 `oldest` has the lowest versions that requirements.txt admits, on the oldest Python that is here. `bare` has these four
 packages and nothing else: the tests of the main job run the script there. Each makes a virtual environment of its own
@@ -19,7 +19,7 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 REQUIREMENTS, TOOLS = PROJECT / "requirements.txt", PROJECT / "tests" / "requirements.txt"
 PYTEST = ("-m", "pytest", "-c", "tests/pytest.ini")

@@ -1,6 +1,6 @@
-"""Draw what a terminal shows of `make demo` into tests/demo.svg, which README shows.
+"""Draw what a terminal shows of `make demo` into tests/demo/demo.svg, which README shows.
 
-    python -m tests.recording
+    python -m tests.demo.recording
 
 The demo runs for real in a pseudo-terminal; paths of this machine are replaced by what a reader has in their place.
 """
@@ -22,8 +22,8 @@ import pyte
 from rich.console import Console
 from rich.text import Text
 
-PROJECT = Path(__file__).resolve().parents[1]
-PICTURE = PROJECT / "tests" / "demo.svg"
+PROJECT = Path(__file__).resolve().parents[2]
+PICTURE = PROJECT / "tests" / "demo" / "demo.svg"
 COLUMNS, LINES = 118, 200
 FIRST, LAST = "What would it come to?", "Was nothing sent again?"  # the part of the story that is drawn
 MADE_BY_DEMO = re.compile(r"(/\S*)?/(tmp|var)/\S*demo-\w+")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.real_servers import PYTEST, Plan, plans, result_of
+from tests.real.servers import PYTEST, Plan, plans, result_of
 from tests.standins.s3_server import PROJECT
 from tests.standins.servers.kinds import KINDS
 
@@ -14,7 +14,7 @@ from tests.standins.servers.kinds import KINDS
 def pytest_says(*arguments: str, **environment: str) -> str:
     """What pytest prints with these arguments."""
     done = subprocess.run(
-        [*PYTEST, "--collect-only", "-q", *arguments, "tests/test_s3_server.py"],
+        [*PYTEST, "--collect-only", "-q", *arguments, "tests/standins/test_s3_server.py"],
         cwd=PROJECT,
         env={"PATH": str(Path(sys.executable).parent), **environment},
         capture_output=True,
@@ -25,7 +25,9 @@ def pytest_says(*arguments: str, **environment: str) -> str:
 
 
 def test_what_a_server_cannot_do_is_left_out_by_name_and_with_the_reason() -> None:
-    left_out = "left out: test_s3_server.py::test_a_wrong_secret_is_refused: it checks the signatures of presigned"
+    left_out = (
+        "left out: standins/test_s3_server.py::test_a_wrong_secret_is_refused: it checks the signatures of presigned"
+    )
     assert left_out in pytest_says("--s3", "ministack")
     assert "left out" not in pytest_says("--s3", "swift")
 

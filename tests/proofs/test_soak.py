@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests import soak
-from tests.runs.test_random_kills import Siege
+from tests.proofs import soak
+from tests.proofs.test_random_kills import Siege
 from tests.standins.s3_server import S3Server
 
 LEAN = soak.Weight(rss_mb=80.0, peak_mb=82.0, files=30, threads=12, wal_mb=3.9, in_flight=4)

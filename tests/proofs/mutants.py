@@ -1,6 +1,6 @@
 """Plant defects in the program, one at a time, and see whether the tests notice: what cannot fail proves nothing.
 
-    python -m tests.mutants [WORD ...]      only the defects whose sentence or tests contain one of the words
+    python -m tests.proofs.mutants [WORD ...]      only the defects whose sentence or tests contain one of the words
 
 Each runs its own tests alone, on a copy of the tracked files. First they all run on the program as it is: what fails
 there sees nothing. Exit code 1: a defect is not seen, or its row in the table does not fit the program or the tests.
@@ -18,7 +18,7 @@ from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 SCRIPT = "s3_bulk_convert.py"
 PYTEST = (sys.executable, "-m", "pytest", "-c", "tests/pytest.ini", "-m", "not real", "-p", "no:cacheprovider", "-q")
 

@@ -1,6 +1,6 @@
 """Run the end-to-end tests against each real S3 server that can be had, and all tests that need more than Python.
 
-    python -m tests.real_servers [NAME ...]     swift, ceph, ministack, each of them `-tls`, external, `rest`
+    python -m tests.real.servers [NAME ...]     swift, ceph, ministack, each of them `-tls`, external, `rest`
 
 Without names: all but `external`, which is run too when S3_TEST_ENDPOINT is set. Over TLS, by a private CA, what moves
 bytes or signs URLs is run. `rest` are the tests with the mark `real`. A server that is not installed fails, and is said
@@ -21,7 +21,7 @@ from tests.standins.servers.kinds import KINDS
 
 PYTEST = (sys.executable, "-m", "pytest", "-c", "tests/pytest.ini")
 OVER_TLS = (
-    *("parts/test_listing", "test_s3_server", "runs/test_crash_matrix", "runs/test_from_outside"),
+    *("parts/test_listing", "standins/test_s3_server", "runs/test_crash_matrix", "runs/test_from_outside"),
     *("runs/test_keys_from", "runs/test_large_objects", "runs/test_looking", "runs/test_main_job"),
     *("runs/test_outputs_as_stored", "runs/test_what_is_converted"),
 )

@@ -26,7 +26,7 @@ from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import Conversion, Converted
 
 PICTURE = b"a picture, as far as the marker is concerned"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 Parts = dict[str, tuple[str | None, str | bytes]]
 PATIENCE = 10  # seconds after which a test that waits has failed
 

@@ -1,0 +1,1 @@
+"""What this project has not written: S3 servers, engines that convert, schedulers, all Pythons and packages."""
