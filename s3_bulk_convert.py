@@ -6157,7 +6157,7 @@ class Progress:
             log_event("progress", ", ".join(self._words(numbers)), level=logging.INFO, **numbers)
         if now >= self._metrics_due:
             self._metrics_due = now + 15  # seconds, as often as Prometheus asks by default
-            gc.collect()  # errors and their tracebacks hold each other; see `main`
+            gc.collect(1)  # errors and their tracebacks hold each other; see `main`
             self._write_metrics(is_running=True)
 
     def finish(self) -> None:
