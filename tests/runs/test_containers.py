@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,11 +64,11 @@ def test_the_job_has_as_many_shards_as_completions_and_repeats_what_another_run_
         assert int(re.findall(r"terminationGracePeriodSeconds: (\d+)", manifest)[0]) > 30
 
 
-@pytest.mark.slow
+@pytest.mark.real  # it needs `pip install kubernetes-validate`, which has 140 MB
 @pytest.mark.parametrize("manifest", [JOB, CRON_JOB], ids=["Job", "CronJob"])
 def test_kubernetes_takes_the_manifests(manifest: str) -> None:
-    schemas = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate, which is 140 MB")
-    schemas.validate(pytest.importorskip("yaml").safe_load(manifest), schemas.latest_version(), strict=True)
+    schemas, yaml = import_module("kubernetes_validate"), import_module("yaml")
+    schemas.validate(yaml.safe_load(manifest), schemas.latest_version(), strict=True)
 
 
 def test_with_the_arguments_of_the_job_the_log_is_json_and_has_each_failure(

@@ -298,7 +298,8 @@ def test_what_is_no_word_on_the_object_does_not_forget_what_is_paid(
     assert (first.exit_code, len(api.paid), len(first.rows("in_flight"))) == (exit_code, 1, 1)
     api.faults.add(refusal())
     until_next_second()  # in which a presigned URL is another one
-    assert run_cli().exit_code == exit_code
+    # A key that is refused before anything else has come of the run would be refused in the next one as well.
+    assert run_cli().exit_code == (2 if exit_code == 3 else exit_code)
     until_next_second()
     last = run_cli()
     assert (last.exit_code, len(api.paid), last.summary["replays"]) == (0, 1, 1)
