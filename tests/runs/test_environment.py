@@ -304,6 +304,7 @@ def test_an_endpoint_that_contains_the_bucket_is_named(run_cli: Cli, bucket: Any
     assert_met(run_cli, "endpoint", given=("--set", f"s3.endpoint_url={s3.endpoint}/{bucket.name}"))
 
 
+@pytest.mark.needs("regions")
 def test_a_region_that_is_wrong_is_named(run_cli: Cli) -> None:
     given = ("--set", "s3.region=eu-nowhere-9", "--set", "api.transfer=url")
     assert_met(run_cli, "region", given=given)

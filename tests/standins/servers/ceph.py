@@ -98,6 +98,7 @@ class Ceph(S3Server):
     stop_seconds = 3 * STOP_SECONDS + 1
     lacks: ClassVar = {
         "strict tags": "its limits of tags were not compared with Amazon's",
+        "regions": "it takes signatures for any region",
         "tags of copies": "it drops the tags that a copy is to have",
         "conditional copies": "it takes no notice of x-amz-copy-source-if-match",
     }
