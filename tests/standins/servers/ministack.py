@@ -33,6 +33,7 @@ class Ministack(S3Server):
         "secrets": "it checks the signatures of presigned URLs only",
         "strict tags": "its limits of tags were not compared with Amazon's",
         "tags of copies": "it drops those of a copy in parts",
+        "regions": "it takes signatures for any region",
         "whole puts": "what is being put when it is killed is there without its metadata",
     }
 
