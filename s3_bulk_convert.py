@@ -1990,6 +1990,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     """
 
     SQL_VARIABLES = 900  # SQLite before 3.32 takes 999
+    IS_DONE = f"event IN ({', '.join(map(repr, sorted(DONE_EVENTS)))})"
     # A server without ETags has sizes alone; of pages, nothing is known but that they are to be there.
     IS_SAME = "(expected.etag = there.etag OR '' IN (expected.etag, there.etag)) AND "
     IS_SAME += "coalesce(expected.size = there.size, TRUE)"
@@ -2220,8 +2221,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def made_before(self, keys: Sequence[str]) -> dict[tuple[str, str], list[tuple[str, str]]]:
         """(target, key) -> (version, fingerprint) of all that was done by jobs that are not configured now."""
         made = defaultdict[tuple[str, str], list[tuple[str, str]]](list)
-        query = "SELECT target, key, etag, fingerprint FROM log JOIN jobs ON jobs.id = job WHERE job = ? AND event IN "
-        query += f"({', '.join(map(repr, sorted(DONE_EVENTS)))}) AND key IN ({{}})"
+        query = (
+            "SELECT target, key, etag, fingerprint FROM log JOIN jobs ON jobs.id = job WHERE job = ? AND key IN ({})"
+        )
+        query += f" AND {self.IS_DONE}"
         for former in self._former:
             for target, key, version, fingerprint in self._ask_about(query, (former,), keys):
                 made[target, key].append((version, fingerprint))
@@ -2387,8 +2390,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """(key of an output that nobody expects, key of the source that it was made of; empty if none is known)."""
         unexpected = "there LEFT JOIN expected USING (output_key) WHERE expected.output_key IS NULL"
         is_any = self._ask(f"SELECT 1 FROM {unexpected} LIMIT 1", of=self._temporary)
-        done = ", ".join(f"'{event}'" for event in DONE_EVENTS)
-        query = f"SELECT key, output_key, max(id) FROM log WHERE job = ? AND key > ? AND event IN ({done})"
+        query = f"SELECT key, output_key, max(id) FROM log WHERE job = ? AND key > ? AND {self.IS_DONE}"
         query += f" GROUP BY key ORDER BY key LIMIT {PAGE_KEYS}"
         for job in self._jobs if is_any else ():
             rows: list[Any] = [("",)]
@@ -3713,10 +3715,7 @@ class Planner:
     def foreseen(self) -> Iterator[list[Decision]]:
         """Decisions by pages, each as a worker's looks would leave it. Raises RunError."""
 
-        def is_open(decision: Decision) -> bool:
-            task = decision.task
-            if task is None:
-                return False
+        def is_open(task: Task) -> bool:
             # An archive of pages between the sources is no source, and only its metadata say so.
             is_among = self.settings.puts_among_sources(self.settings.by_name[task.job])
             may_be_own = is_among and task.source.key.endswith(".zip")
@@ -3724,10 +3723,10 @@ class Planner:
 
         with ThreadPoolExecutor(LIST_THREADS) as pool:
             for page in self.decisions(lambda: LIST_THREADS):
-                settled = [each for each in page if each.task is None]
-                tasks = [each for each in page if each.task is not None]
-                looked = pool.map(self.foresee, filter(is_open, tasks))
-                yield [*settled, *itertools.filterfalse(is_open, tasks), *looked]
+                settled, undecided = list[Decision](), list[Decision]()
+                for each in page:
+                    (undecided if each.task and is_open(each.task) else settled).append(each)
+                yield [*settled, *pool.map(self.foresee, undecided)]
 
     def foresee(self, decision: Decision) -> Decision:
         """A decision as a worker's looks would leave it. Raises RunError."""
@@ -4005,9 +4004,7 @@ class Verification:
         self.left_out = 0  # of what is missing: its source is skipped, and nothing is made of it
         # They belong to the shard of their archive, and nothing in a key tells whose page it is.
         self._has_pages = any(job.pages == "unpack" for job in self._settings.jobs)
-        # How many will be seen in all, as far as the checkpoint tells.
-        done = [each for each in self._journal.counts() if each["configured_as"]]
-        self.expected = 2 * sum(each[event] for each in done for event in DONE_EVENTS)
+        self.expected = 0  # objects that will be seen in all, at the least; 0 until the sources are listed
 
     def pages(self) -> Iterator[list[Finding]]:
         """Findings, as pages of both listings bring them; an empty list where a page brings none. Raises RunError."""
@@ -6264,9 +6261,9 @@ class SeenSoFar(contextlib.AbstractContextManager["SeenSoFar"]):
 
     def __init__(self, settings: Settings) -> None:
         self._said_at = time.monotonic()
-        is_drawn = Progress.has_bar(settings) and not log.isEnabledFor(logging.DEBUG)
+        self.is_drawn = Progress.has_bar(settings) and not log.isEnabledFor(logging.DEBUG)
         self._bar: tqdm[NoReturn] = tqdm(
-            unit=" objects", file=sys.stderr, dynamic_ncols=True, leave=False, disable=not is_drawn
+            unit=" objects", file=sys.stderr, dynamic_ncols=True, leave=False, disable=not self.is_drawn
         )
 
     def __exit__(self, *_: object) -> None:
@@ -6276,7 +6273,7 @@ class SeenSoFar(contextlib.AbstractContextManager["SeenSoFar"]):
         """Show how many objects were seen, and of how many if that is known."""
         self._bar.total = total if total >= seen else None
         self._bar.update(seen - self._bar.n)
-        if self._bar.disable and time.monotonic() - self._said_at > LINE_SECONDS:
+        if not self.is_drawn and time.monotonic() - self._said_at > LINE_SECONDS:
             self._said_at = time.monotonic()
             log.info("%d objects listed so far", seen)
 
@@ -6675,6 +6672,10 @@ class Proof:
             planner = Planner(settings, bucket, journal, stop)
             verification = Verification(planner)
             proof = cls(settings, verification)
+            if so_far.is_drawn:
+                # As far as the checkpoint tells. To count it takes seconds, and is for a bar alone.
+                done = [each for each in journal.counts() if each["configured_as"]]
+                verification.expected = 2 * sum(each[event] for each in done for event in DONE_EVENTS)
             for findings in verification.pages():
                 so_far.show(verification.seen, verification.expected)
                 for finding in findings:
