@@ -887,6 +887,15 @@ class SourceObject(NamedTuple):
         return unix_seconds(self.last_modified)
 
     @property
+    def skip_reason(self) -> str:
+        """Why no job takes it, whatever it wants; empty if one may."""
+        if self.key.endswith("/"):
+            return FOLDER
+        if not self.version:
+            return ""  # only the key is known: the worker looks
+        return EMPTY if not self.size else ARCHIVED if self.archived else ""
+
+    @property
     def if_match(self) -> str:
         """The condition under which a request is about this very version; empty where the server gives no ETag."""
         return f'"{self.version}"' if self.version and "@" not in self.version else ""
@@ -1581,6 +1590,11 @@ class Settings:
         prefixes = {job.constant_prefix for job in self.jobs}
         return tuple(sorted(filter(None, prefixes))) if self.s3.is_one_bucket else ()
 
+    def __str__(self) -> str:
+        """What a run is about, in a few words."""
+        routes = (f"s3://{self.s3.bucket}/{job.prefix} to {job.target}" for job in self.jobs)
+        return ", ".join(dict.fromkeys(routes)) + self.shard.named
+
     def hide(self, message: str) -> str:
         """A text of the API's without secrets, the key itself among them."""
         return redact(message.replace(self.api.key or "\0", "..."))
@@ -1763,12 +1777,6 @@ def load_settings(
     files: dict[str, Any] = {name: shard.file(path) for name in OUTPUT_FILES if (path := getattr(run, name))}
     api, run = replace(api, key=key, max_conversions=cap), replace(run, **files)
     return Settings(s3, api, run, jobs, shard, key_problem=key_problem)
-
-
-def describe(settings: Settings) -> str:
-    """What a run is about, in a few words."""
-    routes = (f"s3://{settings.s3.bucket}/{job.prefix} to {job.target}" for job in settings.jobs)
-    return ", ".join(dict.fromkeys(routes)) + settings.shard.named
 
 
 ########################################################################################################################
@@ -2196,27 +2204,32 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
         What is done, but whose output was replaced since by that of another job, is not known.
         """
-        scope = (self._job_ids[job], self.horizon)
-        query = "SELECT key, etag, event, permanent, runs_failed, code FROM log WHERE job = ? AND id < ? AND key"
-        # A page of a listing is a range of keys. Where most of what lies in it is gone, its keys are looked up.
-        limits = (min(keys, default=""), max(keys, default=""), 4 * len(keys))
-        found: Any = self._ask(f"{query} BETWEEN ? AND ? ORDER BY key, id LIMIT ?", *scope, *limits)
-        if len(found) == 4 * len(keys):
-            found = self._ask_about(f"{query} IN ({{}}) ORDER BY key, id", scope, keys)
-        states: dict[str, JournalState] = {state[0]: state for state in found}
-        for rival in self._rivals[job]:
-            newer = "id > (SELECT max(id) FROM log WHERE job = ? AND id < ? AND key = it.key)"
-            query = f"SELECT key, event FROM log AS it WHERE job = {rival} AND {newer} AND key IN ({{}})"
-            done = [key for key, state in states.items() if state[2] in DONE_EVENTS]
-            for key, event in self._ask_about(query, scope, done):
-                if event in DONE_EVENTS:
-                    states.pop(key, None)
+        states: dict[str, JournalState] = self._newest("permanent, runs_failed, code", job, keys)
         # What a dry run takes for lost is written down nowhere.
         if self._has_lost:
             query = "SELECT key FROM lost WHERE job = ? AND key IN ({})"
             for (key,) in self._ask_about(query, (job,), keys, of=self._temporary):
                 states[key] = JournalState(*states[key])._replace(event=LOST)
         return states
+
+    def _newest(self, columns: str, job: str, keys: Sequence[str]) -> dict[str, Any]:
+        """Key -> key, etag, event and these columns of its newest row, as `states` says."""
+        scope = (self._job_ids[job], self.horizon)
+        query = f"SELECT key, etag, event, {columns} FROM log WHERE job = ? AND id < ? AND key"
+        # A page of a listing is a range of keys. Where most of what lies in it is gone, its keys are looked up.
+        limits = (min(keys, default=""), max(keys, default=""), 4 * len(keys))
+        found: Any = self._ask(f"{query} BETWEEN ? AND ? ORDER BY key, id LIMIT ?", *scope, *limits)
+        if len(found) == 4 * len(keys):
+            found = self._ask_about(f"{query} IN ({{}}) ORDER BY key, id", scope, keys)
+        newest = {row[0]: row for row in found}
+        for rival in self._rivals[job]:
+            newer = "id > (SELECT max(id) FROM log WHERE job = ? AND id < ? AND key = it.key)"
+            query = f"SELECT key, event FROM log AS it WHERE job = {rival} AND {newer} AND key IN ({{}})"
+            done = [key for key, row in newest.items() if row[2] in DONE_EVENTS]
+            for key, event in self._ask_about(query, scope, done):
+                if event in DONE_EVENTS:
+                    newest.pop(key, None)
+        return newest
 
     def made_before(self, keys: Sequence[str]) -> dict[tuple[str, str], list[tuple[str, str]]]:
         """(target, key) -> (version, fingerprint) of all that was done by jobs that are not configured now."""
@@ -2297,16 +2310,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def stored(self, job: str, keys: Sequence[str]) -> dict[str, tuple[str, StoredOutput]]:
         """Key -> the version that was converted, and its output; of those of the keys that are done."""
-        columns = "key, etag, event, output_key, output_etag, bytes_out, pages"
-        query = f"SELECT {columns} FROM log WHERE job = ? AND key IN ({{}})"
-        rows = self._ask_about(f"{query} ORDER BY key, id", (self._job_ids[job],), keys)
-        newest = {key: row for key, *row in rows}
-        if self._rivals[job]:
-            states = self.states(job, list(newest))
-            newest = {key: row for key, row in newest.items() if key in states}
+        newest = self._newest("output_key, output_etag, bytes_out, pages", job, keys)
         return {
             key: (version, StoredOutput(self._output_key(job, key, place), etag or "", size or 0, pages or 0))
-            for key, (version, event, place, etag, size, pages) in newest.items()
+            for key, version, event, place, etag, size, pages in map(newest.__getitem__, filter(newest.get, keys))
             if event in DONE_EVENTS
         }
 
@@ -2648,7 +2655,9 @@ class Page(NamedTuple):
                 entry.findtext(f"{restore}IsRestoreInProgress") == "true"
                 or not entry.findtext(f"{restore}RestoreExpiryDate")
             )
-            objects.append(SourceObject(decode(key), version, int(size), modified, is_archived))
+            # Most keys have nothing to decode, and each step counts: millions come by here.
+            decoded = decode(key) if "%" in key or "+" in key else key
+            objects.append(SourceObject._make((decoded, version, int(size), modified, is_archived)))
         count = root.findtext(f"{space}KeyCount")
         # XML Schema has two words for each, and lets white space stand around them.
         truncated = root.findtext(f"{space}IsTruncated", "").strip().lower()
@@ -2918,15 +2927,14 @@ class Bucket:
                 hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
                 raise usage_error("there are no AWS credentials", hint)
             self.client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
-            # The address may come from the AWS configuration as well: only a client knows it.
-            if self.endpoint != "aws":
-                # Others refuse the checksums that boto3 sends behind a body, unless the user says otherwise.
-                names = ("request_checksum_calculation", "response_checksum_validation")
-                plain: Any = {name: "when_required" for name in names if f"AWS_{name.upper()}" not in os.environ}
-                config = config.merge(botocore.config.Config(**plain))
-                self.client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
         except (BotoCoreError, ClientError, ValueError, OSError) as problem:
             raise misconfigured(problem) from None
+        # Others than Amazon refuse the checksums that boto3 sends behind a body, unless the user says otherwise. The
+        # address may come from the AWS configuration: only a client knows it, and it looks this up for each request.
+        checksums = ("request_checksum_calculation", "response_checksum_validation")
+        for name in checksums if self.endpoint != "aws" else ():
+            if f"AWS_{name.upper()}" not in os.environ:
+                setattr(self.client.meta.config, name, "when_required")
         events = self.client.meta.events
         if self._stop:
             events.register_first("needs-retry.s3", partial(self._ride_out, self._stop))
@@ -3454,14 +3462,6 @@ def keys_from(source: str, bucket: Bucket, stop: StopFlag) -> Iterator[list[Sour
         pool.shutdown(wait=False)
 
 
-def copy_stdin() -> None:
-    """Read stdin to its end, and put a copy in its place, which can be read more than once. Raises RunError."""
-    with no_space_stops_the_run():
-        copy: Any = temporary_file()
-        shutil.copyfileobj(sys.stdin.buffer, copy)
-        sys.stdin = io.TextIOWrapper(copy)
-
-
 class KeyFile:
     """A file that names objects of a bucket. Every error names the file, and the line if one is to blame.
 
@@ -3472,6 +3472,14 @@ class KeyFile:
 
     def __init__(self, name: str, bucket: Bucket, md5: str = "") -> None:
         self.name, self._bucket, self._md5 = name, bucket, md5
+
+    @staticmethod
+    def copy_stdin() -> None:
+        """Read stdin to its end, and put a copy in its place, which can be read more than once. Raises RunError."""
+        with no_space_stops_the_run():
+            copy: Any = temporary_file()
+            shutil.copyfileobj(sys.stdin.buffer, copy)
+            sys.stdin = io.TextIOWrapper(copy)
 
     def objects(self) -> Iterator[SourceObject]:
         """The objects that the file names, whatever its form. Raises RunError."""
@@ -3618,15 +3626,6 @@ class KeyFile:
 ########################################################################################################################
 
 
-def skip_reason(source: SourceObject) -> str:
-    """Why no job takes an object, whatever it wants; empty if one may."""
-    if source.key.endswith("/"):
-        return FOLDER
-    if not source.version:
-        return ""  # only the key is known: the worker looks
-    return EMPTY if not source.size else ARCHIVED if source.archived else ""
-
-
 def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
     """A task with its source as it lies there, and what the HEAD says. Raises ObjectSkipped, ObjectFailed, RunError.
 
@@ -3644,12 +3643,6 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
     if source.size > most and not task.copy:
         raise ObjectFailed("too_large", f"{source.size} bytes are more than api.max_size = {most}", permanent=True)
     return replace(task, source=source), head
-
-
-def outermost(prefixes: Iterable[str]) -> list[str]:
-    """The prefixes that lie in no other one: listings of these have all keys once."""
-    every = sorted(set(prefixes))
-    return [prefix for prefix in every if not any(other != prefix and prefix.startswith(other) for other in every)]
 
 
 class Planner:
@@ -3703,12 +3696,18 @@ class Planner:
                 told = ", ".join(f"{option} = {value}" for option, value in asked.items() if value)
                 yield f"job {name} wants none of the keys in {where}: {told}"
 
+    @staticmethod
+    def outermost(prefixes: Iterable[str]) -> list[str]:
+        """The prefixes that lie in no other one: listings of these have all keys once."""
+        every = sorted(set(prefixes))
+        return [prefix for prefix in every if not any(other != prefix and prefix.startswith(other) for other in every)]
+
     def pages(self, max_parallel: Callable[[], int]) -> Iterator[list[SourceObject]]:
         """What there is, by pages. A prefix inside another is part of its listing. Raises RunError, StopRequested."""
         if self.settings.keys_from:
             yield from keys_from(self.settings.keys_from, self.bucket, self._stop)
             return
-        for prefix in outermost(job.prefix for job in self.settings.jobs):
+        for prefix in self.outermost(job.prefix for job in self.settings.jobs):
             with contextlib.closing(self.bucket.list_pages(prefix, max_parallel)) as pages:
                 yield from pages
 
@@ -3753,7 +3752,7 @@ class Planner:
         jobs, shard, decisions = self.settings.jobs, self.settings.shard, list[Decision]()
         selected: list[tuple[str, SourceObject]] = []
         for source in page:
-            reason = self._is_own(source.key) if source.key.startswith(self._own_prefixes) else skip_reason(source)
+            reason = self._is_own(source.key) if source.key.startswith(self._own_prefixes) else source.skip_reason
             if self._unmet_prefixes or self._unmet_jobs:
                 self._note_match(source.key, reason)
             wanting = [] if reason else [job for job in jobs if job.wants(source)]
@@ -4080,7 +4079,7 @@ class Verification:
     def _output_pages(self) -> Iterator[Collection[SourceObject]]:
         jobs = self._settings.by_name
         if not self._settings.keys_from:
-            for prefix in outermost(job.constant_prefix for job in jobs.values()):
+            for prefix in self._planner.outermost(job.constant_prefix for job in jobs.values()):
                 listing = self._bucket.list_pages(prefix, lambda: LIST_THREADS, self._bucket.output_name)
                 with contextlib.closing(listing) as pages:
                     yield from pages
@@ -6128,7 +6127,7 @@ class Progress:
         """Say what is about to be done."""
         settings = self._settings
         jobs, workers = [job.name for job in settings.jobs], settings.run.workers
-        message = f"converting {describe(settings)} with {workers} workers"
+        message = f"converting {settings} with {workers} workers"
         log_event("start", message, level=logging.INFO, bucket=settings.s3.bucket, jobs=jobs, workers=workers)
         if settings.retry_failed:
             count = sum(sum(each["failed_for_good"].values()) for each in journal.counts() if each["configured_as"])
@@ -6610,7 +6609,7 @@ class Estimate:
     def lines(self) -> Iterator[str]:
         """All of it in words."""
         found, workers = self.document(), self.settings.run.workers
-        yield f"{describe(self.settings)}: {found[LISTED]} listed"
+        yield f"{self.settings}: {found[LISTED]} listed"
         if_any = {
             "resume": "  in flight   {}, asked for again: free of charge where the API has done the work",
             "copy": "  to copy     {} within S3, free of charge",
@@ -7075,7 +7074,7 @@ class Diagnostics:
     def run(self) -> ExitCode:
         """Prove everything, what is nearest first."""
         self.check_versions()
-        self._report("OK", "configuration", describe(self.settings))
+        self._report("OK", "configuration", str(self.settings))
         for target in dict.fromkeys(job.target for job in self.settings.jobs):
             if doubt := FileType.doubt_of(target):
                 self._report("WARN", "convert.target", doubt)
@@ -7277,7 +7276,7 @@ class Diagnostics:
             return True
 
         # What a run would skip may be unreadable for good reasons: an archived object, a folder of another tool.
-        readable = (each for each in sources if not (skip_reason(each) or KeyParts.of(each.key).has_dot_segments))
+        readable = (each for each in sources if not (each.skip_reason or KeyParts.of(each.key).has_dot_segments))
         source = next(filter(is_there, itertools.islice(readable, 16)), None)
         if source is None:
             self._report("WARN", "read", "nothing was listed that could be read", "try again when there is something")
@@ -7502,7 +7501,7 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
         # A command that has nothing to finish ends with one word.
         signal.signal(signal.SIGINT, lambda *_: StopFlag.exit_at_once("interrupted", ExitCode.SIGINT))
     if settings.repair and settings.keys_from == "-" and sys.stdin:
-        copy_stdin()  # read once for what is missing, and once for what is to be done
+        KeyFile.copy_stdin()  # read once for what is missing, and once for what is to be done
     if not command:
         # Only a run has something to finish: from here on Ctrl-C is a reason to stop.
         stop = StopFlag()

@@ -837,7 +837,7 @@ LOOKING = (
     ),
     defect(
         "--repair reads the keys of stdin once, and then finds nothing to do",
-        "copy_stdin()  # read once",
+        "KeyFile.copy_stdin()  # read once",
         "pass  # read once",
         "test_what_why_says_of_a_missing_output_converts_that_object_again_and_no_other",
     ),
