@@ -1,4 +1,4 @@
-"""A process that has imported what the script imports, and forks for each run of it: that saves most of a start.
+"""A process that has read the script and what it imports, and forks for each run of it: that saves most of a start.
 
 A run that is started so is a process like any other: a child of the tests' own, with its pid, streams, directory,
 environment and signals; test_fork_server.py compares the two. What Python and the packages read while they start (the
@@ -9,24 +9,27 @@ S3_TEST_PLAIN_STARTS=1 starts each run by itself.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import gc
-import importlib
+import importlib.util
 import json
 import multiprocessing.process
 import os
-import runpy
+import re
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import boto3
-from botocore.loaders import JSONFileLoader
+from botocore import hooks
+from botocore.loaders import JSONFileLoader, Loader
 
 MODULE = "s3_bulk_convert"
 # How code begins that changes the script: see script_with.
@@ -132,11 +135,66 @@ def serve(channel: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def read_models() -> None:
-    """Read what boto3 knows of S3, which lies in files that do not change: a third of what is left of a start."""
+    """Read what boto3 knows of S3, and what it makes of it, which does not change: half of what is left of a start."""
     os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull)
     for name in ("exists", "load_file"):
         setattr(JSONFileLoader, name, staticmethod(functools.cache(getattr(JSONFileLoader(), name))))
+    loaders: Any = Loader
+    events: Any = hooks
+    loaders.list_available_services = staticmethod(functools.cache(loaders().list_available_services))
+    events.EventAliaser._alias_event_name = events.EventAliaser(None)._alias_event_name
+    events.accepts_kwargs = functools.cache(events.accepts_kwargs)
     boto3.session.Session().client("s3", "us-east-1", aws_access_key_id="-", aws_secret_access_key="-")
+
+
+def end_at_once(code: object) -> None:
+    """End as Python does, but for taking apart all that is imported, which is half of what a short run costs."""
+    if isinstance(code, int):
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Statements(dict[str, Any]):
+    """The names of a module as its own statements find them: they see that it is not the main module yet."""
+
+    def __init__(self, names: dict[str, Any]) -> None:
+        super().__init__(__name__=MODULE)
+        self._names = names
+
+    def __setitem__(self, name: str, value: object) -> None:
+        self._names[name] = value
+
+
+def read_script() -> ModuleType:
+    """The script as the main module, but for what it does as such, which is left to each run."""
+    spec: Any = importlib.util.find_spec(MODULE)
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["__main__"] = script
+    script.__name__ = "__main__"
+    exec(spec.loader.get_code(MODULE), vars(script), Statements(vars(script)))
+    return script
+
+
+def run_script(script: ModuleType, arguments: list[str]) -> None:
+    """What `python -m` does now."""
+    path: Any = script.__file__
+    del sys.modules[MODULE]
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.getcwd())
+    text = Path(path).read_text()
+    for block in re.finditer(r'^if __name__ == "__main__".*\n(?: .*\n)+', text, re.MULTILINE):
+        lines_before = "\n" * text.count("\n", 0, block.start())
+        exec(compile(lines_before + block[0], path, "exec"), vars(script))
+
+
+def run_code(code: str, arguments: list[str]) -> None:
+    """What `python -c` does now."""
+    sys.argv = ["-c", *arguments]
+    sys.path.insert(0, "")
+    exec(compile(code, "<string>", "exec"), vars(sys.modules["__main__"]))
 
 
 def main() -> None:
@@ -144,7 +202,7 @@ def main() -> None:
     locale = {name: value for name, value in os.environ.items() if name.startswith("LC_")}  # set by Python itself
     del sys.path[0]
     importlib.import_module(MODULE)
-    del sys.modules[MODULE]  # each run executes it anew
+    script = read_script()
     read_models()
     gc.freeze()
     message, streams = serve(socket.socket(fileno=int(sys.argv[1])))
@@ -157,15 +215,16 @@ def main() -> None:
     os.environ.clear()
     os.environ.update({**locale, **environment})
     gc.unfreeze()
-    main_module = ModuleType("__main__")
     # Under the second name, multiprocessing looks for what its other processes have sent.
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = main_module
-    sys.argv = [kind, *arguments]
-    sys.path.insert(0, os.getcwd() if kind == "-m" else "")
-    if kind == "-m":
-        runpy._run_module_as_main(what)  # type: ignore[attr-defined]
-    else:
-        exec(compile(what, "<string>", "exec"), vars(main_module))
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = script if kind == "-m" else ModuleType("__main__")
+    try:
+        if kind == "-m":
+            run_script(script, arguments)
+        else:
+            run_code(what, arguments)
+    except SystemExit as ended:
+        end_at_once(ended.code)
+        raise
 
 
 if __name__ == "__main__":
