@@ -28,6 +28,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from time import monotonic
@@ -38,6 +39,7 @@ import boto3
 import trustme
 from botocore.config import Config
 
+from tests.standins.in_process_http import Connection, WsgiApp
 from tests.standins.object_tags import teach_tags
 from tests.standins.ports import reserved_port
 
@@ -54,7 +56,7 @@ SECRET_KEY = "testsecret12"
 START_SECONDS = 60  # it takes one; a busy machine may need many
 STOP_SECONDS = 10
 BACKLOG = 1024  # connections not yet accepted: a refused one would look like a fault of the program under test
-PARALLEL_REQUESTS = 4000  # each S3 request makes several between the servers: the limit must never be met
+PARALLEL_REQUESTS = 4000  # the limit must never be met
 PR_SET_PDEATHSIG = 1
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -78,8 +80,6 @@ FILTERS: dict[str, dict[str, object]] = {
     "versioned_writes": {"allow_versioned_writes": "true", "allow_object_versioning": "true"},
     "symlink": {},
 }
-
-WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 ########################################################################
@@ -300,7 +300,7 @@ def storage_conf(kind: str, etc: Path) -> str:
         {
             "DEFAULT": defaults(etc) | disk,
             "pipeline:main": {"pipeline": f"{kind}-server"},
-            f"app:{kind}-server": {"use": f"egg:swift#{kind}", "node_timeout": 30},
+            f"app:{kind}-server": {"use": f"egg:swift#{kind}", "node_timeout": 30, "log_requests": "false"},
         }
     )
 
@@ -433,17 +433,16 @@ def serve(root: Path, port: int, certificate: str) -> NoReturn:
     """Run the three storage servers and the proxy as green threads of this process."""
     etc = write_files(root)
     make_threads_green(etc)
+    work_names_out_once()
+    spare_the_disk()
     teach_tags()
     eventlet = import_module("eventlet")
-    sockets = {kind: eventlet.listen((HOST, 0), backlog=BACKLOG) for kind in STORAGE_SERVERS}
-    for kind, listener in sockets.items():
-        write_ring(kind, listener.getsockname()[1], etc)
     listener = eventlet.listen((HOST, port), backlog=BACKLOG, reuse_port=False)
+    port = listener.getsockname()[1]
     tls: dict[str, object] = {"server_side": True, "certfile": certificate, "keyfile": certificate}
-    sockets["proxy"] = eventlet.wrap_ssl(listener, **tls) if certificate else listener
-    spawn_servers(sockets, etc)
+    spawn_proxy(eventlet.wrap_ssl(listener, **tls) if certificate else listener, etc)
     log_to_stderr()
-    print(f"READY {'https' if certificate else 'http'}://{HOST}:{sockets['proxy'].getsockname()[1]}", flush=True)
+    print(f"READY {'https' if certificate else 'http'}://{HOST}:{port}", flush=True)
     while True:
         eventlet.sleep(3600)
 
@@ -458,20 +457,56 @@ def make_threads_green(etc: Path) -> None:
     utils.monkey_patch()
 
 
-def spawn_servers(sockets: Mapping[str, socket.socket], etc: Path) -> None:
-    """Start one green server on each socket."""
-    eventlet, wsgi = import_module("eventlet"), import_module("swift.common.wsgi")
+def work_names_out_once() -> None:
+    """Let Swift keep the forms of the names of headers, which it makes dozens of times in a request."""
+    swob: Any = import_module("swift.common.swob")
+    keys = import_module("swift.common.header_key_dict").HeaderKeyDict
+    swob.header_to_environ_key = cache(swob.header_to_environ_key)
+    keys._title = staticmethod(cache(keys._title))
+
+
+def spare_the_disk() -> None:
+    """Hand what is written to the kernel and not on to the disk: the end of the process loses nothing of it.
+
+    Then no call takes long enough to be worth another thread.
+    """
+    for name in ("fsync", "fdatasync"):
+        setattr(os, name, lambda _: None)
+    threads: Any = import_module("eventlet.tpool")
+    threads.execute = lambda call, *given, **named: call(*given, **named)
+    databases: Any = import_module("swift.common.db")
+    connect = databases.get_db_connection
+
+    def connect_quickly(*given: Any, **named: Any) -> Any:
+        connection = connect(*given, **named)
+        connection.execute("PRAGMA synchronous = OFF")
+        return connection
+
+    databases.get_db_connection = connect_quickly
+
+
+def load_server(kind: str, etc: Path) -> WsgiApp:
+    """One of Swift's servers."""
+    load = import_module("swift.common.wsgi").loadapp
+    return load(str(etc / f"{kind}-server.conf"), global_conf={"log_name": f"{kind}-server"})  # type: ignore[no-any-return]
+
+
+def spawn_proxy(listener: socket.socket, etc: Path) -> None:
+    """Start the proxy on a socket, as a green thread; it finds the storage servers in this process."""
+    connections: Any = import_module("swift.common.bufferedhttp")
+    connections.BufferedHTTPConnection = Connection
+    for port, kind in enumerate(STORAGE_SERVERS, 1):
+        write_ring(kind, port, etc)
+        Connection.servers[f"{HOST}:{port}"] = load_server(kind, etc)
+    eventlet = import_module("eventlet")
     options = {
-        "protocol": wsgi.SwiftHttpProtocol,
+        "protocol": import_module("swift.common.wsgi").SwiftHttpProtocol,
         "custom_pool": eventlet.GreenPool(PARALLEL_REQUESTS),
         "socket_timeout": 120,
         "log_output": False,
         "capitalize_response_headers": False,  # Swift's are in the case that S3 has
     }
-    for kind, listener in sockets.items():
-        app = wsgi.loadapp(str(etc / f"{kind}-server.conf"), global_conf={"log_name": f"{kind}-server"})
-        app = with_cache(app) if kind == "proxy" else app
-        eventlet.spawn(import_module("eventlet.wsgi").server, listener, app, **options)
+    eventlet.spawn(import_module("eventlet.wsgi").server, listener, with_cache(load_server("proxy", etc)), **options)
 
 
 def main(arguments: list[str]) -> NoReturn:
