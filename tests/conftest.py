@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +16,9 @@ from tests.standins.program import Run, TestBucket, launch
 from tests.standins.relay import Relay
 from tests.standins.s3_server import S3Server
 from tests.standins.servers.kinds import KINDS
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 pytest.register_assert_rewrite("tests.standins.promises")  # so that it says what differs
 # Under nohup, or in the background of a script, signals are ignored, and the programs under test would inherit that.
@@ -95,13 +98,18 @@ def s3(new_server: Callable[..., S3Server]) -> Iterator[S3Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def s3_client(s3: S3Server) -> "S3Client":
+    """The client of all buckets."""
+    return s3.client()
+
+
 @pytest.fixture
-def bucket(s3: S3Server) -> Iterator[TestBucket]:
+def bucket(s3: S3Server, s3_client: "S3Client") -> Iterator[TestBucket]:
     """An empty bucket."""
-    client = s3.client()
-    created = TestBucket(s3.new_bucket(client), client)
+    created = TestBucket(s3.new_bucket(s3_client), s3_client)
     yield created
-    s3.drop_bucket(client, created.name)
+    s3.drop_bucket(s3_client, created.name)
 
 
 @pytest.fixture
