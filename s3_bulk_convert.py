@@ -185,6 +185,10 @@ OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3
 CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 JOB_LOST = "job_lost"
 TAG_FAILED, TOO_MANY_TAGS = "tag_failed", "too_many_tags"  # the output is stored, and its source has not the tag
+# Failures that cost nothing and say nothing of the API or of S3. They are decided anew in every run.
+FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
+FREE_FAILURES |= {TOO_MANY_TAGS}
+OWN_CODES = FREE_FAILURES | {JOB_LOST, TAG_FAILED, "not_stored", "bad_pages"}  # by which this program decides
 LOST = "lost"  # in the journal: an output that was stored is not there any more, and is to be made again
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
@@ -306,9 +310,10 @@ def local_date(moment: str) -> str:
 
 
 def redact(message: str) -> str:
-    """A text without API keys and without what stands behind the `?` of a URL (a presigned URL's signature)."""
+    """A text without API keys, and without a URL's password and what stands behind its `?`, such as a signature."""
     # S3's and the API's own messages may repeat the URL that they were asked for.
     message = re.sub(r"(https?://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
+    message = re.sub(r"(://)[^\s\"'<>/?#]*@", r"\1...@", message)
     message = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token))=[^\s&\"'<>]*", r"\1=...", message)
     return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
 
@@ -799,7 +804,9 @@ class ApiReply:
         """Code and message of an error; empty where a reply is HTML, cut, or in another form."""
         error = told.get("error")
         if isinstance(error, dict):
-            return str(error.get("code") or ""), str(error.get("message") or "")
+            code = str(error.get("code") or "")
+            # The API may have the same word for something else.
+            return f"api_{code}" if code in OWN_CODES else code, str(error.get("message") or "")
         return "", error if isinstance(error, str) else ""
 
     @staticmethod
@@ -812,10 +819,16 @@ class ApiReply:
         return isinstance(error.get("code"), str)
 
     @staticmethod
+    def number(headers: Mapping[str, str], name: str) -> int | None:
+        """The whole number that a header says; None where it says none, or one that makes no sense."""
+        told = headers.get(name, "")
+        return int(told) if re.fullmatch("[0-9]{1,15}", told) else None
+
+    @staticmethod
     def is_older(headers: Mapping[str, str], asked: float) -> bool:
         """Whether an answer was made before it was asked for, in Unix seconds: the API repeats it, headers and all."""
-        reset = headers.get("X-RateLimit-Reset", "")
-        is_past = reset.isdigit() and int(reset) < asked
+        reset = ApiReply.number(headers, "X-RateLimit-Reset")
+        is_past = reset is not None and reset < asked
         return is_past or unix_seconds(headers.get("Date", "")) < math.floor(asked)
 
     @staticmethod
@@ -863,9 +876,6 @@ LISTED, RETRIED, LEFT = "listed", "retried", "left"
 NOT_MATCHED, FOLDER, EMPTY, ARCHIVED = "not_matched", "folder", "empty", "archived"
 SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE, ALREADY_DONE = "same_format", "own_output", "failed_before", "already_done"
 SKIP_REASONS = (NOT_MATCHED, FOLDER, EMPTY, ARCHIVED, SAME_FORMAT, OWN_OUTPUT, FAILED_BEFORE)
-# Failures that cost nothing and say nothing of the API or of S3. They are decided anew in every run.
-FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
-FREE_FAILURES |= {TOO_MANY_TAGS}
 ANEW = (
     "were converted before with other options or to another key, and are paid for anew; where only some are meant, "
     "name their keys with --keys-from, in a run with a [job NAME] or --set of its own"
@@ -1208,15 +1218,21 @@ class Read:
         """A number of some unit."""
         return float(number) * UNITS[unit]
 
+    @staticmethod
+    def seconds(number: str, unit: str) -> float | None:
+        """A time; None if no timer takes it."""
+        found = Read.amount(number, unit)
+        return found if found <= 1e9 else None
+
     booleans = configparser.ConfigParser.BOOLEAN_STATES
     boolean = matching(f"({'|'.join(booleans)})", "yes or no", booleans.get)
     file_format = matching(r"\.*([a-z0-9]{1,10})", "a file extension such as jpg or pdf", str)
     # A number alone is no duration: is 150 seconds or minutes?
-    number, times, sizes = r"(\d+(?:\.\d+)?)\s*", "([smhd])", "([kmg]i?b|)"
+    number, times, sizes = r"(\d{1,12}(?:\.\d{1,9})?)\s*", "([smhd])", "([kmg]i?b|)"
     size = matching(number + sizes, "a size such as 500, 100MB or 5GiB", lambda *parts: int(Read.amount(*parts)))
-    duration = matching(number + times, "a duration such as 150s, 10m, 2h or 7d", amount)
+    duration = matching(number + times, "a duration such as 150s, 10m, 2h or 7d", seconds)
     longer_than_0 = "a duration of more than 0, such as 150s, 10m, 2h or 7d"
-    positive_duration = matching("(?=.*[1-9])" + number + times, longer_than_0, amount)
+    positive_duration = matching("(?=.*[1-9])" + number + times, longer_than_0, seconds)
     percent = matching(r"(\d{1,2}(?:\.\d+)?|100(?:\.0+)?)\s*(%)", "a rate such as 2%", amount)
     price = matching(r"(\d{1,6}(?:\.\d{1,9})?)", "a plain number such as 0.004, without a currency", float)
 
@@ -1620,6 +1636,8 @@ class RawOption(NamedTuple):
         compare, give = "compare it with config.example.ini", "give the INI file with -c, or copy config.example.ini"
         try:
             text, mode = read_small_file(path, "utf-8-sig")
+            if "\0" in text:
+                raise usage_error(f"{path} cannot be read: it is no text in UTF-8", compare)
             parser.read_file(io.StringIO(text, newline=None))
         except FileNotFoundError:
             if required:
@@ -1837,7 +1855,8 @@ class Trouble:
     @staticmethod
     def api_unreachable(address: str, error: Exception) -> RunError:
         """The end of the run where no connection to the API can be made."""
-        host, hint = f"at {urllib.parse.urlsplit(address).netloc}", "check api.url and the network, and run it again"
+        where = urllib.parse.urlsplit(address).netloc.rpartition("@")[2]
+        host, hint = f"at {where}", "check api.url and the network, and run it again"
         if proxy := Trouble.proxy_for(address):
             host, hint = f"through the proxy {proxy}", PROXY_HINT
         why = redact(Trouble.connection_problem(error))
@@ -1858,7 +1877,8 @@ class Trouble:
         elif status == 403:
             what, exit_code = "the API refused the account", ExitCode.STOPPED
             hint = "check the API key and the plan; where the API gives no code, a proxy on the way may have refused it"
-        return RunError(f"{what}: {f'{status} {code} {message}'.strip()}", hint, exit_code, stopped_code)
+        told = printable(f"{status} {code} {message}".strip())
+        return RunError(f"{what}: {told}", hint, exit_code, stopped_code)
 
     @staticmethod
     def unexpected(where: str, error: Exception, address: str) -> RunError:
@@ -2834,7 +2854,7 @@ def s3_failure(error: Exception, doing: str, code: str = "") -> RunError | Objec
         return ObjectFailed(code or "look_failed", redact(said))
     if not isinstance(error, ClientError):
         return s3_unreachable(error, doing)
-    name, said = error_code(error), error.response.get("Error", {}).get("Message", "")
+    name, said = error_code(error), printable(str(error.response.get("Error", {}).get("Message", "")))
     if name == "407":
         # Only to an http address a proxy answers itself.
         message = f"the proxy {Trouble.proxy_for('http://s3')} wants a password: 407 {said}".rstrip()
@@ -4213,7 +4233,7 @@ class _Reply(http.client.HTTPResponse):
             raise http.client.HTTPException(f"Content-Length is {' and '.join(sorted(lengths))}")
         del self.headers["Content-Length"]
         length = lengths.pop()
-        if re.fullmatch("[0-9]+", length):
+        if re.fullmatch("[0-9]{1,18}", length):
             self.headers["Content-Length"] = length
             # http.client has not understood a list.
             self.length = int(length) if self.length is None and not self.chunked else self.length
@@ -4311,7 +4331,7 @@ def http_get(address: str, key: str = "", **request: Any) -> Iterator[requests.R
         with Session(LOOK_SECONDS, address, key) as session, session.ask("GET", address, **request) as answer:
             yield answer
     except OSError as error:
-        host, proxy = urllib.parse.urlsplit(address).netloc, Trouble.proxy_for(address)
+        host, proxy = urllib.parse.urlsplit(address).netloc.rpartition("@")[2], Trouble.proxy_for(address)
         why = Trouble.certificate_problem(error) or Trouble.connection_problem(error)
         if proxy:
             raise usage_error(f"{host} cannot be reached through the proxy {proxy}: {why}", PROXY_HINT) from None
@@ -4392,11 +4412,11 @@ class RateLimiter:
 
     def update_limit(self, headers: Mapping[str, str], now: float) -> None:
         """Take the limit per minute from an answer's headers; those of a replay may be a day old and do not count."""
-        limit, reset = headers.get("X-RateLimit-Limit", ""), headers.get("X-RateLimit-Reset", "")
+        limit, reset = ApiReply.number(headers, "X-RateLimit-Limit"), ApiReply.number(headers, "X-RateLimit-Reset")
         self.has_answer = True
-        if not (limit.isdigit() and reset.isdigit() and int(reset) >= now and int(limit) > 0):
+        if not limit or reset is None or reset < now:
             return
-        interval = 60 * self._parts / (min(int(limit), self._cap or int(limit)) * self.SHARE_OF_LIMIT)
+        interval = 60 * self._parts / (min(limit, self._cap or limit) * self.SHARE_OF_LIMIT)
         with self._lock:
             if interval != self._interval:
                 self._interval, self._extra = interval, 0.0
@@ -4445,7 +4465,8 @@ class Usage:
     def ask(cls, api: ApiOptions) -> "Usage":
         """What the API says of the plan and the month. Raises RunError for a refusal, and for silence."""
         with http_get(f"{api.url}/v1/usage", key=api.key) as answer:
-            status, limit, body = answer.status_code, answer.headers.get("X-RateLimit-Limit", ""), json_body(answer)
+            status, body = answer.status_code, json_body(answer)
+            limit = ApiReply.number(answer.headers, "X-RateLimit-Limit")
         code, message = ApiReply.error(body)
         if ErrorAction.choose(CONVERSION_RULES, status, code) is ErrorAction.STOP_RUN or status == 403:
             raise Trouble.refusal_by_api(status, code, message, api.url)
@@ -4453,8 +4474,7 @@ class Usage:
         if status >= 500 or status == 429 or 300 <= status < 400:
             raise usage_error(f"the API answered {status} {code}".rstrip(), "check api.url, or try it again later")
         usage = cls.read(body)
-        per_minute = usage.requests_per_minute or (int(limit) if limit.isdigit() else None)
-        return replace(usage, requests_per_minute=per_minute)
+        return replace(usage, requests_per_minute=usage.requests_per_minute or limit)
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Usage":
@@ -4823,7 +4843,7 @@ class Conversation:
         return Outcome(
             self.task,
             kind,
-            hide(why.code),
+            hide(why.code)[:MESSAGE_CHARACTERS],
             hide(why.message)[:MESSAGE_CHARACTERS],
             why.status,
             why.permanent,
@@ -5033,12 +5053,12 @@ class Conversation:
             raise
         if answer.status_code not in {200, 202}:
             request.state = before  # what the reply means for the request, `_refusal` says
-        remaining = answer.headers.get("X-CTF-Remaining", "")
+        remaining = ApiReply.number(answer.headers, "X-CTF-Remaining")
         # A replay has the headers of the first answer, which may be a day old.
         is_stale = self._is_replay and ApiReply.is_older(answer.headers, self._asked_at)
-        if answer.status_code == 200 and remaining.isdigit() and not is_stale:
-            self._remaining, keep = int(remaining), self._api.keep_remaining
-            if self._remaining <= keep:
+        if answer.status_code == 200 and remaining is not None and not is_stale:
+            self._remaining, keep = remaining, self._api.keep_remaining
+            if remaining <= keep:
                 message = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
                 hint = "run it again next month, or lower api.keep_remaining"
                 # Here, and not where outcomes are recorded: by then this worker would have sent the next one.
@@ -5109,7 +5129,9 @@ class Conversation:
     def _receive(self, answer: requests.Response) -> ConvertedFile | None:
         """The file in a 200, or behind its envelope's link; None where a 202 tells of a job. Raises InvalidResponse."""
         if answer.status_code == 202:
-            request, location = self.current, urllib.parse.urlsplit(answer.headers.get("Location", "")).path
+            # Only its path counts, and the address before it may be none.
+            location = re.sub(r"^(\w+:)?//[^/]*|[?#].*", "", answer.headers.get("Location", ""))
+            request = self.current
             job_id = str(json_body(answer).get("job_id") or location.rstrip("/").rpartition("/")[2])
             if not job_id:
                 raise InvalidResponse("no_job_id", "the API accepted a job and did not say which")
@@ -5188,10 +5210,14 @@ class Conversation:
         places = [result if isinstance(result, dict) else {}, told]
         links = (str(place[name]) for place in places for name in ("file_url", "download_url") if place.get(name))
         link, size = next(links, ""), places[0].get("size")
+        try:
+            # The link may be relative, and may point to another host, which then gets no key.
+            address = urllib.parse.urljoin(self._api.url + "/", link)
+        except ValueError:
+            link = ""
         if not link:
             raise without_link
-        # The link may be relative, and may point to another host, which then gets no key.
-        call = HttpCall(urllib.parse.urljoin(self._api.url + "/", link), DOWNLOAD_RULES, deadline)
+        call = HttpCall(address, DOWNLOAD_RULES, deadline)
         try:
             file = self._exchange(call, partial(self._receive_file, deadline=deadline))
         except InvalidResponse:
@@ -7414,6 +7440,13 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
 
+def filled(given: str) -> str:
+    """A value that is not empty, as a shell's variable that is not set would leave it. Raises ArgumentTypeError."""
+    if not given.strip():
+        raise argparse.ArgumentTypeError("expected a value, and it is empty")
+    return given
+
+
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
@@ -7426,7 +7459,8 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("-c", "--config", metavar="FILE", type=Path, help="INI file (default: config.ini, if it is there)")
     for flag, (section, name, value, purpose) in FLAGS.items():
-        add(f"--{flag}", metavar=value, help=f"{purpose} ({section}.{name})")
+        # Without a cap, as without a file of keys, the whole bucket would be paid for.
+        add(f"--{flag}", metavar=value, type=filled if flag == "limit" else str, help=f"{purpose} ({section}.{name})")
     shard_help = "only the I-th of N parts, from 0 (default: what an array job's environment says)"
     add("--shard", metavar="I/N", help=shard_help)
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
@@ -7438,7 +7472,12 @@ def build_parser() -> Parser:
     one_of("--verify", action="store_true", help="prove from the bucket that each output is there as it was stored")
     one_of("--retry-failed", action="store_true", help="also try objects whose failure was permanent")
     add("--repair", action="store_true", help="a run that also converts again what --verify would call missing")
-    add("--keys-from", metavar="FILE", help="take keys from FILE (- is stdin) instead of listing; see README")
+    add(
+        "--keys-from",
+        metavar="FILE",
+        type=filled,
+        help="take keys from FILE (- is stdin) instead of listing; see README",
+    )
     log_help = "lines for people, or JSON, on stderr and stdout (default: text)"
     add("--log-format", choices=("text", "json"), default="text", help=log_help)
     add("-q", "--quiet", action="store_true", help="print only what went wrong, and one line at the end")

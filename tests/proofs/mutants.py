@@ -57,6 +57,7 @@ WHO_PAYS = "test_whoever_pays_for_requests_says_so_in_each_of_them"
 HIDDEN_KEY = "test_a_key_that_the_api_repeats_is_written_nowhere"
 APPEND_ONLY = "test_what_the_log_says_cannot_be_changed_or_taken_away"
 A_DAY_LATER = "test_a_request_that_was_first_sent_a_day_ago_is_no_replay_however_often_it_was_sent_again"
+NONSENSE = "test_numbers_and_links_that_make_no_sense_are_as_good_as_none"
 ORDER = "test_a_listing_out_of_order_stops_the_run_before_anything_is_paid"
 WHOLE_PAGE = "test_a_page_that_lacks_an_entry_is_asked_for_again"
 NOT_NEWER = "test_another_program_s_output_that_is_not_newer_than_its_source_is_not_taken_for_done"
@@ -474,6 +475,37 @@ REQUESTS = (
         "test_a_url_lives_as_long_as_the_api_repeats_its_answer",
     ),
     defect(
+        "whatever Python calls digits is read as a number of the API's",
+        'return int(told) if re.fullmatch("[0-9]{1,15}", told) else None',
+        "return int(told) if told.isdigit() else None",
+        NONSENSE,
+    ),
+    defect(
+        "a code of the API's is taken for one of this program's",
+        'return f"api_{code}" if code in OWN_CODES else code, str(error.get("message") or "")',
+        'return code, str(error.get("message") or "")',
+        "test_a_word_of_the_api_s_is_not_taken_for_one_of_this_program_s",
+        "test_what_the_api_calls_a_tag_does_not_settle_what_it_may_have_done",
+    ),
+    defect(
+        "a cap that is empty is none",
+        'type=filled if flag == "limit" else str',
+        "type=str",
+        "test_what_no_run_can_work_with_is_refused_before_it_begins",
+    ),
+    defect(
+        "a password in an address is written",
+        """r"\\1...@", message)""",
+        """r"\\g<0>", message)""",
+        "test_secrets_are_taken_out_of_a_message",
+    ),
+    defect(
+        "a job's address is taken apart as if it were one",
+        'location = re.sub(r"^(\\w+:)?//[^/]*|[?#].*", "", answer.headers.get("Location", ""))',
+        'location = urllib.parse.urlsplit(answer.headers.get("Location", "")).path',
+        NONSENSE,
+    ),
+    defect(
         "the remaining quota of a replay is believed",
         "is_stale = self._is_replay and ApiReply.is_older(answer.headers, self._asked_at)",
         "is_stale = False",
@@ -680,8 +712,8 @@ SECRETS = (
     ),
     defect(
         "the API's code is written without hiding the key",
-        "hide(why.code),",
-        "why.code,",
+        "hide(why.code)[:",
+        "why.code[:",
         f"{HIDDEN_KEY}[an object's failure]",
     ),
     defect(

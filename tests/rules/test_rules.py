@@ -825,6 +825,8 @@ SIGNED = f"https://b.s3.amazonaws.com/a%20b.png?X-Amz-Credential=AKIA%2F1&X-Amz-
         pytest.param("url: /b/a?X-Amz-Signature=abc&x=1 (", "url: /b/a?X-Amz-Signature=...&x=1 (", id="without host"),
         pytest.param("x-amz-signature=abc", "x-amz-signature=...", id="in lower case"),
         pytest.param("X-Amz-Security-Token=a%2Fb c", "X-Amz-Security-Token=... c", id="session token"),
+        pytest.param("at http://me:p@ss@host:1/x, no", "at http://...@host:1/x, no", id="a password"),
+        pytest.param("s3://bucket/me@home", "s3://bucket/me@home", id="a key with an at sign"),
         pytest.param("is this it? yes", "is this it? yes", id="a question"),
         pytest.param("see https://changethisfile.com/docs", "see https://changethisfile.com/docs", id="plain url"),
         pytest.param("a.png?size=1 is a key", "a.png?size=1 is a key", id="a key with a question mark"),

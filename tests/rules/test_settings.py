@@ -172,6 +172,9 @@ FIT_TAGS += "letters, digits, spaces and + - = . _ : / @, URL-encoded, or none"
         ("api.timeout", "", "expected a duration of more than 0, such as 150s, 10m, 2h or 7d"),
         ("api.timeout", "0.0h", "expected a duration of more than 0, such as 150s, 10m, 2h or 7d"),
         ("run.shutdown_grace", "30", "expected a duration such as 150s, 10m, 2h or 7d"),
+        ("run.shutdown_grace", "99999d", "expected a duration such as 150s, 10m, 2h or 7d"),
+        ("api.timeout", "9999999999s", "expected a duration of more than 0, such as 150s, 10m, 2h or 7d"),
+        ("convert.max_size", "9" * 400, "expected a size such as 500, 100MB or 5GiB, or none"),
         ("api.retries", "21", "expected a whole number from 0 to 20"),
         ("api.jobs_above", "always", "expected a size such as 500, 100MB or 5GiB, or never"),
         ("api.price", "$0.004", "expected a plain number such as 0.004, without a currency, or none"),
@@ -531,6 +534,7 @@ def test_a_space_at_the_end_of_a_prefix_on_the_command_line_is_a_part_of_it(ini:
         pytest.param("[s3]\nbucket\n", ", line 2: expected NAME = VALUE", id="no equals sign"),
         pytest.param("bucket = b\n", ", line 1: no [section] above it; begin with [s3]", id="no section"),
         pytest.param(b"[s3]\nbucket = \xff\n", f" cannot be read: {NOT_UTF_8}", id="latin-1"),
+        pytest.param("[s3]\nbucket = b\n".encode("utf-16-le"), " cannot be read: it is no text in UTF-8", id="utf-16"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_with_the_line(ini: Path, content: str | bytes, expected: str) -> None:

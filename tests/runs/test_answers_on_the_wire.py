@@ -115,6 +115,38 @@ def test_a_connection_that_brought_bytes_too_many_is_not_used_again(
 
 
 ########################################################################
+# Headers and links that make no sense
+########################################################################
+
+NONSENSE = ("\xb2", "9" * 400, "9" * 5000, "-5", "", "1e9")  # the first is a digit to Python, and no number
+
+
+def test_numbers_and_links_that_make_no_sense_are_as_good_as_none(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = marking
+    names = []
+    for number, told in enumerate(NONSENSE):
+        for of, headers in {
+            "left": {"X-CTF-Remaining": told},
+            "limit": {"X-RateLimit-Limit": told},
+            "reset": {"X-RateLimit-Reset": told},
+            "both": {"X-RateLimit-Limit": told, "X-RateLimit-Reset": told},
+        }.items():
+            names.append(f"{of}{number}")
+            api.faults.add(for_object(Fault.changed_headers(headers), names[-1]))
+    for number, link in enumerate(("http://[::1", "//[", "http://\u2100/")):
+        names += [f"envelope{number}", f"place{number}"]
+        api.faults.add(for_object(Fault.json_in_200({"file_url": link}), names[-2]))
+        place = link if link.isascii() else "http://host/\xb2["
+        api.faults.add(for_object(Fault(status=202, body=b"{}", headers={"Location": place}), names[-1]))
+    put(bucket, *names)
+    run = run_cli("--workers", "4", command=HASTY)
+    assert (run.exit_code, run.failures) == (0, [])
+    assert_all_are_right(bucket, api, *names)
+
+
+########################################################################
 # Where an answer ends
 ########################################################################
 

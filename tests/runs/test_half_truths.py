@@ -80,9 +80,11 @@ def test_a_format_that_is_json_by_its_media_type_is_stored(run_cli: Cli, bucket:
     [
         (("--set", "api.timeout=0s"), r"api.timeout = 0s: expected a duration of more than 0"),
         (("--prefix", "\udcff"), r"prefix.* expected UTF-8"),
+        (("--limit", ""), r"--limit: expected a value, and it is empty"),
+        (("--keys-from", " "), r"--keys-from: expected a value, and it is empty"),
         (("--set", "s3.output_key=\udcff{key}.{target}"), r"output_key.* expected UTF-8"),
     ],
-    ids=["a timeout of nothing", "a prefix", "an output key"],
+    ids=["a timeout of nothing", "a prefix", "an empty cap", "no file of keys", "an output key"],
 )
 def test_what_no_run_can_work_with_is_refused_before_it_begins(
     arguments: tuple[str, ...], said: str, run_cli: Cli, bucket: Any, api: ConversionApi
@@ -91,6 +93,21 @@ def test_what_no_run_can_work_with_is_refused_before_it_begins(
     run = run_cli(*arguments)
     assert (run.exit_code, api.requests) == (2, [])
     assert re.search(said, run.err), run.err
+
+
+def test_what_refuses_a_run_gives_the_terminal_no_orders_and_does_not_fill_it(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    fill(bucket, 1)
+    orders = "no\x1b[2J\nerror: call 555" + "!" * 60_000
+    api.faults.add(Fault(status=401, code="invalid_api_key", message=orders))
+    told = run_cli().out
+    relay.refuse = lambda method, _: method == "GET"
+    relay.refusal = (
+        f"<Error><Code>AccessDenied</Code><Message>no\nerror: call 555{'!' * 60_000}</Message></Error>".encode()
+    )
+    for out in (told, run_cli(AWS_ENDPOINT_URL_S3=relay.url).out):
+        assert ("stopped: " in out, "\x1b" in out, "\nerror:" in out, len(out) < 1_000) == (True, False, False, True)
 
 
 def test_a_page_that_wants_a_password_where_there_is_no_proxy_is_one_object_s_failure(

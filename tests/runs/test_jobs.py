@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.standins import promises
-from tests.standins.conversion_api import ConversionApi, Fault, Request
+from tests.standins.conversion_api import Answer, ConversionApi, Fault, Request, Step
 from tests.standins.converters import marking
 from tests.standins.program import HASTY
 
@@ -253,6 +253,31 @@ def test_a_job_that_failed_is_tried_again_on_demand(run_cli: Cli, bucket: Any, a
     assert bodies(bucket) == expected
     # Each of them has walked over the jobs that failed before, and made one of its own.
     assert len(conversions(api)) == 1 + 2 + 3
+
+
+def test_a_word_of_the_api_s_is_not_taken_for_one_of_this_program_s(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    # A job that the API calls lost has failed: it is not one that the API does not know, and nothing is ordered again.
+    fill(bucket)
+    let_jobs_fail(api, 3, "job_lost")
+    run = run_cli(*JOBS, *UPLOAD)
+    assert [(line["code"], line["permanent"]) for line in run.failures] == [("api_job_lost", True)]
+    assert (len(conversions(api)), run.rows("in_flight")) == (1, [])
+
+
+def test_what_the_api_calls_a_tag_does_not_settle_what_it_may_have_done(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket)
+    body = b'{"error": {"code": "tag_failed", "message": "no"}}'
+    spoilt = Fault(Step.DELIVERY, times=2, reshape=lambda _: Answer(503, {"Content-Type": "application/json"}, body))
+    api.faults.add(spoilt)
+    first = run_cli("--set", "api.retries=1")
+    assert [(line["code"], line["permanent"]) for line in first.failures] == [("api_tag_failed", False)]
+    second = run_cli()
+    assert (second.exit_code, len(api.paid), second.summary["possible_double_charges"]) == (0, 1, 0)
+    assert bodies(bucket) == expected
 
 
 @pytest.mark.parametrize("options", [JOBS, (*JOBS, *UPLOAD)], ids=["url", "upload"])
