@@ -12,6 +12,7 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import marking
+from tests.standins.fork_server import remember_models
 from tests.standins.program import Run, TestBucket, launch
 from tests.standins.relay import Relay
 from tests.standins.s3_server import S3Server
@@ -20,6 +21,7 @@ from tests.standins.servers.kinds import KINDS
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+remember_models()
 pytest.register_assert_rewrite("tests.standins.promises")  # so that it says what differs
 # Under nohup, or in the background of a script, signals are ignored, and the programs under test would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

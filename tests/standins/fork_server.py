@@ -134,16 +134,21 @@ def serve(channel: socket.socket) -> tuple[bytes, list[int]]:
             os.close(number)
 
 
-def read_models() -> None:
-    """Read what boto3 knows of S3, and what it makes of it, which does not change: half of what is left of a start."""
-    os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull)
+def remember_models() -> None:
+    """Have what boto3 knows of S3, and what it makes of it, read and made once in this process: it does not change."""
     for name in ("exists", "load_file"):
         setattr(JSONFileLoader, name, staticmethod(functools.cache(getattr(JSONFileLoader(), name))))
     loaders: Any = Loader
     events: Any = hooks
-    loaders.list_available_services = staticmethod(functools.cache(loaders().list_available_services))
+    loaders.list_available_services = staticmethod(functools.cache(Loader().list_available_services))
     events.EventAliaser._alias_event_name = events.EventAliaser(None)._alias_event_name
     events.accepts_kwargs = functools.cache(events.accepts_kwargs)
+
+
+def read_models() -> None:
+    """Read it now: that is half of what is left of a start."""
+    os.environ.update(AWS_CONFIG_FILE=os.devnull, AWS_SHARED_CREDENTIALS_FILE=os.devnull)
+    remember_models()
     boto3.session.Session().client("s3", "us-east-1", aws_access_key_id="-", aws_secret_access_key="-")
 
 
