@@ -10,6 +10,7 @@ from tests.runs.test_pages import PDF, UNPACK, bodies, paged, stored
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.crashing import EFFECTS, HALF_READ
+from tests.standins.fork_server import IMPORTING
 from tests.standins.promises import assert_all_promises_are_kept, fill
 
 Cli = Callable[..., Any]
@@ -39,7 +40,7 @@ fill_bucket = partial(fill, count=OBJECTS, name="in/picture {}", repeated=400)
 
 def die_at(start: Cli, effect: str, when: str, nth: int, *options: str) -> Any:
     """Run the program with three workers until an effect, and kill it there. The killed run."""
-    command = ("-m", "tests.standins.crashing", effect, when, str(nth))
+    command = ("-c", f"{IMPORTING}from tests.standins.crashing import main\nmain()", effect, when, str(nth))
     killed = start(*options, command=command, CONCURRENCY="3").wait()
     assert killed.exit_code == KILLED, killed.err
     return killed
