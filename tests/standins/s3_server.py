@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import errno
 import http.client
+import inspect
 import json
 import logging
 import os
@@ -458,11 +459,20 @@ def make_threads_green(etc: Path) -> None:
 
 
 def work_names_out_once() -> None:
-    """Let Swift keep the forms of the names of headers, which it makes dozens of times in a request."""
+    """Let Swift keep the names of methods and the forms of those of headers, which it works out in each request."""
     swob: Any = import_module("swift.common.swob")
     keys = import_module("swift.common.header_key_dict").HeaderKeyDict
+    controller = import_module("swift.proxy.controllers.base").Controller
     swob.header_to_environ_key = cache(swob.header_to_environ_key)
     keys._title = staticmethod(cache(keys._title))
+    controller.allowed_methods = property(lambda self: methods_with(self.__class__, "publicly_accessible"))
+    controller.private_methods = property(lambda self: methods_with(self.__class__, "privately_accessible"))
+
+
+@cache
+def methods_with(owner: type, mark: str) -> frozenset[str]:
+    """The names of a class's methods that have a mark."""
+    return frozenset(name for name, method in inspect.getmembers(owner, callable) if getattr(method, mark, False))
 
 
 def spare_the_disk() -> None:
