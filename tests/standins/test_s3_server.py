@@ -216,6 +216,25 @@ def test_64_connections_write_and_read_at_a_time(client: S3Client, bucket: str) 
         assert list(pool.map(round_trip, range(128))) == [str(number).encode() for number in range(128)]
 
 
+def test_an_upload_that_breaks_off_stores_nothing_and_a_download_that_does_holds_up_nothing(
+    s3: S3Server, client: S3Client, bucket: str
+) -> None:
+    url = urlsplit(client.generate_presigned_url("put_object", Params={"Bucket": bucket, "Key": "cut"}, ExpiresIn=60))
+    whole = bytes(range(256)) * 40_000
+    for sent in (0, 5, len(whole) - 1):
+        connection = s3.connection()
+        connection.putrequest("PUT", f"{url.path}?{url.query}")
+        connection.putheader("Content-Length", str(len(whole)))
+        connection.endheaders(whole[:sent])
+        connection.close()
+        client.put_object(Bucket=bucket, Key="whole", Body=whole)
+        body = client.get_object(Bucket=bucket, Key="whole")["Body"]
+        body.read(sent)
+        body.close()
+        assert client.get_object(Bucket=bucket, Key="whole")["Body"].read() == whole
+    assert [entry["Key"] for entry in client.list_objects_v2(Bucket=bucket)["Contents"]] == ["whole"]
+
+
 def test_a_child_process_finds_the_server_by_its_environment(s3: S3Server, bucket: str) -> None:
     code = "import boto3; print([b['Name'] for b in boto3.client('s3').list_buckets()['Buckets']])"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
