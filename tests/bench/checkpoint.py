@@ -58,7 +58,9 @@ def fill(path: Path, keys: Keys) -> None:
 
 def main(arguments: list[str]) -> None:
     """Fill the checkpoint that the command line names."""
-    fill(Path(arguments[0]), Keys(*map(int, arguments[1:])))
+    path, *numbers = arguments
+    count, folders, size = map(int, numbers)
+    fill(Path(path), Keys(count, folders, size))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,9 +64,13 @@ class Standins:
             found: dict[str, Any] = json.load(reply)
         return found
 
+    def let_a_day_pass(self) -> None:
+        """Have the API forget what it has done under which key."""
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/day", method="POST")).close()
+
 
 @contextmanager
-def standins(**options: float) -> Iterator[Standins]:
+def standins(**options: float | str) -> Iterator[Standins]:
     """Start the stand-ins with some of their options, of which True stands for a flag; they end with the block."""
     named = {f"--{name.replace('_', '-')}": value for name, value in options.items()}
     flags = [part for name, value in named.items() for part in (name, *[str(value)][: value is not True])]
@@ -129,9 +134,17 @@ def family_of(pid: int) -> list[int]:
 class Watch(threading.Thread):
     """Looks at a running process: how much memory its family has, and whether it has run for too long."""
 
-    def __init__(self, process: subprocess.Popen[bytes], *, with_children: bool, is_enough: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        *,
+        with_children: bool,
+        is_enough: Callable[[], bool],
+        ends_by: signal.Signals,
+    ) -> None:
         super().__init__(daemon=True)
-        self._process, self._with_children, self._is_enough = process, with_children, is_enough
+        self._process, self._with_children = process, with_children
+        self._is_enough, self._ends_by = is_enough, ends_by
         self.has_ended = threading.Event()
         self.peak_bytes = 0
 
@@ -142,7 +155,7 @@ class Watch(threading.Thread):
             if self._with_children:
                 self.peak_bytes = max(self.peak_bytes, sum(map(resident_bytes, family_of(self._process.pid))))
             if self._is_enough():
-                self._process.send_signal(signal.SIGINT)
+                self._process.send_signal(self._ends_by)
                 self._is_enough = lambda: False
             if monotonic() - started > MOST_SECONDS:
                 self._process.kill()
@@ -155,12 +168,13 @@ def measure(
     *,
     with_children: bool = False,
     is_enough: Callable[[], bool] = lambda: False,
+    ends_by: signal.Signals = signal.SIGINT,
 ) -> Cost:
-    """Run a command to its end, or until `is_enough` and the end that SIGINT brings about."""
+    """Run a command to its end, or until `is_enough` and the end that a signal brings about."""
     with (workdir / "out").open("wb") as out, (workdir / "err").open("wb") as err:
         started = monotonic()
         process = subprocess.Popen(command, cwd=workdir, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        watch = Watch(process, with_children=with_children, is_enough=is_enough)
+        watch = Watch(process, with_children=with_children, is_enough=is_enough, ends_by=ends_by)
         watch.start()
         try:
             _, status, usage = os.wait4(process.pid, 0)
@@ -209,8 +223,7 @@ def run_program(
     *arguments: str,
     script: Path = SCRIPT,
     checkpoint: Path | None = None,
-    with_children: bool = False,
-    is_enough: Callable[[], bool] = lambda: False,
+    **watched: Any,
 ) -> Cost:
     """The real script, or another edition of it, over the whole synthetic bucket, in an empty directory."""
     with directory() as workdir:
@@ -223,24 +236,43 @@ def run_program(
         servers.counts(reset=True)
         command = [sys.executable, str(script), *flags, *arguments]
         env = environment(servers, workdir)
-        cost = measure(command, env, workdir, with_children=with_children, is_enough=is_enough)
+        cost = measure(command, env, workdir, **watched)
         summary = workdir / "summary.json"
         cost.summary = json.loads(summary.read_text()) if summary.exists() else {}
     cost.counts = servers.counts()
     return cost
 
 
-def run_recipe(servers: Standins, *arguments: str) -> Cost:
-    """One of the baselines of recipe.py. Raises RuntimeError with its own words if it fails."""
+def run_command(servers: Standins, *command: str, **watched: Any) -> Cost:
+    """A peer, whatever comes of it."""
     with directory() as workdir:
         servers.counts(reset=True)
-        command = [sys.executable, "-m", "tests.bench.recipe", *arguments]
-        cost = measure(command, environment(servers, workdir), workdir)
+        cost = measure(command, environment(servers, workdir), workdir, **watched)
+    cost.counts = servers.counts()
+    cost.summary = json.loads(cost.out) if cost.out.startswith("{") else {}
+    return cost
+
+
+def run_recipe(servers: Standins, *arguments: str) -> Cost:
+    """One of the baselines of recipe.py. Raises RuntimeError with its own words if it fails."""
+    cost = run_command(servers, sys.executable, "-m", "tests.bench.recipe", *arguments)
     if cost.exit_code:
         raise RuntimeError(f"the recipe failed: {cost.err[-2000:]}")
-    cost.counts = servers.counts()
-    cost.summary = json.loads(cost.out)
     return cost
+
+
+def installed(program: str) -> str | None:
+    """Where a program of others is, beside this Python or anywhere; None if it is not installed."""
+    return shutil.which(program, path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+def version_of(program: str) -> str:
+    """The program and its version, as it says it itself; empty if it is not installed."""
+    path = installed(program)
+    if not path:
+        return ""
+    told = subprocess.run([path, "version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    return f"{program} {told.removeprefix(program).strip()}"
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
     python -m tests.bench.standins [options]     prints READY http://127.0.0.1:PORT, serves until its parent ends
 
-It checks nothing and remembers nothing but counts: the strict ones are those in tests/standins.
+It checks nothing and remembers nothing but counts: the strict ones are those in tests/standins. With --remembers it
+knows what was paid under which idempotency key, until `POST /day` says that a day has passed, and what was put.
 `GET /counts` says what was asked for, how long it took and the process's own CPU time since the last `POST /counts`.
 
 Its cost is checked by `python -m tests.bench cost`: the CPU time of this process for each request, and of the program
@@ -21,6 +22,7 @@ import json
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 from xml.sax.saxutils import escape
 
-from tests.bench.keys import LAST_CHARACTER, Keys
+from tests.bench.keys import LAST_CHARACTER, NAMES, PLAIN, Keys
 from tests.standins.s3_server import HOST, end_on_signals, end_with_parent
 
 BACKLOG = 4096
@@ -40,7 +42,7 @@ JPEG_HEAD = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x
 PIECE = JPEG_HEAD + bytes(WHOLE_BYTES - len(JPEG_HEAD))
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 XML = "application/xml"
-REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 404: "Not Found", 429: "Too Many Requests"}
+REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 404: "Not Found", 422: "Unprocessable", 429: "Too Many"}
 
 
 class Answer(NamedTuple):
@@ -76,7 +78,7 @@ def as_json(content: object, *, status: int = 200, more: str = "") -> Answer:
 
 
 class Connection(asyncio.Protocol):
-    """One kept-alive connection. A request's body is counted and dropped as it comes."""
+    """One kept-alive connection. A request's body is counted and dropped as it comes, but for what is remembered."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -84,6 +86,8 @@ class Connection(asyncio.Protocol):
         self._left = 0  # bytes of the body that are still to come
         self._is_chunked = False
         self._request: tuple[str, str] | None = None  # method and target
+        self._sent = b""  # its headers, and its body where that is remembered
+        self._keeps_body = False
         self._to_send = 0
         self._is_paused = False
         self._then: Callable[[], None] | None = None
@@ -96,6 +100,7 @@ class Connection(asyncio.Protocol):
         """Take what has come, as far as it makes whole requests."""
         if self._left > len(data):
             self._left -= len(data)
+            self._sent += data if self._keeps_body else b""
             return
         data = self._buffer + data if self._buffer else data
         self._buffer = b""
@@ -111,6 +116,7 @@ class Connection(asyncio.Protocol):
         if self._left:
             eaten = min(self._left, len(data))
             self._left -= eaten
+            self._sent += data[:eaten] if self._keeps_body else b""
             if not self._left and not self._is_chunked:
                 self._finish()
             return data[eaten:]
@@ -144,7 +150,8 @@ class Connection(asyncio.Protocol):
         fields = rest.lower()
         self._left = header_number(fields, b"content-length:")
         self._is_chunked = b"transfer-encoding: chunked" in fields
-        self._request = (method, target)
+        self._request, self._sent = (method, target), rest + b"\r\n"
+        self._keeps_body = self._service.memory is not None and target.startswith("/v1/")
         if b"expect: 100-continue" in fields:
             self._transport.write(CONTINUE)
         if not self._left and not self._is_chunked:
@@ -154,7 +161,7 @@ class Connection(asyncio.Protocol):
         if self._request is None:
             return
         (method, target), self._request = self._request, None
-        reply = self._service.answer(method, target)
+        reply = self._service.answer(method, target, self._sent)
         if reply.delay:
             asyncio.get_running_loop().call_later(reply.delay, self._send, reply)
         else:
@@ -209,7 +216,8 @@ class Counts:
     """What was asked for since the start, or since the last reset."""
 
     def __init__(self) -> None:
-        self.requests = self.conversions = self.throttled = self.heads = self.puts = self.pages = 0
+        self.requests = self.api_requests = self.conversions = self.throttled = 0
+        self.heads = self.gets = self.puts = self.pages = 0
         self.windows: list[dict[str, float]] = []
         self.first_conversion_at = self.last_put_at = 0.0
         self._cpu = time.process_time()
@@ -226,7 +234,7 @@ class Counts:
 
     def report(self) -> dict[str, Any]:
         """All of it; `span_seconds` is the time from the first conversion asked for to the last object stored."""
-        names = ("requests", "conversions", "throttled", "heads", "puts", "pages", "windows")
+        names = ("requests", "api_requests", "conversions", "throttled", "heads", "gets", "puts", "pages", "windows")
         return {
             **{name: getattr(self, name) for name in names},
             "span_seconds": max(0.0, self.last_put_at - self.first_conversion_at),
@@ -237,13 +245,49 @@ class Counts:
 OUTPUTS = "converted/"
 
 
+class Memory:
+    """What is paid and what is stored. The API replays under a key what it has done under it, for a day."""
+
+    def __init__(self) -> None:
+        self.paid = Counter[str]()  # by source
+        self.outputs: dict[str, str] = {}  # key -> the headers that a HEAD of it has
+        self._bodies: dict[bytes, bytes] = {}  # by idempotency key
+
+    def pay(self, sent: bytes) -> bool | None:
+        """Whether this conversion is paid now, rather than replayed; None: its key came with another body."""
+        head, _, body = sent.partition(b"\r\n\r\n")
+        named = re.search(rb"(?i)^idempotency-key: *(\S+)", head, re.MULTILINE)
+        if named and (known := self._bodies.get(named[1])):
+            return False if known == body else None
+        if named:
+            self._bodies[named[1]] = body
+        source = re.search(r"://[^/]+/[^/]+/([^?]+)\?", unquote(body.decode("latin-1")))
+        self.paid[source[1] if source else ""] += 1
+        return True
+
+    def put(self, key: str, head: bytes) -> None:
+        """Know an object with its metadata."""
+        fields = re.findall(r"(?im)^x-amz-meta-[^\r]*", head.decode("latin-1"))
+        self.outputs[key] = "".join(f"{field}\r\n" for field in fields)
+
+    def forget_keys(self) -> None:
+        """Let a day pass."""
+        self._bodies.clear()
+
+    def report(self) -> dict[str, int]:
+        """What was paid and stored since the start."""
+        twice = self.paid.total() - len(self.paid)
+        return {"paid": self.paid.total(), "paid_twice": twice, "stored": len(self.outputs)}
+
+
 class Service:
     """Both servers."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.keys = Keys(options.keys, options.folders, options.size)
+        self.keys = Keys(options.keys, options.folders, options.size, options.names)
         self.counts = Counts()
+        self.memory = Memory() if options.remembers else None
         self._window_ends = 0.0
         self._in_parts = set[str]()  # keys that were put in parts: the program looks whether they are there
         body = PIECE[: options.answer_bytes] + bytes(max(0, min(options.answer_bytes, MD5_MOST_BYTES) - WHOLE_BYTES))
@@ -256,22 +300,28 @@ class Service:
         # Looked up when it happens: a reset replaces the counts.
         self.counts.put()
 
-    def answer(self, method: str, target: str) -> Answer:
-        """The answer to a request."""
-        self.counts.requests += 1
-        if target.startswith("/v1/"):
-            return self._api(method, target)
+    def answer(self, method: str, target: str, sent: bytes) -> Answer:
+        """The answer to a request; `sent`: its headers, and its body where that is remembered."""
         if target == "/counts":
-            report = self.counts.report()
+            report = self.counts.report() | (self.memory.report() if self.memory else {})
             self.counts = Counts() if method == "POST" else self.counts
             return as_json(report)
+        if target == "/day" and self.memory:
+            self.memory.forget_keys()
+            return answer()
+        self.counts.requests += 1
+        if target.startswith("/v1/"):
+            self.counts.api_requests += 1
+            return self._api(method, target, sent)
         path, _, query = target.partition("?")
         bucket, _, key = path[1:].partition("/")
+        if key and method == "PUT" and self.memory:
+            self.memory.put(unquote(key), sent)
         return self._object(method, unquote(key), query) if key else self._bucket(method, bucket, query)
 
     # The conversion API
 
-    def _api(self, method: str, target: str) -> Answer:
+    def _api(self, method: str, target: str, sent: bytes) -> Answer:
         if target == "/v1/usage":
             return as_json({"plan": "bench", "conversions": {"used": self.counts.conversions, "limit": 10**9}})
         if target.startswith("/v1/jobs/download/"):
@@ -280,12 +330,17 @@ class Service:
         if more is None:
             return self._refusal()
         if method == "POST":
-            return self._conversion(target, more)
+            return self._conversion(target, more, sent)
         job = target.rpartition("/")[2]
         result = {"file_url": f"/v1/jobs/download/{job}", "size": self.options.answer_bytes}
         return as_json({"job_id": job, "status": "completed", "result": result}, more=more)
 
-    def _conversion(self, target: str, more: str) -> Answer:
+    def _conversion(self, target: str, more: str, sent: bytes) -> Answer:
+        if self.memory and not (is_new := self.memory.pay(sent)):
+            if is_new is None:
+                error = {"code": "bad_request", "message": "this key came with another body"}
+                return as_json({"error": error}, status=422, more=more)
+            return answer(media_type="image/jpeg", length=self.options.answer_bytes, more=more)
         self.counts.conversion()
         more += f"X-CTF-Remaining: {CONVERSIONS_LEFT - self.counts.conversions}\r\n"
         if target == "/v1/jobs":
@@ -353,9 +408,16 @@ class Service:
             return answer(status=204)
         if method == "HEAD":
             self.counts.heads += 1
-            if key in self._in_parts:
-                return answer(more=f'ETag: "{self._answer_md5}-2"\r\n')._replace(delay=self.options.head_latency)
-            return self._source(key)._replace(body=b"", length=0, delay=self.options.head_latency)
+            return self._head(key)._replace(body=b"", length=0, delay=self.options.head_latency)
+        self.counts.gets += 1
+        return self._source(key)
+
+    def _head(self, key: str) -> Answer:
+        if self.memory and key in self.memory.outputs:
+            more = f'ETag: "{self._answer_md5}"\r\n{self.memory.outputs[key]}'
+            return answer(media_type="image/jpeg", length=self.options.answer_bytes, more=more)
+        if key in self._in_parts:
+            return answer(more=f'ETag: "{self._answer_md5}-2"\r\n')
         return self._source(key)
 
     def _source(self, key: str) -> Answer:
@@ -472,6 +534,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keys", type=int, default=1000, metavar="N", help="objects in the bucket")
     add("--has-outputs", action="store_true", help="each object has its output below converted/")
     add("--folders", type=int, default=0, metavar="N", help="folders that the objects lie in; 0: a flat prefix")
+    add("--names", choices=NAMES, default=PLAIN, help="what keys look like")
+    add("--remembers", action="store_true", help="know what is paid and what is stored")
     add("--size", type=int, default=20_000, metavar="N", help="bytes of each object")
     return parser
 
