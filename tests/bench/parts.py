@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
+from typing import Any, NamedTuple
 
 from tests.bench.harness import (
     BUCKET,
@@ -18,19 +22,29 @@ from tests.bench.harness import (
     directory,
     finished_checkpoint,
     first_edition,
+    installed,
+    run_command,
     run_program,
     run_recipe,
     standins,
+    version_of,
 )
-from tests.bench.keys import Keys
+from tests.bench.keys import HASH_FOLDERS, HASHES, LONG, PLAIN, Keys
 from tests.bench.report import Cell, Line, Part, Plot, Target, table
 
 API_SECONDS, HEAD_SECONDS, PUT_SECONDS = 0.8, 0.02, 0.03
 SERVICE_SECONDS = API_SECONDS + 2 * HEAD_SECONDS + PUT_SECONDS  # by URL: the source is looked at before and after
-SLOW_PAGE_SECONDS = 0.15
+PAGE_SECONDS = (0.03, 0.06, 0.15)
 OBJECT_BYTES = 20_000
 FOLDERS = 100
 OURS, OURS_TWICE, FIRST, RECIPE = "ours", "ours, 2 processes", "first edition", "recipe"
+THREADS, THREADS_LOOKING = "threads", "threads, looking"
+# What they are started with; {} stands for bucket, workers and the address of the API.
+MODULES = {
+    RECIPE: "tests.bench.recipe convert {}",
+    THREADS: "tests.bench.threads {}",
+    THREADS_LOOKING: "tests.bench.threads {} --skip-existing",
+}
 MB = 10**6
 # Nothing has this extension: everything is listed, and nothing is looked up.
 WANT_NOTHING = ("--set", "convert.include=*.none")
@@ -44,9 +58,11 @@ class Scale:
     """How much is measured; QUICK is for trying the bench, not for figures."""
 
     keys: int
-    slow_keys: int  # where each page takes SLOW_PAGE_SECONDS
+    few_keys: int  # for those who list a page at a time
     pass_keys: Sequence[int]
-    memory_keys: Sequence[int]
+    growth_keys: Sequence[int]
+    first_files: Sequence[int]  # of first runs whose requests are counted
+    peer_files: int
     kept_keys: int  # most keys that the recipe is asked to keep in memory
     workers: Sequence[tuple[int, int]]  # and the processes that share them out
     recipe_workers: Sequence[int]
@@ -62,9 +78,11 @@ class Scale:
 
 FULL = Scale(
     keys=1_000_000,
-    slow_keys=300_000,
+    few_keys=100_000,
     pass_keys=(10**4, 10**5, 10**6),
-    memory_keys=(10**4, 10**5, 10**6, 10**7),
+    growth_keys=(10**3, 10**4, 10**5, 10**6, 10**7),
+    first_files=(10**3, 10**4),
+    peer_files=600,
     kept_keys=10**6,
     workers=((1, 1), (2, 1), (5, 1), (10, 1), (20, 1), (50, 1), (100, 1), (200, 1), (200, 2), (400, 1), (400, 2)),
     recipe_workers=(10, 50, 200),
@@ -79,10 +97,12 @@ FULL = Scale(
 )
 QUICK = Scale(
     keys=20_000,
-    slow_keys=10_000,
+    few_keys=10_000,
     pass_keys=(10**4, 10**5),
-    memory_keys=(10**4, 10**5),
-    kept_keys=10**5,
+    growth_keys=(10**3, 10**4, 10**5),
+    first_files=(100, 1000),
+    peer_files=60,
+    kept_keys=10**4,
     workers=((1, 1), (10, 1), (50, 1), (50, 2)),
     recipe_workers=(10, 50),
     first_workers=(10, 50),
@@ -123,13 +143,25 @@ def start_of_recipe() -> Cost:
         return run_recipe(servers, "list", BUCKET)
 
 
-@lru_cache(maxsize=3)
+def convert_by(who: str, servers: Standins, workers: int, *, checkpoint: Path | None = None, **watched: Any) -> Cost:
+    """Convert the whole bucket by one of those that are compared; the program alone has a checkpoint."""
+    if who in MODULES:
+        command = MODULES[who].format(f"{BUCKET} {workers} {servers.url}")
+        return run_command(servers, sys.executable, "-m", *command.split(), **watched)
+    flags = ("--workers", str(workers), "--processes", "2" if who == OURS_TWICE else "1")
+    return run_program(servers, *flags, script=script_of(who), checkpoint=checkpoint, **watched)
+
+
+def converted(who: str, cost: Cost, files: int) -> Cost:
+    """The cost of a run that has converted so many. Raises RuntimeError if it has not."""
+    return succeeded(cost, done=files, count="objects" if who == RECIPE else "converted")
+
+
+@lru_cache(maxsize=5)
 def first_file(who: str) -> Cost:
     """What a run over a single object takes: the start, and what is only done for the first request."""
     with standins(keys=1, latency=0.0) as servers:
-        if who == RECIPE:
-            return run_recipe(servers, "convert", BUCKET, "1", servers.url)
-        return succeeded(run_program(servers, "--workers", "1", script=script_of(who)), done=1)
+        return converted(who, convert_by(who, servers, 1), 1)
 
 
 def each_ms(cost: Cost, start: Cost, many: int) -> float:
@@ -151,10 +183,7 @@ def column(rows: Sequence[Sequence[Cell]], at: int) -> list[float]:
 # Listing
 ########################################################################
 
-LISTING_COLUMNS = (
-    *("what", "keys", "folders", "ms/page", "seconds", "CPU s", "keys/s of CPU", "keys/s", "× CPU", "× time"),
-    "peak MB",
-)
+LISTING_COLUMNS = ("what", "keys", "seconds", "CPU s", "keys/s of CPU", "keys/s", "× CPU", "× time", "peak MB")
 ABOUT_RATES = (
     "Rates have the start of the process taken off, measured over an empty bucket in the same run "
     "({ours:.2f} s of CPU for the program, {theirs:.2f} s for the baseline). `×` is against boto3's paginator alone "
@@ -162,47 +191,114 @@ ABOUT_RATES = (
 )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """One synthetic bucket."""
+class Layout(NamedTuple):
+    """What the keys of a synthetic bucket look like."""
 
-    keys: int
+    name: str
     folders: int
-    page_seconds: float
+    names: str
+    has_folders: bool = False  # for one who lists a folder at a time
 
 
-def layouts(scale: Scale) -> Iterator[Layout]:
-    """The buckets that are listed: flat and in folders, near and far."""
-    for folders in (0, FOLDERS):
-        yield Layout(scale.keys, folders, 0.0)
-        yield Layout(scale.slow_keys, folders, SLOW_PAGE_SECONDS)
+LAYOUTS = (
+    Layout("flat", 0, PLAIN),
+    Layout(f"in {FOLDERS} folders", FOLDERS, PLAIN, has_folders=True),
+    Layout("random hashes", HASH_FOLDERS, HASHES),
+    Layout("long common prefixes", FOLDERS, LONG, has_folders=True),
+)
+BOTO3, RCLONE, RCLONE_FOLDERS, S5CMD = LISTERS = ("boto3's paginator", "rclone", "rclone, folder by folder", "s5cmd")
+# They count what they list, and print only the sum; {} stands for the address of S3. `ListR` is rclone's one flat
+# listing; without it, rclone lists eight folders at a time.
+RCLONE_COMMAND = (
+    f"rclone size :s3:{BUCKET} --json --s3-provider Other --s3-env-auth --s3-list-version 2 --s3-region us-east-1 "
+    "--s3-endpoint {}"
+)
+COMMANDS = {
+    RCLONE: RCLONE_COMMAND,
+    RCLONE_FOLDERS: f"{RCLONE_COMMAND} --disable ListR",
+    S5CMD: f"s5cmd --endpoint-url {{}} --json du s3://{BUCKET}/*",
+}
 
 
-def listing_row(what: str, layout: Layout, cost: Cost, start: Cost, base: Cost) -> list[Cell]:
-    """A row of LISTING_COLUMNS; `base` is what boto3's paginator took for the same bucket."""
-    cpu, wall = (max(1e-3, cost.cpu_seconds - start.cpu_seconds), max(1e-3, cost.seconds - start.seconds))
-    first = start_of_recipe()
-    return [
-        *(what, layout.keys, layout.folders, round(layout.page_seconds * 1000)),
-        *(cost.seconds, cost.cpu_seconds, layout.keys / cpu, layout.keys / wall),
-        (base.cpu_seconds - first.cpu_seconds) / cpu,
-        (base.seconds - first.seconds) / wall,
-        cost.peak_mb,
-    ]
+def list_by(what: str, servers: Standins) -> Cost | None:
+    """List the whole bucket and want nothing of it; None if that program is not installed."""
+    if what == BOTO3:
+        return run_recipe(servers, "list", BUCKET)
+    if what == OURS:
+        return run_program(servers, *WANT_NOTHING)
+    program, *arguments = COMMANDS[what].format(servers.url).split()
+    path = installed(program)
+    return run_command(servers, path, *arguments) if path else None
 
 
-def list_each_way(scale: Scale) -> Iterator[list[Cell]]:
-    """Each bucket by boto3's paginator, by the program alone, and by the program with its journal."""
-    for layout in layouts(scale):
-        numbers = (layout.keys, layout.folders, OBJECT_BYTES)
-        with standins(keys=layout.keys, folders=layout.folders, page_latency=layout.page_seconds) as servers:
-            base = run_recipe(servers, "list", BUCKET)
-            yield listing_row("boto3's paginator", layout, base, start_of_recipe(), base)
-            alone = succeeded(run_program(servers, *WANT_NOTHING), done=layout.keys, count="listed")
-            yield listing_row("list", layout, alone, start_of_program(), base)
-            with finished_checkpoint(servers, *numbers) as path:
-                whole = succeeded(run_program(servers, checkpoint=path), done=layout.keys, count="already_done")
-            yield listing_row("list and journal", layout, whole, start_of_program(), base)
+@lru_cache(maxsize=8)
+def start_of_lister(what: str) -> Cost | None:
+    """What it takes to start and list an empty bucket."""
+    with standins(keys=0) as servers:
+        return list_by(what, servers)
+
+
+class Listed(NamedTuple):
+    """One bucket listed by one program; costs of the whole bucket, the start taken off. All 0: not installed."""
+
+    keys_per_second: float = 0.0
+    cpu_us: float = 0.0  # for each key
+    peak_mb: float = 0.0
+    lists: int = 0
+
+
+def listed_by(what: str, servers: Standins, keys: int) -> Listed:
+    """List it, and look whether that was all of it."""
+    cost, start = list_by(what, servers), start_of_lister(what)
+    if cost is None or start is None:
+        return Listed()
+    succeeded(cost, done=keys, count={OURS: "listed", BOTO3: "objects"}.get(what, "count"))
+    rate = keys / max(1e-3, cost.seconds - start.seconds)
+    return Listed(rate, 1000 * each_ms(cost, start, keys), cost.peak_mb, int(cost.counts["pages"]))
+
+
+def list_each_way(layout: Layout, scale: Scale) -> dict[tuple[str, int], list[Listed]]:
+    """One layout: who, of how many keys -> what it took, for each latency."""
+    found = defaultdict[tuple[str, int], list[Listed]](list)
+    peers = [what for what in LISTERS if layout.has_folders or what != RCLONE_FOLDERS]
+    measured = (((*peers, OURS), scale.few_keys), ((OURS,), scale.keys))
+    for seconds, (listers, keys) in product(PAGE_SECONDS, measured):
+        with standins(keys=keys, page_latency=seconds, folders=layout.folders, names=layout.names) as servers:
+            for what in listers:
+                found[what, keys].append(listed_by(what, servers, keys))
+    return found
+
+
+def listing(scale: Scale) -> Part:
+    """Keys listed in a second, beside other programs: each layout of keys, near and far."""
+    rows: list[list[Cell]] = []
+    for layout in LAYOUTS:
+        ways = list_each_way(layout, scale)
+        base = ways[BOTO3, scale.few_keys]
+        for (what, keys), found in ways.items():
+            if not found[0].lists:
+                rows.append([layout.name, what, keys, "not installed", *[None] * (2 * len(PAGE_SECONDS) + 2)])
+                continue
+            lists = max(each.lists for each in found)
+            rates = [each.keys_per_second for each in found]
+            times = [rate / each.keys_per_second for rate, each in zip(rates, base, strict=True)]
+            cpu, peak = median(each.cpu_us for each in found), max(each.peak_mb for each in found)
+            rows.append([layout.name, what, keys, *rates, *times, cpu, peak, lists / -(-keys // 1000)])
+    each_ms_page = [f"{1000 * seconds:.0f} ms" for seconds in PAGE_SECONDS]
+    columns = (
+        *("layout", "what", "keys", *(f"keys/s at {each}" for each in each_ms_page)),
+        *(*(f"× boto3 at {each}" for each in each_ms_page), "CPU µs/key", "peak MB", "LISTs ÷ pages"),
+    )
+    versions = ", ".join(filter(None, map(version_of, ("rclone", "s5cmd"))))
+    about = (
+        "Every key is listed and none is converted: ours wants `*.none`, the others count (`rclone size`, `s5cmd du`; "
+        f"{versions or 'neither is installed'}), all with their default number of parallel requests. Programs that "
+        f"read one page after another take the same time for each page, so they list {scale.few_keys:,} keys only; "
+        f"ours learns where keys lie while it lists, and is measured with {scale.few_keys:,} and {scale.keys:,}. Rates "
+        "have the start of the process taken off; CPU is the median of the three latencies, *peak MB* and *LISTs ÷ "
+        "pages* are the highest; 1 LIST for each 1,000 keys is the minimum."
+    )
+    return Part("Listing", about, [table(columns, rows)])
 
 
 def about_rates() -> str:
@@ -210,14 +306,14 @@ def about_rates() -> str:
     return ABOUT_RATES.format(ours=start_of_program().cpu_seconds, theirs=start_of_recipe().cpu_seconds)
 
 
-def listing(scale: Scale) -> Part:
-    """Keys listed in a second, without and with the journal, flat and in folders, near and far."""
-    rows = list(list_each_way(scale))
-    about = (
-        f"*list* reads every key and wants none of them; *list and journal* is a pass with nothing to do: every object "
-        f"is looked up in a checkpoint that knows it as converted. {about_rates()}"
-    )
-    return Part("Listing", about, [table(LISTING_COLUMNS, rows)])
+def pass_row(what: str, keys: int, cost: Cost, start: Cost, base: Cost) -> list[Cell]:
+    """A row of LISTING_COLUMNS; `base` is what boto3's paginator took for the same bucket."""
+    cpu, wall = (max(1e-3, cost.cpu_seconds - start.cpu_seconds), max(1e-3, cost.seconds - start.seconds))
+    first = start_of_recipe()
+    return [
+        *(what, keys, cost.seconds, cost.cpu_seconds, keys / cpu, keys / wall),
+        *((base.cpu_seconds - first.cpu_seconds) / cpu, (base.seconds - first.seconds) / wall, cost.peak_mb),
+    ]
 
 
 def nothing_to_do(scale: Scale) -> Part:
@@ -226,14 +322,13 @@ def nothing_to_do(scale: Scale) -> Part:
     ratios: list[float] = []
     peaks: dict[str, list[float]] = {OURS: [], FIRST: []}
     for keys in scale.pass_keys:
-        layout = Layout(keys, 0, 0.0)
         with standins(keys=keys) as servers:
             base = run_recipe(servers, "list", BUCKET)
             passes = passes_of_each(servers, keys, scale.rounds)
-        rows.append(listing_row("boto3's paginator", layout, base, start_of_recipe(), base))
+        rows.append(pass_row(BOTO3, keys, base, start_of_recipe(), base))
         for edition, costs in passes.items():
             usual = sorted(costs, key=lambda cost: cost.cpu_seconds)[len(costs) // 2]
-            rows.append(listing_row(edition, layout, usual, start_of_program(edition), base))
+            rows.append(pass_row(edition, keys, usual, start_of_program(edition), base))
             peaks[edition].append(max(cost.peak_mb for cost in costs))
         pairs = zip(passes[OURS], passes[FIRST], strict=True)
         ratios.append(median(ours.cpu_seconds / first.cpu_seconds for ours, first in pairs))
@@ -244,7 +339,7 @@ def nothing_to_do(scale: Scale) -> Part:
         Target(f"CPU of a pass over {keys:,} finished objects ÷ the first edition's", ratios[-1], most=1.3, first=1.0),
         Target(f"memory with {keys:,} objects ÷ with {fewer:,}", grown[OURS], most=1.05, first=grown[FIRST]),
     ]
-    lines = [Line(str(rows[first][0]), column(rows[first::3], 1), column(rows[first::3], 4)) for first in range(3)]
+    lines = [Line(str(rows[first][0]), column(rows[first::3], 1), column(rows[first::3], 2)) for first in range(3)]
     plot = Plot("pass", "A pass with nothing to do", "keys", "seconds", lines, log_y=True)
     about = (
         f"{about_rates()} Both editions are measured in turn, {scale.rounds} times; a row is the usual run of them, "
@@ -315,24 +410,164 @@ def passes_of_each(servers: Standins, keys: int, rounds: int) -> dict[str, list[
     return found
 
 
-def memory(scale: Scale) -> Part:
-    """Peak memory of a pass with nothing to do, from ten thousand keys to ten million."""
+########################################################################
+# Growth
+########################################################################
+
+# Dollars for 1,000 requests: list prices of S3 Standard in us-east-1, as far as the author knows them. An input.
+WRITE_PRICE, READ_PRICE = 0.005, 0.0004
+NIGHTS = 30
+REQUESTS = ("pages", "heads", "gets", "puts")
+
+
+def growth(scale: Scale) -> Part:
+    """A pass with nothing to do as the bucket grows to ten million, and what S3 takes for it."""
     rows: list[list[Cell]] = []
-    for keys in scale.memory_keys:
+    for keys in scale.growth_keys:
         with standins(keys=keys) as servers, finished_checkpoint(servers, keys, 0, OBJECT_BYTES) as path:
-            size = path.stat().st_size
             cost = succeeded(run_program(servers, checkpoint=path), done=keys, count="already_done")
+            size = sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*"))
             kept = run_recipe(servers, "keep", BUCKET).peak_mb if keys <= scale.kept_keys else None
-        rows.append([keys, size / MB, cost.seconds, cost.cpu_seconds, cost.peak_mb, kept])
-    columns = ("keys", "checkpoint MB", "seconds", "CPU s", "peak MB", "recipe: keys in a list, peak MB")
-    kept_rows = [row for row in rows if row[5]]
-    lines = [
-        Line("the program", column(rows, 0), column(rows, 4)),
-        Line("recipe: every key in a list", column(kept_rows, 0), column(kept_rows, 5)),
+        requests = [int(cost.counts[name]) for name in ("pages", "heads")]
+        cpu = each_ms(cost, start_of_program(), keys) * 1000
+        rows.append([keys, cost.seconds, cost.cpu_seconds, cpu, cost.peak_mb, size / keys, *requests, kept])
+    columns = (
+        *("finished objects", "seconds", "CPU s", "CPU µs/object", "peak MB", "checkpoint bytes/object"),
+        *("LISTs", "HEADs", "recipe: keys in a list, peak MB"),
+    )
+    kept_rows = [row for row in rows if row[8]]
+    plots = [
+        Plot(
+            *("growth", "A pass with nothing to do, as the bucket grows", "finished objects", "seconds"),
+            [Line("wall time", column(rows, 0), column(rows, 1)), Line("CPU", column(rows, 0), column(rows, 2))],
+            log_y=True,
+        ),
+        Plot(
+            *("growth-memory", "Its memory", "objects", "peak MB"),
+            [
+                Line("the program", column(rows, 0), column(rows, 4)),
+                Line("recipe: every key in a list", column(kept_rows, 0), column(kept_rows, 8)),
+            ],
+        ),
     ]
-    plot = Plot("memory", "Peak memory of a pass with nothing to do", "keys", "MB", lines)
-    about = "The peak is the kernel's (`ru_maxrss`), the interpreter and all its modules included."
-    return Part("Memory", about, [table(columns, rows)], [plot])
+    about = (
+        "A pass over objects that are all finished. The peak is the kernel's (`ru_maxrss`), the interpreter and all "
+        "modules included; CPU for an object has the start taken off. The checkpoint is filled by copying the row of "
+        "one object.\n\n"
+        "The second table shows what S3 is asked and what it charges. First runs by URL are counted at the stand-ins; "
+        "one GET for each object is the API's own, which reads the URL. *Each object more* is the difference of the "
+        "two; the rows below are calculated from it and from the largest pass above. Prices are an input: "
+        f"{WRITE_PRICE} $ for 1,000 PUT, COPY, POST or LIST, {READ_PRICE} $ for 1,000 GET or HEAD (list prices of S3 "
+        "Standard in us-east-1, as far as the author knows them). Conversions, storage and transfer out of S3 are not "
+        "included."
+    )
+    most, lists, heads = (float(rows[-1][at] or 0) for at in (0, 6, 7))
+    return Part("Growth", about, [table(columns, rows), bill(scale, [lists / most, heads / most, 0.0, 0.0])], plots)
+
+
+def bill(scale: Scale, nightly: Sequence[float]) -> str:
+    """The table of what S3 takes; `nightly`: REQUESTS of a pass with nothing to do, for each object."""
+    rows: list[list[Cell]] = []
+    firsts = [first_requests(files) for files in scale.first_files]
+    for files, requests in zip(scale.first_files, firsts, strict=True):
+        rows.append(bill_row(f"first run, {files:,} objects: counted", requests))
+    more = scale.first_files[-1] - scale.first_files[0]
+    each = [(most - least) / more for least, most in zip(firsts[0], firsts[-1], strict=True)]
+    rows.append([*("first run: each object more", *(f"{count:.4g}" for count in each)), f"{dollars(each):.7f}"])
+    first, night = ([MB * count for count in counts] for counts in (each, nightly))
+    nights = [NIGHTS * count for count in night]
+    rows += [
+        bill_row(f"first run, {MB:,} objects", first),
+        bill_row(f"a nightly pass over {MB:,} finished objects", night),
+        bill_row(f"{NIGHTS} of them", nights),
+        bill_row("a month: the first run and the nights", [sum(both) for both in zip(first, nights, strict=True)]),
+    ]
+    return table(("what", "LIST", "HEAD", "GET", "PUT", "$"), rows)
+
+
+def first_requests(files: int) -> list[int]:
+    """REQUESTS of a first run over so many, with those of an API that fetches what it is sent the URL of."""
+    with standins(keys=files, latency=0.0, put_latency=0.0) as servers:
+        cost = succeeded(run_program(servers, "--workers", "20"), done=files)
+    return [int(cost.counts[name] + cost.counts["conversions"] * (name == "gets")) for name in REQUESTS]
+
+
+def bill_row(what: str, requests: Sequence[float]) -> list[Cell]:
+    """One row."""
+    return [what, *(round(count) for count in requests), f"{dollars(requests):,.3f}"]
+
+
+def dollars(requests: Sequence[float]) -> float:
+    """What S3 takes for so many REQUESTS."""
+    lists, heads, gets, puts = requests
+    return ((lists + puts) * WRITE_PRICE + (heads + gets) * READ_PRICE) / 1000
+
+
+########################################################################
+# Peers
+########################################################################
+
+PEER_WORKERS = 20
+PEERS = (OURS, RECIPE, THREADS, THREADS_LOOKING)
+
+
+def peers(scale: Scale) -> Part:
+    """The same files by other programs: what they take, what a second run pays again, what a kill loses."""
+    files = scale.peer_files
+    takes: list[list[Cell]] = []
+    again: list[list[Cell]] = []
+    for who in PEERS:
+        runs = story(who, files)
+        first = runs["first"]
+        api, every = (first.counts[name] for name in ("api_requests", "requests"))
+        cpu = per_file_ms(first, files, who)
+        rate = files / first.counts["span_seconds"]
+        takes.append([who, files, rate, cpu, first.peak_mb, (every - api) / files, api / files])
+        again += [
+            [
+                *(who, name, str(run.exit_code), run.seconds),
+                *(int(run.counts[each]) for each in ("conversions", "paid_twice")),
+                files - int(run.counts["stored"]),
+            ]
+            for name, run in runs.items()
+        ]
+    about = (
+        f"{files:,} files by URL, {PEER_WORKERS} workers; the API takes {API_SECONDS} s, a PUT "
+        f"{1000 * PUT_SECONDS:.0f} ms, a HEAD {1000 * HEAD_SECONDS:.0f} ms. *recipe* is the published one "
+        "(recipe.py); *threads* is what people write (threads.py): a bounded pool, a Session for each thread, retries, "
+        "an idempotency key, no journal; *threads, looking* first asks S3 whether the output is there. *files/s* "
+        "counts from the first request at the API to the last object stored; CPU has a run over one file taken off.\n\n"
+        "The second table tells two stories of each program. In the first, a second run follows a day later, when the "
+        "API has forgotten its idempotency keys. In the other, SIGKILL ends a run when half of the files are paid; "
+        "another run follows at once, and one more a day later. Within the day, the API answers a request that is the "
+        "same in every byte with its first answer, unpaid, and refuses other bytes under a known key (422): a URL that "
+        "is signed anew is other bytes. *paid twice* and *outputs missing* are totals after the run. No listing shows "
+        "the outputs, as if they were in another bucket."
+    )
+    columns = ("what", "files", "files/s", "CPU ms/file", "peak MB", "requests at S3/file", "at the API/file")
+    more = ("what", "run", "exit code", "seconds", "paid in it", "paid twice", "outputs missing")
+    return Part("Peers", about, [table(columns, takes), table(more, again)])
+
+
+def story(who: str, files: int) -> dict[str, Cost]:
+    """A run and one a day later; and one that is killed, with those after it."""
+    options = {"latency": API_SECONDS, "head_latency": HEAD_SECONDS, "put_latency": PUT_SECONDS, "remembers": True}
+    runs: dict[str, Cost] = {}
+    with standins(keys=files, **options) as servers, directory() as kept:
+        path = kept / "checkpoint.sqlite3"
+        runs["first"] = convert_by(who, servers, PEER_WORKERS, checkpoint=path)
+        if runs["first"].exit_code or runs["first"].counts["stored"] != files:
+            raise RuntimeError(f"{who}: exit {runs['first'].exit_code}: {runs['first'].err[-2000:]}")
+        servers.let_a_day_pass()
+        runs["a day later"] = convert_by(who, servers, PEER_WORKERS, checkpoint=path)
+    with standins(keys=files, **options) as servers, directory() as kept:
+        path = kept / "checkpoint.sqlite3"
+        watched = {"is_enough": lambda: servers.counts()["conversions"] >= files / 2, "ends_by": signal.SIGKILL}
+        runs["killed half-way"] = convert_by(who, servers, PEER_WORKERS, checkpoint=path, **watched)
+        runs["at once after it"] = convert_by(who, servers, PEER_WORKERS, checkpoint=path)
+        servers.let_a_day_pass()
+        runs["a day after that"] = convert_by(who, servers, PEER_WORKERS, checkpoint=path)
+    return runs
 
 
 ########################################################################
@@ -344,11 +579,7 @@ def run_throughput(workers: int, who: str, files: int) -> Cost:
     """Convert so many files with so many workers."""
     latencies = {"latency": API_SECONDS, "head_latency": HEAD_SECONDS, "put_latency": PUT_SECONDS}
     with standins(keys=files, **latencies) as servers:
-        if who == RECIPE:
-            cost = run_recipe(servers, "convert", BUCKET, str(workers), servers.url)
-            return succeeded(cost, done=files, count="objects")
-        flags = ("--workers", str(workers), "--processes", "2" if who == OURS_TWICE else "1")
-        return succeeded(run_program(servers, *flags, script=script_of(who)), done=files)
+        return converted(who, convert_by(who, servers, workers), files)
 
 
 def throughput_row(workers: int, who: str, files: int) -> list[Cell]:
@@ -596,7 +827,8 @@ PARTS = {
     "listing": listing,
     "pass": nothing_to_do,
     "verify": verification,
-    "memory": memory,
+    "growth": growth,
+    "peers": peers,
     "throughput": throughput,
     "sizes": sizes,
     "processes": processes,

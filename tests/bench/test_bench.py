@@ -1,10 +1,12 @@
 """The ruler of `make bench`: its stand-ins list what they say they hold, and its checkpoints are the program's own."""
 
+import re
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,9 @@ import boto3
 import pytest
 from botocore.config import Config
 
+from tests.bench import parts
 from tests.bench.harness import BUCKET, PROJECT, Standins, finished_checkpoint, run_program, standins
-from tests.bench.keys import Keys
+from tests.bench.keys import HASH_FOLDERS, HASHES, LONG, PLAIN, Keys
 from tests.bench.report import Target, replace_section, target_table
 
 if TYPE_CHECKING:
@@ -53,6 +56,16 @@ def test_boto3_lists_every_key_once_and_in_order(client: "S3Client") -> None:
     assert listed(client) == expected(range(COUNT)) == sorted(expected(range(COUNT)))
 
 
+@pytest.mark.parametrize(("folders", "names"), [(0, PLAIN), (3, PLAIN), (HASH_FOLDERS, HASHES), (1000, LONG)])
+def test_keys_of_each_layout_are_in_order_and_found_again(folders: int, names: str) -> None:
+    keys = Keys(COUNT, folders, names=names)
+    made = [keys.key(number) for number in range(COUNT)]
+    written = re.findall(r"<Key>(.*?)</Key>.*?<ETag>&quot;(\w+)", b"".join(keys.xml(0, COUNT)).decode())
+    assert made == sorted(set(made)) == [key for key, _ in written]
+    assert [keys.number_of(key) for key in made[::99]] == list(range(0, COUNT, 99))
+    assert written[-1][1] == keys.etag(COUNT - 1)
+
+
 def test_a_listing_can_begin_anywhere_and_be_of_any_prefix(client: "S3Client") -> None:
     first = KEYS.per_folder
     assert listed(client, StartAfter="d0000/00001234.png", MaxKeys=7)[:7] == expected(range(1235, 1242))
@@ -83,6 +96,67 @@ def test_a_checkpoint_that_was_made_knows_every_object(servers: Standins) -> Non
     with finished_checkpoint(servers, COUNT, FOLDERS, KEYS.size) as path:
         cost = run_program(servers, "--limit", "1", checkpoint=path)  # one that knows them not ends at once
     assert (cost.exit_code, cost.summary["already_done"], cost.counts["conversions"]) == (0, COUNT, 0)
+
+
+def status_of(url: str, body: bytes, key: str) -> int:
+    request = urllib.request.Request(url, data=body, headers={"Idempotency-Key": key})
+    try:
+        with urllib.request.urlopen(request) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as refusal:
+        return refusal.code
+
+
+def test_what_is_paid_is_remembered_by_key_for_a_day_and_what_is_put_for_ever() -> None:
+    with standins(keys=9, latency=0.0, put_latency=0.0, remembers=True) as servers:
+        url, source = f"{servers.url}/v1/convert", b"file_url=http%3A%2F%2Fhost%2Fbench%2Fa%2F1.png%3Fsigned%3D"
+        sent = [(source + b"1", "k"), (source + b"1", "k"), (source + b"2", "k"), (source + b"2", "other")]
+        statuses = [status_of(url, *each) for each in sent]
+        before = servers.counts()
+        servers.let_a_day_pass()
+        statuses.append(status_of(url, source + b"2", "k"))
+        put = {"x-amz-meta-mark": "ours"}
+        output = f"{servers.url}/bench/converted/1.jpg"
+        urllib.request.urlopen(urllib.request.Request(output, b"jpeg", put, method="PUT")).close()
+        with urllib.request.urlopen(urllib.request.Request(output, method="HEAD")) as reply:
+            mark = reply.headers["x-amz-meta-mark"]
+        after = servers.counts()
+    assert (statuses, mark) == ([200, 200, 422, 200, 200], "ours")
+    assert [(each["paid"], each["paid_twice"], each["stored"]) for each in (before, after)] == [(2, 1, 0), (3, 2, 1)]
+
+
+@pytest.mark.slow
+def test_listing_and_growth_make_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PAGE_SECONDS", (0.0,))
+    monkeypatch.setattr(parts, "LAYOUTS", parts.LAYOUTS[1:2])
+    monkeypatch.setattr(parts, "installed", {}.get)
+    numbers = {"keys": 2000, "few_keys": 1000, "growth_keys": (1000,), "kept_keys": 1000, "first_files": (1, 3)}
+    scale = replace(parts.QUICK, **numbers)  # type: ignore[arg-type]
+    [listed], [grown, bill] = parts.listing(scale).tables, parts.growth(scale).tables
+    whats = [row.split(" | ")[1:4] for row in listed.splitlines()[2:]]
+    assert [(what, keys) for what, keys, _ in whats] == [
+        *((what, "1,000") for what in (*parts.LISTERS, parts.OURS)),
+        (parts.OURS, "2,000"),
+    ]
+    assert [rate == "not installed" for *_, rate in whats] == [False, True, True, True, False, False]
+    assert grown.splitlines()[2].startswith("| 1,000 |")
+    assert "| first run: each object more | 0 | 3 | 1 | 1 | 0.0000066 |" in bill
+
+
+@pytest.mark.slow
+def test_a_peer_pays_twice_what_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PEER_WORKERS", 2), ("API_SECONDS", 0.4), ("PEERS", (parts.OURS, parts.THREADS))):
+        monkeypatch.setattr(parts, name, value)
+    _, told = parts.peers(replace(parts.QUICK, peer_files=8)).tables
+    rows = [row.strip("| ").split(" | ") for row in told.splitlines()[2:]]
+    ours, threads = ([row[2:3] + row[4:] for row in rows if row[0] == who] for who in parts.PEERS)
+    assert [ours[at] for at in (0, 1, 3, 4)] == [
+        ["0", "8", "0", "0"],
+        ["0", "0", "0", "0"],
+        ["0", str(8 - int(ours[2][1])), "0", "0"],
+        ["0", "0", "0", "0"],
+    ]
+    assert (threads[1], threads[2][0], threads[3][0]) == (["0", "8", "8", "0"], "-9", "1")
 
 
 def test_the_bench_says_which_parts_there_are() -> None:
