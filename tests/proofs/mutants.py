@@ -512,6 +512,12 @@ REQUESTS = (
         "test_what_remains_of_the_month_is_not_taken_from_an_answer_of_another_day",
     ),
     defect(
+        "a job that an earlier run was told of is sent again",
+        "        if task.pending:\n            known",
+        "        if task.pending and not task.pending.job_id:\n            known",
+        "test_a_job_is_asked_for_again_after_a_kill_and_paid_once[job-recorded-after-url]",
+    ),
+    defect(
         "a job under the key of the call before it",
         'current.following(":j", path=JOBS_PATH)',
         'current.following("", path=JOBS_PATH)',
