@@ -41,11 +41,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.proofs.test_random_kills import PNG, Siege
 from tests.runs.test_processes import worker_pids
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import marking
 from tests.standins.program import Run, TestBucket, launch
+from tests.standins.promises import PNG, converted
 from tests.standins.s3_server import S3Server
 
 WORKERS = 6
@@ -196,13 +196,13 @@ class Objects:
 
     def is_converted(self, key: str, version: int) -> bool:
         """Whether the output is that of a version."""
-        return self.stored(key) == Siege.converted(source_of(key, version))
+        return self.stored(key) == converted(source_of(key, version))
 
     def is_right_for_some_version(self, key: str, body: bytes) -> bool:
         """Whether an output is that of any version there ever was."""
         said = re.search(rb"converted:jpg:([0-9a-f]{64})", body)
         named, version = self.known.get(said[1].decode(), ("", 0)) if said else ("", 0)
-        return named == key and body == Siege.converted(source_of(key, version))
+        return named == key and body == converted(source_of(key, version))
 
     def delete(self, *keys: str) -> None:
         """Delete objects of the bucket."""
@@ -338,7 +338,7 @@ class LongRun:
             if body is None:
                 assert time.monotonic() - since < PATIENCE_SECONDS, f"{self.name}: {key} is lost"
                 return False
-            assert body == Siege.converted(source_of(key, version)), f"{self.name}: the output of {key} is wrong"
+            assert body == converted(source_of(key, version)), f"{self.name}: the output of {key} is wrong"
             self.objects.delete(key, output_key(key))
             del batch[key]
             self.checked += 1
@@ -504,7 +504,7 @@ class Assault:
             bodies = dict(zip(sources, pool.map(self.objects.stored, sources), strict=True))
         for key, version in self.living.items():
             assert key in bodies, f"{key} is lost"
-            assert bodies.pop(key) == Siege.converted(source_of(key, version)), f"the output of {key} is wrong"
+            assert bodies.pop(key) == converted(source_of(key, version)), f"the output of {key} is wrong"
             self.figures["compared"] += 1
         for key, body in bodies.items():
             assert self.objects.is_right_for_some_version(key, body or b""), f"the output of {key}, now gone, is wrong"

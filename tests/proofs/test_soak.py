@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from tests.proofs import soak
-from tests.proofs.test_random_kills import Siege
 from tests.standins.s3_server import S3Server
 
 LEAN = soak.Weight(rss_mb=80.0, peak_mb=82.0, files=30, threads=12, wal_mb=3.9, in_flight=4)
@@ -28,7 +27,7 @@ def test_some_seconds_of_it_pass(s3: S3Server, capsys: pytest.CaptureFixture[str
 def test_a_broken_promise_is_named_and_ends_it_with_1(
     s3: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Siege, "converted", staticmethod(lambda source: source))
+    monkeypatch.setattr(soak, "converted", lambda source: source)
     assert soak.soak(0.02, 20, 1, s3) == 1
     assert "BROKEN: " in capsys.readouterr().out
 

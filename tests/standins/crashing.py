@@ -158,9 +158,7 @@ def main() -> None:
     """Arm one effect and run the program, with numbers for which few and small objects are enough."""
     effect, when, nth, *arguments = sys.argv[1:]
     # Few objects come to few commits if one waits for others.
-    program.COMMIT_SECONDS = 0.0
-    program.JOB_POLL_SECONDS = (0.1, 0.2)
-    program.MULTIPART_BYTES = 8_500_000
+    vars(program).update(COMMIT_SECONDS=0.0, JOB_POLL_SECONDS=(0.1, 0.2), MULTIPART_BYTES=8_500_000)
     if effect == HALF_READ:
         wrap_reading(int(nth))
     else:

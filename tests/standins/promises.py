@@ -10,6 +10,11 @@ from tests.standins.converters import Conversion, marking
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+def converted(source: bytes, target: str = "jpg") -> bytes:
+    """What the API that marks makes of a source."""
+    return marking(Conversion(source, "png", target, None)).body
+
+
 def fill(bucket: Any, count: int, *, first: int = 0, name: str = "{:03}", repeated: int = 50) -> dict[str, bytes]:
     """Put sources of some 10 bytes, `repeated`; the key and the bytes of each output that they must come to.
 
@@ -20,7 +25,7 @@ def fill(bucket: Any, count: int, *, first: int = 0, name: str = "{:03}", repeat
         source = PNG + f"picture {number:03}".encode() * repeated
         key = name.format(number)
         bucket.put(f"{key}.png", source)
-        expected[f"converted/{key}.jpg"] = marking(Conversion(source, "png", "jpg", None)).body
+        expected[f"converted/{key}.jpg"] = converted(source)
     return expected
 
 
