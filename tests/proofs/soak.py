@@ -470,14 +470,15 @@ class Assault:
 
     # -- comparisons -----------------------------------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Bring all to an end, compare, and go on the other way."""
+    def settle(self) -> set[str]:
+        """Bring all to an end, compare, and go on the other way. The digests of what was living then."""
         with self.lock:
             self._finish()
             if self.transfer == "upload":
                 self._lose_checkpoint()
             self._compare()
             self.transfer = "url" if self.transfer == "upload" else "upload"
+            return {digest_of(*item) for item in self.living.items()}
 
     def _finish(self) -> None:
         run = self._started(1).wait(PATIENCE_SECONDS)
@@ -565,12 +566,11 @@ class Soak:
         for task in at_work:
             if task.done():
                 task.result()
-        self.assault.settle()
+        living = self.assault.settle()
         paid = Counter(charge.source_sha256 for charge in self.api.paid)
         assert paid.keys() <= self.objects.known.keys(), "something was paid that was never there"
         twice = [self.objects.known[digest] for digest, count in paid.items() if count > 1]
         assert not twice, f"paid twice: {twice}"
-        living = {digest_of(*item) for item in self.assault.living.items()}
         assert living <= paid.keys(), "something is stored that was not paid"
         print(self.line(len(paid)), flush=True)
 
