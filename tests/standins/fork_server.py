@@ -117,6 +117,7 @@ def serve(channel: socket.socket) -> tuple[bytes, list[int]]:
         if not message:
             os._exit(0)
         reading, writing = os.pipe()
+        waiting, starting = os.pipe()
         middle = os.fork()
         if not middle:
             pid = os.fork()
@@ -124,13 +125,15 @@ def serve(channel: socket.socket) -> tuple[bytes, list[int]]:
                 os.write(writing, str(pid).encode())
                 os._exit(0)
             channel.close()
-            os.close(reading)
-            os.close(writing)
+            os.close(starting)
+            os.read(waiting, 1)  # until the server has closed the other end
+            for number in (reading, writing, waiting):
+                os.close(number)
             return message, streams
-        # Only then is the run a child of the tests.
+        # Only then is the run a child of the tests, and finds out no other parent.
         os.waitpid(middle, 0)
         channel.send(os.read(reading, 100))
-        for number in (reading, writing, *streams):
+        for number in (reading, writing, waiting, starting, *streams):
             os.close(number)
 
 
