@@ -35,6 +35,7 @@ KILLS = int(os.environ.get("S3_TEST_KILLS", "105"))
 OPTIONS = ("--workers", "6", "--set", "run.log_every=100000")
 UPLOAD = ("--set", "api.transfer=upload")
 JOBS_ABOVE = 1000  # bytes, where large sources go to the API as jobs
+LONGEST_SECONDS = 0.6  # that a run may work before it is killed
 FOREIGN = 2  # objects of each generation under whose output keys something lies already
 LOST = 3  # outputs at a time
 DONE = {"converted": "yes"}
@@ -47,7 +48,6 @@ class Variant:
 
     options: tuple[str, ...] = ()
     processes: int = 1
-    longest: float = 0.6  # seconds that a run may work before it is killed
     targets: tuple[str, ...] = ("jpg",)
     has_documents: bool = False  # every other source has pages
     has_large_sources: bool = False  # every other one
@@ -61,8 +61,8 @@ TAGS = ("--set", "s3.tag_source=converted=yes", "--set", "s3.tags=made=here")
 VARIANTS = {
     "by URL": Variant(),
     "by upload": Variant(UPLOAD),
-    "two processes by URL": Variant(processes=2, longest=1.0),
-    "two processes by upload": Variant(UPLOAD, processes=2, longest=1.0),
+    "two processes by URL": Variant(processes=2),
+    "two processes by upload": Variant(UPLOAD, processes=2),
     "two jobs": Variant(tuple(TWO_JOBS), targets=("jpg", "webp")),
     "pages": Variant(UNPACK, has_documents=True),
     "tags": Variant(TAGS, is_tagged=True),
@@ -102,7 +102,8 @@ class Siege:
         """Put more objects, and overwrite some of those that are there; what is another's comes before its source."""
         generation = self.figures["generations"] = self.figures["generations"] + 1
         new = [f"g{generation}/{number:05}.{self._format(number)}" for number in range(count)]
-        free = sorted(self.sources.keys() - self.hindered)
+        # Nobody pays for the output of a version that is not there any more.
+        free = sorted(self.sources.keys() - self.hindered - self.lost.keys())
         made = {key: self._source(key, generation) for key in [*new, *self.luck.sample(free, len(free) // 20)]}
         self.sources |= made
         for key in self.luck.sample(new, FOREIGN):
@@ -192,12 +193,12 @@ class Siege:
 
     def _attack(self, run: Run) -> str:
         """End a run at a random moment, perhaps after one of its worker processes. How; nothing if it was not ended."""
-        if self.variant.processes > 1 and self.luck.random() < 0.3:
+        if self.variant.processes > 1 and self.luck.random() < 0.25:
             self._let_work(run)
             with suppress(OSError, IndexError):
                 os.kill(self.luck.choice(worker_pids(run)), signal.SIGKILL)
                 self.figures["workers killed"] += 1
-            if self.luck.random() < 0.3:
+            if self.luck.random() < 0.2:
                 return ""  # another one takes its place, and the run comes to its end
         self._let_work(run)
         if run.process.poll() is not None:
@@ -215,7 +216,7 @@ class Siege:
             while not self.is_asked.wait(0.02) and run.process.poll() is None:
                 pass
         with suppress(subprocess.TimeoutExpired):
-            run.process.wait(self.luck.uniform(0, self.variant.longest))
+            run.process.wait(self.luck.uniform(0, LONGEST_SECONDS))
 
     def _judge(self, run: Run) -> None:
         """A run that was let finish has left nothing to do but what is another's."""

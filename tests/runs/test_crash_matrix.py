@@ -71,7 +71,7 @@ def test_each_effect_is_somewhere_the_last() -> None:
     assert tried == {*EFFECTS, HALF_READ}
 
 
-@pytest.mark.parametrize(("effect", "when", "transfer"), moments())
+@pytest.mark.parametrize(("effect", "when", "transfer"), list(moments()))
 def test_a_run_after_a_kill_finishes_and_pays_nothing_twice(
     *, effect: str, when: str, transfer: str, start: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:
