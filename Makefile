@@ -33,12 +33,22 @@ test-slow: .venv/ready  ## the long proofs: random kills, many examples
 test-all: .venv/ready  ## all tests but the slow ones on each Python that is here, and with the oldest packages
 	$(BIN)/python -m tests.real.pythons
 
-.venv-ministack/ready: tests/standins/servers/requirements.txt
-	$(PYTHON) -m venv .venv-ministack
-	.venv-ministack/bin/python -m pip install --quiet --disable-pip-version-check -r tests/standins/servers/requirements.txt
+# Other S3 servers, each in a directory of its own. LocalStack needs Python 3.13.
+SERVERS := $(patsubst tests/standins/servers/requirements-%.txt,.venv-%/ready,$(wildcard tests/standins/servers/requirements-*.txt))
+ITS_PYTHON = $(PYTHON)
+.venv-localstack/ready: ITS_PYTHON = $(shell $(PYTHON) -c 'from tests.real.pythons import python_of; print(python_of("3.13") or "python3.13")')
+
+.venv-%/ready: tests/standins/servers/requirements-%.txt
+	$(ITS_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
-test-real: .venv/ready .venv-ministack/ready  ## against real S3 servers, also over TLS, and with real tools; ONLY=ceph one of them
+.venv-s3rver/ready: tests/standins/servers/requirements-s3rver.txt
+	npm install --silent --no-audit --no-fund --prefix $(@D) $$(cat $<)
+	@touch $@
+
+test-real: .venv/ready  ## against real S3 servers, also over TLS, and with real tools; ONLY=ceph one of them
+	-@$(MAKE) --keep-going --no-print-directory $(SERVERS)
 	$(BIN)/python -m tests.real.servers $(ONLY)
 
 soak: .venv/ready  ## an hour of faults, changes and kills: nothing paid twice, lost, wrong or growing; MINUTES=5 less

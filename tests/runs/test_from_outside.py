@@ -72,6 +72,7 @@ def test_archived_objects_are_skipped_and_restored_ones_are_not(
     assert sorted(bucket.outputs()) == ["converted/plain.jpg", "converted/restored-GLACIER.jpg"]
 
 
+@pytest.mark.needs("newlines")
 def test_keys_of_any_length_and_shape_are_converted_and_named_in_the_metadata(
     run_cli: Cli, bucket: Any, other_bucket: Any, api: ConversionApi
 ) -> None:

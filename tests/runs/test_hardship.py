@@ -56,7 +56,7 @@ def test_a_failures_file_that_cannot_be_written_stops_the_run(run_cli: Cli, buck
     assert run_cli().summary["failed"] == {"conversion_failed": 3}
 
 
-@pytest.mark.needs("restart")
+@pytest.mark.needs("restart", "disk")
 def test_a_listing_that_breaks_off_is_no_end_of_the_work(
     start: Cli, api: ConversionApi, bucket: Any, s3: S3Server
 ) -> None:

@@ -546,6 +546,7 @@ def test_why_says_what_the_next_run_does(run_cli: Cli, bucket: Any, api: Convers
         assert (left_in(run), bucket.keys(), len(api.paid)) == (before, keys, 1)
 
 
+@pytest.mark.needs("newlines")
 def test_why_tells_all_that_is_known(run_cli: Cli, bucket: Any) -> None:
     bucket.put("x/ä\n.png", picture())
     run_cli()
@@ -560,6 +561,7 @@ def test_why_tells_all_that_is_known(run_cli: Cli, bucket: Any) -> None:
     assert last_line(run) == "the next run would convert it to jpg, which is paid for"
 
 
+@pytest.mark.needs("newlines")
 def test_why_in_json_is_all_that_is_known(run_cli: Cli, bucket: Any) -> None:
     key, output = "x/ä\n.png", "converted/x/ä\n.jpg"
     bucket.put(key, picture())
@@ -702,6 +704,7 @@ def test_why_answers_for_each_of_two_jobs_that_make_the_same_output(run_cli: Cli
 REPAIR = "s3_bulk_convert.py --repair --keys-from -"
 
 
+@pytest.mark.needs("newlines")
 def test_why_says_that_an_output_is_missing_and_how_to_have_it_again(run_cli: Cli, bucket: Any) -> None:
     for key in ("it's.png", "two\nlines.png"):
         bucket.put(key, picture(key))

@@ -84,6 +84,7 @@ def test_a_copy_of_the_one_file_in_an_empty_directory_is_all_it_needs(
     assert_each_output_shows_its_source(bucket, 3)
 
 
+@pytest.mark.needs("cut puts")
 def test_a_run_that_was_killed_in_the_middle_is_finished_by_the_next(
     start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

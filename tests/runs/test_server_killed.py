@@ -18,7 +18,7 @@ OBJECTS = 24
 PATIENT = script_with("program.PAGE_KEYS = 4")
 COMMANDS = {"at once": PATIENT, "after the run": WITH_SHORT_PAGES}
 
-pytestmark = pytest.mark.needs("restart")
+pytestmark = pytest.mark.needs("restart", "disk")
 
 
 def kill_at(api: ConversionApi, moment: Event, s3: S3Server) -> threading.Event:

@@ -49,6 +49,7 @@ def write_ini(path: Path, *lines: str) -> str:
     return str(path)
 
 
+@pytest.mark.needs("newlines")
 @pytest.mark.parametrize("transfer", ["url", pytest.param("auto", marks=pytest.mark.slow), "upload"])
 def test_odd_keys_work_end_to_end(transfer: str, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     api.behaviour.convert = marking
