@@ -17,6 +17,7 @@ Cli = Callable[..., Any]
 OUTPUT = "converted/000.{}"
 
 
+@pytest.mark.needs("pages")
 @pytest.mark.parametrize("said", [b"True", pytest.param(b"1", marks=pytest.mark.slow), b" true\n"])
 def test_a_page_is_not_the_last_however_its_server_spells_that(
     said: bytes, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay

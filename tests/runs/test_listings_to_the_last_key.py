@@ -39,6 +39,7 @@ def put_folders(bucket: Any) -> int:
     return FOLDERS * (KEYS_IN_A_PAGE + 1) - 1
 
 
+@pytest.mark.needs("pages")
 @pytest.mark.parametrize("empty", [0, 3], ids=["full pages", "empty pages among them"])
 def test_every_key_is_listed_once_though_many_pages_are_read_at_a_time(
     empty: int, run_cli: Cli, bucket: Any, relay: Relay, s3: S3Server

@@ -46,6 +46,7 @@ def test_an_answer_of_s3_that_cannot_be_read_is_no_bug(
 ########################################################################
 
 
+@pytest.mark.needs("aws-chunked")
 def test_a_packed_source_is_uploaded_unpacked(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     api.behaviour.convert = marking
     sources = {name: PNG + f"{name} ".encode() * 50_000 for name in ("packed", "twice", "plain")}

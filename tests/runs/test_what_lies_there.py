@@ -358,6 +358,7 @@ class Throttle:
             return self._taken > self._at_once
 
 
+@pytest.mark.needs("pages")
 @pytest.mark.parametrize("status", [503, pytest.param(429, marks=pytest.mark.slow)])
 def test_outputs_that_s3_takes_only_slowly_are_all_stored(
     status: int, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
@@ -372,6 +373,7 @@ def test_outputs_that_s3_takes_only_slowly_are_all_stored(
     assert throttle.refused < 4 * 40
 
 
+@pytest.mark.needs("pages")
 def test_a_listing_that_s3_refuses_for_a_while_is_read_to_its_end(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
@@ -417,6 +419,7 @@ def test_a_portal_s_page_in_place_of_a_listing_ends_the_run_in_a_sentence(
     assert "Traceback" not in run.err
 
 
+@pytest.mark.needs("pages")
 def test_an_empty_page_before_each_page_does_not_make_a_listing_slow(
     run_cli: Cli, bucket: Any, relay: Relay, s3: S3Server
 ) -> None:

@@ -137,7 +137,7 @@ def test_requests_fetches_an_odd_key_by_its_presigned_url(
     assert fetched(s3, presigned(client, bucket, key)).content == b"body"
 
 
-@pytest.mark.needs("newlines", "odd keys in pages")
+@pytest.mark.needs("newlines", "pages")
 def test_odd_keys_are_listed_in_the_order_of_their_bytes(client: S3Client, bucket: str) -> None:
     keys = [*ODD_KEYS, *DOTTED_KEYS, "Z", "a", "é", "\uffee", "\U0001f600"]  # UTF-16 would swap the last two
     for key in keys:
