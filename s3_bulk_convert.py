@@ -2270,13 +2270,18 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return {key: PendingRequest(*row) for key, *row in self._ask_about(query, (self._job_ids[job],), keys)}
 
     def holders(self, slots: Sequence[str]) -> dict[str, tuple[str, str]]:
-        """Slot -> (bucket, key) of the source whose request is in flight for it, or that has adopted its output."""
+        """Slot -> (bucket, key) of the source whose request is in flight for it, or that has adopted its output.
+
+        Of several, it is the last: when that was sent, the objects of the others were gone, and held the slot no more.
+        """
         found: dict[str, tuple[str, str]] = {}
         # Requests before outcomes: what is settled in between is in both answers, and never in neither.
-        for table, column, only in (("in_flight", "slot", ""), ("log", "output_key", "event = 'adopted' AND")):
+        tables = (("in_flight", "slot", "", "sent_at"), ("log", "output_key", "event = 'adopted' AND", "time"))
+        for table, column, only, since in tables:
             query = f"SELECT it.{column}, bucket, key FROM {table} AS it JOIN jobs ON jobs.id = job WHERE endpoint = ?"
             names = slots if column == "slot" else [*slots, *(f"{slot}.zip" for slot in slots)]
-            rows = self._ask_about(f"{query} AND {only} it.{column} IN ({{}})", self._sources[:1], names)
+            query += f" AND {only} it.{column} IN ({{}}) ORDER BY it.{since}"
+            rows = self._ask_about(query, self._sources[:1], names)
             found |= {KeyParts.slot_of(name): (bucket, key) for name, bucket, key in rows}
         return found
 

@@ -424,6 +424,22 @@ def test_a_request_of_a_deleted_object_takes_the_key_from_no_other_request(
     assert (run.exit_code, run.summary["converted"], run.summary["replays"], len(api.paid)) == (0, 1, 1, 2)
 
 
+@pytest.mark.parametrize(("gone", "paid"), [("a.png", "a.heic"), ("a.heic", "a.png")])
+def test_a_deleted_object_that_comes_again_takes_the_key_from_no_request_that_was_sent_since(
+    *, gone: str, paid: str, start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.convert = converted
+    bucket.put(gone, PNG + b"a picture")
+    killed_when_paid(start, api)
+    bucket.client.delete_object(Bucket=bucket.name, Key=gone)
+    bucket.put(paid, PNG + b"another picture")
+    killed_when_paid(start, api)
+    bucket.put(gone, PNG + b"a third picture")
+    run = run_cli()
+    assert [(line["key"], line["code"]) for line in run.failures] == [(gone, "output_collision")]
+    assert (run.exit_code, run.summary["replays"], len(api.paid)) == (1, 1, 2)
+
+
 def test_a_return_to_an_earlier_quality_stores_that_quality_again(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
