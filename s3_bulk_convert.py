@@ -6184,7 +6184,8 @@ class Progress:
             log_event("progress", ", ".join(self._words(numbers)), level=logging.INFO, **numbers)
         if now >= self._metrics_due:
             self._metrics_due = now + 15  # seconds, as often as Prometheus asks by default
-            gc.collect(1)  # errors and their tracebacks hold each other; see `main`
+            # Errors and their tracebacks hold each other, and some are old before they are over; see `main`.
+            gc.collect()
             self._write_metrics(is_running=True)
 
     def finish(self) -> None:
