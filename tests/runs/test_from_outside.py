@@ -214,7 +214,7 @@ def test_what_s3_does_not_let_us_store_is_stored_by_the_next_run_for_free(
 def test_a_storage_class_that_s3_does_not_have_stops_the_run_before_more_is_paid(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
-    api.behaviour.convert = marking
+    api.behaviour.convert, api.behaviour.latency = marking, 0.05  # outcomes are counted as often
     put_pngs(bucket, *(f"{number:02}.png" for number in range(30)))
     run = run_cli("--workers", "2", "--set", "s3.storage_class=NONSENSE")
     assert (run.exit_code, run.summary["left"]) == (3, 30 - len(run.failures))

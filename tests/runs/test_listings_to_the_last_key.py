@@ -51,6 +51,7 @@ def test_every_key_is_listed_once_though_many_pages_are_read_at_a_time(
     assert (run.exit_code, run.summary["listed"], run.summary["skipped"]) == (0, count, expected)
 
 
+@pytest.mark.needs("pages")
 def test_an_output_at_the_very_end_of_a_page_is_found(
     *, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, s3: S3Server, tmp_path: Path
 ) -> None:
