@@ -7436,6 +7436,13 @@ class Parser(argparse.ArgumentParser):
         usage = f"usage: {self.prog} [-c FILE] [options], which --help names"
         self.exit(ExitCode.USAGE, f"{usage}\n{self.prog}: error: {redact(message)}\n")
 
+    @staticmethod
+    def filled(given: str) -> str:
+        """A value that is not empty, as a shell's variable that is not set would leave it. Raises ArgumentTypeError."""
+        if not given.strip():
+            raise argparse.ArgumentTypeError("expected a value, and it is empty")
+        return given
+
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The command line. What is no option is named, with the one that was probably meant."""
         arguments, unknown = self.parse_known_args(argv)
@@ -7444,13 +7451,6 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(f"--{name.lstrip('-').lower()}", self._option_string_actions, n=1)
             self.error(f"{name} is not an option" + "".join(f"; did you mean {meant}?" for meant in near))
         return arguments
-
-
-def filled(given: str) -> str:
-    """A value that is not empty, as a shell's variable that is not set would leave it. Raises ArgumentTypeError."""
-    if not given.strip():
-        raise argparse.ArgumentTypeError("expected a value, and it is empty")
-    return given
 
 
 def build_parser() -> Parser:
@@ -7466,7 +7466,8 @@ def build_parser() -> Parser:
     add("-c", "--config", metavar="FILE", type=Path, help="INI file (default: config.ini, if it is there)")
     for flag, (section, name, value, purpose) in FLAGS.items():
         # Without a cap, as without a file of keys, the whole bucket would be paid for.
-        add(f"--{flag}", metavar=value, type=filled if flag == "limit" else str, help=f"{purpose} ({section}.{name})")
+        kind = parser.filled if flag == "limit" else str
+        add(f"--{flag}", metavar=value, type=kind, help=f"{purpose} ({section}.{name})")
     shard_help = "only the I-th of N parts, from 0 (default: what an array job's environment says)"
     add("--shard", metavar="I/N", help=shard_help)
     add("--set", metavar="SECTION.OPTION=VALUE", action="append", default=[], help="any other option; repeatable")
@@ -7481,7 +7482,7 @@ def build_parser() -> Parser:
     add(
         "--keys-from",
         metavar="FILE",
-        type=filled,
+        type=parser.filled,
         help="take keys from FILE (- is stdin) instead of listing; see README",
     )
     log_help = "lines for people, or JSON, on stderr and stdout (default: text)"

@@ -66,6 +66,7 @@ def test_keys_of_each_layout_are_in_order_and_found_again(folders: int, names: s
     assert written[-1][1] == keys.etag(COUNT - 1)
 
 
+@pytest.mark.slow
 def test_a_listing_can_begin_anywhere_and_be_of_any_prefix(client: "S3Client") -> None:
     first = KEYS.per_folder
     assert listed(client, StartAfter="d0000/00001234.png", MaxKeys=7)[:7] == expected(range(1235, 1242))
@@ -92,6 +93,7 @@ def test_a_limit_admits_so_many_and_no_more(servers: Standins) -> None:
     assert statuses == [(200, 20_000)] * LIMIT + [(429, 0)] * 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_made_knows_every_object(servers: Standins) -> None:
     with finished_checkpoint(servers, COUNT, FOLDERS, KEYS.size) as path:
         cost = run_program(servers, "--limit", "1", checkpoint=path)  # one that knows them not ends at once

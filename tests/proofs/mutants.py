@@ -489,7 +489,7 @@ REQUESTS = (
     ),
     defect(
         "a cap that is empty is none",
-        'type=filled if flag == "limit" else str',
+        'parser.filled if flag == "limit" else str',
         "type=str",
         "test_what_no_run_can_work_with_is_refused_before_it_begins",
     ),

@@ -298,6 +298,7 @@ def besiege(start: Callable[..., Run], bucket: Any, strict_api: ConversionApi) -
     return besiege
 
 
+@pytest.mark.slow
 def test_a_few_kills_at_random_moments_cost_nothing(besiege: Callable[..., None]) -> None:
     besiege("by URL", kills=4, objects=40)
 

@@ -24,6 +24,7 @@ def pytest_says(*arguments: str, **environment: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_server_cannot_do_is_left_out_by_name_and_with_the_reason() -> None:
     left_out = (
         "left out: standins/test_s3_server.py::test_a_wrong_secret_is_refused: it checks the signatures of presigned"

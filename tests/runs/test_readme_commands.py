@@ -159,6 +159,7 @@ def test_who_wants_to_play_with_it_can(tmp_path: Path) -> None:
     assert (code, "converted     1\n" in output) == (0, True), output
 
 
+@pytest.mark.slow
 def test_what_make_demo_runs_shows_what_it_promises() -> None:
     recipe = re.search(r"^demo:.*\n\t(.*)\n(?!\t)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert recipe is not None

@@ -50,7 +50,7 @@ def kill_at(api: ConversionApi, moment: Event, s3: S3Server) -> threading.Event:
     "at",
     [
         # With one worker, nothing is being put.
-        pytest.param(("request_received", 1), id="before the API fetches"),
+        pytest.param(("request_received", 1), id="before the API fetches", marks=pytest.mark.slow),
         pytest.param(("answered", 8), id="while outputs are put", marks=pytest.mark.needs("whole puts")),
     ],
 )
