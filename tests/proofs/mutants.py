@@ -490,7 +490,7 @@ REQUESTS = (
     defect(
         "a cap that is empty is none",
         'parser.filled if flag == "limit" else str',
-        "type=str",
+        "str",
         "test_what_no_run_can_work_with_is_refused_before_it_begins",
     ),
     defect(
