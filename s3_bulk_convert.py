@@ -1815,9 +1815,12 @@ class Trouble:
     def proxy_for(address: str) -> str:
         """Host and port of the proxy that the environment names for an address; empty if it names none."""
         named = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(address)) or ""
-        # It may hold a password, which is nobody's to read, and it may be no address at all.
-        host = re.sub(r"[/?#].*", "", named.rpartition("://")[2]).rpartition("@")[2]
-        return host or ("without a host" if named else "")
+        return Trouble.host_of(named) or ("without a host" if named else "")
+
+    @staticmethod
+    def host_of(address: str) -> str:
+        """Host and port, without a password, which is nobody's to read; of what may be no address at all."""
+        return re.sub(r"[/?#].*", "", address.rpartition("://")[2]).rpartition("@")[2]
 
     @staticmethod
     def cause_of(error: Any) -> Any:
@@ -1855,8 +1858,7 @@ class Trouble:
     @staticmethod
     def api_unreachable(address: str, error: Exception) -> RunError:
         """The end of the run where no connection to the API can be made."""
-        where = urllib.parse.urlsplit(address).netloc.rpartition("@")[2]
-        host, hint = f"at {where}", "check api.url and the network, and run it again"
+        host, hint = f"at {Trouble.host_of(address)}", "check api.url and the network, and run it again"
         if proxy := Trouble.proxy_for(address):
             host, hint = f"through the proxy {proxy}", PROXY_HINT
         why = redact(Trouble.connection_problem(error))
@@ -2201,9 +2203,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def postpone(self, sources: Sequence[tuple[str, SourceObject]]) -> None:
         """Set (job, object) aside until all others have been tried."""
-        with self._locked():
-            rows = [(job, *source[:4]) for job, source in sources]
-            self._temporary.executemany("INSERT OR REPLACE INTO postponed VALUES (?, ?, ?, ?, ?)", rows)
+        rows = [(job, *source[:4]) for job, source in sources]
+        self._set_aside("REPLACE INTO postponed VALUES (?, ?, ?, ?, ?)", rows)
 
     def forget_plans(self) -> None:
         """Let go of all claims, and of what was set aside: what was planned will be planned anew."""
@@ -2254,10 +2255,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def made_before(self, keys: Sequence[str]) -> dict[tuple[str, str], list[tuple[str, str]]]:
         """(target, key) -> (version, fingerprint) of all that was done by jobs that are not configured now."""
         made = defaultdict[tuple[str, str], list[tuple[str, str]]](list)
-        query = (
-            "SELECT target, key, etag, fingerprint FROM log JOIN jobs ON jobs.id = job WHERE job = ? AND key IN ({})"
-        )
-        query += f" AND {self.IS_DONE}"
+        query = "SELECT target, key, etag, fingerprint FROM log JOIN jobs ON jobs.id = job "
+        query += f"WHERE job = ? AND {self.IS_DONE} AND key IN ({{}})"
         for former in self._former:
             for target, key, version, fingerprint in self._ask_about(query, (former,), keys):
                 made[target, key].append((version, fingerprint))
@@ -4336,7 +4335,7 @@ def http_get(address: str, key: str = "", **request: Any) -> Iterator[requests.R
         with Session(LOOK_SECONDS, address, key) as session, session.ask("GET", address, **request) as answer:
             yield answer
     except OSError as error:
-        host, proxy = urllib.parse.urlsplit(address).netloc.rpartition("@")[2], Trouble.proxy_for(address)
+        host, proxy = Trouble.host_of(address), Trouble.proxy_for(address)
         why = Trouble.certificate_problem(error) or Trouble.connection_problem(error)
         if proxy:
             raise usage_error(f"{host} cannot be reached through the proxy {proxy}: {why}", PROXY_HINT) from None
