@@ -299,11 +299,6 @@ def besiege(start: Callable[..., Run], bucket: Any, strict_api: ConversionApi) -
 
 
 @pytest.mark.slow
-def test_a_few_kills_at_random_moments_cost_nothing(besiege: Callable[..., None]) -> None:
-    besiege("by URL", kills=4, objects=40)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_thousand_kills_at_random_moments_cost_nothing(variant: str, besiege: Callable[..., None]) -> None:

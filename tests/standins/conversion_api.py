@@ -728,6 +728,12 @@ class Shelf:
             job.polls += 1
             return job
 
+    def make_older(self, seconds: float) -> None:
+        """Have every job made so much earlier."""
+        with self._lock:
+            for job in self._jobs.values():
+                job.created -= seconds
+
     def listing(self) -> list[dict[str, object]]:
         """Tell of every job, newest first."""
         with self._lock:
@@ -781,7 +787,7 @@ class ConversionApi(Books):
         self._callbacks: dict[str, list[Callable[[Request], object]]] = {name: [] for name in EVENTS}
         self._meter = Meter(self.behaviour, clock)
         self._memory = Memory(self.behaviour, clock)
-        self._shelf = Shelf(self.behaviour, clock)
+        self.shelf = Shelf(self.behaviour, clock)
         self._listener = Listener(self, "api", port)
         self._download_listener = Listener(self, "download", 0)
 
@@ -854,7 +860,7 @@ class ConversionApi(Books):
                 self._memory.note_failure(self._scope(request), self._body_digest(request))
             return fault.reply()
         if request.method == "GET" and request.path.startswith(DOWNLOAD):
-            return self._file(self._shelf.linked(request.path[len(DOWNLOAD) :]), "converted")
+            return self._file(self.shelf.linked(request.path[len(DOWNLOAD) :]), "converted")
         if request.listener == "download":
             raise RefusalError(404, "not_found", "this host has downloads only")
         if request.headers.get("Authorization") != f"Bearer {self.api_key}":
@@ -866,9 +872,9 @@ class ConversionApi(Books):
         if request.method == "GET" and request.path == USAGE:
             return self._json(200, {"plan": "test", "conversions": self._meter.usage()})
         if request.method == "GET" and request.path == JOBS:
-            return self._json(200, {"jobs": self._shelf.listing()})
+            return self._json(200, {"jobs": self.shelf.listing()})
         if request.method == "GET" and request.path.startswith(JOBS + "/"):
-            return self._json(200, self._told(self._shelf.polled(request.path[len(JOBS) + 1 :])))
+            return self._json(200, self._told(self.shelf.polled(request.path[len(JOBS) + 1 :])))
         raise RefusalError(404, "not_found", f"nothing at {request.method} {request.path}")
 
     def _convert_once(self, request: Request, form: Form) -> Answer:
@@ -988,7 +994,7 @@ class ConversionApi(Books):
                 result = self._work(request, conversion, as_job=True)
             except UnconvertibleError as unconvertible:
                 problem = str(unconvertible)
-        job = self._shelf.add_job(conversion, result, problem)
+        job = self.shelf.add_job(conversion, result, problem)
         status_url = f"{self.url}{JOBS}/{job.identity}"
         told = {"job_id": job.identity, "status": "queued", "status_url": status_url}
         return self._json(202, told, {"Location": status_url})
@@ -1024,7 +1030,7 @@ class ConversionApi(Books):
 
     def _link(self, converted: Converted, job: Job | None = None) -> str:
         host = self.download_url if self.behaviour.separate_download_host else self.url
-        return host + self._shelf.link_to(converted, job)
+        return host + self.shelf.link_to(converted, job)
 
     def _told(self, job: Job) -> dict[str, object]:
         """Tell of a job what its state allows."""

@@ -24,7 +24,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import boto3
@@ -186,16 +186,21 @@ def read_script() -> ModuleType:
     return script
 
 
-def run_script(script: ModuleType, arguments: list[str]) -> None:
-    """What `python -m` does now."""
-    path: Any = script.__file__
-    del sys.modules[MODULE]
-    sys.argv = [path, *arguments]
-    sys.path.insert(0, os.getcwd())
+def main_blocks(path: str) -> list[CodeType]:
+    """What the script does as the main module."""
     text = Path(path).read_text()
-    for block in re.finditer(r'^if __name__ == "__main__".*\n(?: .*\n)+', text, re.MULTILINE):
-        lines_before = "\n" * text.count("\n", 0, block.start())
-        exec(compile(lines_before + block[0], path, "exec"), vars(script))
+    blocks = re.finditer(r'^if __name__ == "__main__".*\n(?: .*\n)+', text, re.MULTILINE)
+    # Each in its line, which a traceback names.
+    return [compile("\n" * text.count("\n", 0, block.start()) + block[0], path, "exec") for block in blocks]
+
+
+def run_script(script: ModuleType, blocks: list[CodeType], arguments: list[str]) -> None:
+    """What `python -m` does now."""
+    del sys.modules[MODULE]
+    sys.argv = [str(script.__file__), *arguments]
+    sys.path.insert(0, os.getcwd())
+    for block in blocks:
+        exec(block, vars(script))
 
 
 def run_code(code: str, arguments: list[str]) -> None:
@@ -211,6 +216,7 @@ def main() -> None:
     del sys.path[0]
     importlib.import_module(MODULE)
     script = read_script()
+    blocks = main_blocks(str(script.__file__))
     read_models()
     gc.freeze()
     message, streams = serve(socket.socket(fileno=int(sys.argv[1])))
@@ -227,7 +233,7 @@ def main() -> None:
     sys.modules["__main__"] = sys.modules["__mp_main__"] = script if kind == "-m" else ModuleType("__main__")
     try:
         if kind == "-m":
-            run_script(script, arguments)
+            run_script(script, blocks, arguments)
         else:
             run_code(what, arguments)
     except SystemExit as ended:
