@@ -25,7 +25,7 @@ flow: .venv/ready  ## draw the way of an object into docs/flow.svg
 	$(BIN)/python -m tests.flow
 
 test: .venv/ready  ## all tests but the slow ones
-	$(BIN)/python -m pytest -c tests/pytest.ini -n 6 --dist worksteal tests
+	$(BIN)/python -m pytest -c tests/pytest.ini -n 5 --dist worksteal tests
 
 test-slow: .venv/ready  ## the long proofs: random kills, many examples
 	$(BIN)/python -m pytest -c tests/pytest.ini -m slow -s tests

@@ -182,6 +182,7 @@ def test_a_listing_of_many_pages_is_whole_though_each_second_one_breaks(site: Si
     site.assert_finished(run, 12)
 
 
+@pytest.mark.slow
 def test_a_network_that_is_bad_all_the_time_only_takes_longer(site: Site) -> None:
     site.put(8)
     for network in (site.to_api, site.to_s3):

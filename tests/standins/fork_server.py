@@ -2,7 +2,7 @@
 
 A run that is started so is a process like any other: a child of the tests' own, with its pid, streams, directory,
 environment and signals; test_fork_server.py compares the two. What Python and the packages read while they start (the
-locale, Python's own variables) is the same in all runs of a server: a run that wants another is started by itself.
+locale, Python's own variables) is the same in all runs: a run that wants another is started by itself.
 
 S3_TEST_PLAIN_STARTS=1 starts each run by itself.
 """
@@ -34,8 +34,8 @@ from botocore.loaders import JSONFileLoader, Loader
 MODULE = "s3_bulk_convert"
 # How code begins that changes the script: see script_with.
 IMPORTING = f"import {MODULE} as program\n"
-# Variables that nothing reads before it is needed, so that each run may have its own.
-READ_LATE = ("AWS_", "CTF_API_KEY", "S3_BUCKET", "SOURCE_PREFIX", "TARGET_FORMAT", "CONCURRENCY", "HOME")
+# Variables that are read while Python, its libraries and the packages start. All others a run finds when it looks.
+READ_EARLY = ("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "OPENSSL_", "TQDM_", "TZ")
 MESSAGE_BYTES = 150_000
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -48,7 +48,7 @@ PR_SET_CHILD_SUBREAPER = 36
 class ForkServer:
     """Forks runs of one interpreter with one environment, until this process ends."""
 
-    def __init__(self, python: str, environment: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, python: str, environment: Mapping[str, str]) -> None:
         self._lock = threading.Lock()
         self._libc = ctypes.CDLL(None)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -57,7 +57,7 @@ class ForkServer:
             # It ends with this process, whose end of the channel is then closed. Its streams are of the runs' kinds.
             self._process = subprocess.Popen(
                 command,
-                env=dict(environment),
+                env=environment,
                 pass_fds=[theirs.fileno()],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -78,9 +78,9 @@ class ForkServer:
 
 
 @functools.cache
-def server_for(python: str, environment: tuple[tuple[str, str], ...]) -> ForkServer:
+def server_for(python: str, path: str, python_path: str) -> ForkServer:
     """The one server of such runs."""
-    return ForkServer(python, environment)
+    return ForkServer(python, {"PATH": path, "PYTHONPATH": python_path})
 
 
 class ForkedRun(subprocess.Popen[str]):
@@ -89,8 +89,7 @@ class ForkedRun(subprocess.Popen[str]):
     def _execute_child(self, args: Any, *given: Any) -> None:
         cwd, environment = given[4:6]
         _, _, _, output, _, errors = given[9:15]  # its ends of the pipes
-        fixed = {name: value for name, value in environment.items() if not name.startswith(READ_LATE)}
-        server = server_for(args[0], tuple(fixed.items()))
+        server = server_for(args[0], environment["PATH"], environment["PYTHONPATH"])
         self.pid = server.fork(args[1:], str(cwd), environment, [0, output, errors])
         self._child_created = True
         os.close(output)
@@ -100,9 +99,9 @@ class ForkedRun(subprocess.Popen[str]):
 def can_fork(command: list[str], environment: Mapping[str, str], stdin: int | None, terminal: int | None) -> bool:
     """Whether a start by a server is the same as a start by itself."""
     is_script = command[1:3] == ["-m", MODULE] or (command[1] == "-c" and command[2].startswith(IMPORTING))
-    fixed = {name for name in environment if not name.startswith(READ_LATE)}
+    early = {name for name in environment if name == "PATH" or name.startswith(READ_EARLY)}
     is_plain = sys.platform != "linux" or bool(os.environ.get("S3_TEST_PLAIN_STARTS"))
-    return is_script and fixed == {"PATH", "PYTHONPATH"} and stdin is terminal is None and not is_plain
+    return is_script and early == {"PATH", "PYTHONPATH"} and stdin is terminal is None and not is_plain
 
 
 ########################################################################

@@ -439,6 +439,8 @@ def serve(root: Path, port: int, certificate: str) -> NoReturn:
     teach_tags()
     eventlet = import_module("eventlet")
     listener = eventlet.listen((HOST, port), backlog=BACKLOG, reuse_port=False)
+    # What it accepts inherits this: an answer in two pieces would wait 40 ms for the first one to be acknowledged.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     port = listener.getsockname()[1]
     tls: dict[str, object] = {"server_side": True, "certfile": certificate, "keyfile": certificate}
     spawn_proxy(eventlet.wrap_ssl(listener, **tls) if certificate else listener, etc)

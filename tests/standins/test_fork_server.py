@@ -53,7 +53,9 @@ def both(run_cli: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> Both:
 
 
 def test_a_forked_run_finds_what_one_that_python_starts_finds(both: Both) -> None:
-    forked, plain = both("--version", command=script_with(SELF_PORTRAIT), AWS_PROFILE="\udcff", S3_BUCKET=None)
+    forked, plain = both(
+        *("--version",), command=script_with(SELF_PORTRAIT), AWS_PROFILE="\udcff", S3_BUCKET=None, HTTP_PROXY="-"
+    )
     assert json.loads(forked.out.splitlines()[0]) == json.loads(plain.out.splitlines()[0])
     # Its chance is its own.
     again, _ = both("--version", command=script_with(SELF_PORTRAIT))
