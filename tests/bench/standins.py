@@ -20,6 +20,7 @@ import base64
 import hashlib
 import json
 import math
+import random
 import re
 import time
 from collections import Counter
@@ -288,6 +289,7 @@ class Service:
         self.keys = Keys(options.keys, options.folders, options.size, options.names)
         self.counts = Counts()
         self.memory = Memory() if options.remembers else None
+        self.random = random.Random(1)
         self._window_ends = 0.0
         self._in_parts = set[str]()  # keys that were put in parts: the program looks whether they are there
         body = PIECE[: options.answer_bytes] + bytes(max(0, min(options.answer_bytes, MD5_MOST_BYTES) - WHOLE_BYTES))
@@ -348,7 +350,8 @@ class Service:
             reply = {"job_id": job, "status": "queued", "status_url": f"/v1/jobs/{job}"}
             return as_json(reply, status=202, more=more)
         found = answer(media_type="image/jpeg", length=self.options.answer_bytes, more=more)
-        return found._replace(delay=self.options.latency)
+        spread = self.options.spread
+        return found._replace(delay=self.options.latency * self.random.uniform(1 - spread, 1 + spread))
 
     def _rate_limit(self) -> str | None:
         """The headers that tell of the limit; None if the request is beyond it."""
@@ -525,6 +528,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.standins", allow_abbrev=False)
     add = parser.add_argument
     add("--latency", type=float, default=0.8, metavar="S", help="seconds that a conversion takes")
+    add("--spread", type=float, default=0.0, metavar="X", help="by how much of that it takes more or less, at most")
     add("--answer-bytes", type=int, default=20_000, metavar="N", help="length of a converted file")
     add("--per-minute", type=int, default=0, metavar="N", help="limit of the API in a window; 0: none")
     add("--window", type=float, default=60.0, metavar="S", help="length of the window in seconds")
