@@ -2917,6 +2917,7 @@ class Bucket:
         self._payer: Any = {"RequestPayer": "requester"} if settings.s3.requester_pays else {}
         self._tagging = urllib.parse.urlencode(settings.s3.tags, quote_via=urllib.parse.quote)
         self._quiet_until, self._pause = 0.0, 0.0  # monotonic seconds; seconds
+        self._storing = threading.local()  # `task`: whose output this thread is about to put
         self.pages_asked = 0  # of listings
         self._connect(settings.s3.region)
         Trouble.require_certificates(self.client.meta.endpoint_url, "AWS_CA_BUNDLE")
@@ -2966,6 +2967,7 @@ class Bucket:
         # boto3's own way to tag a copy in parts depends on its version, and may do so when the copy is there already.
         if options.tags:
             events.register("provide-client-params.s3.CreateMultipartUpload", self._tag_parts)
+        events.register("provide-client-params.s3.CompleteMultipartUpload", self._require_place_of_parts)
         if options.requester_pays:
             events.register("before-sign.s3.GetObject", self._sign_payer)
         # The first wildcard matters: so it comes before botocore's own handler of errors in a 200.
@@ -2999,6 +3001,10 @@ class Bucket:
 
     def _tag_parts(self, params: dict[str, Any], **_: Any) -> None:
         params["Tagging"] = self._tagging
+
+    def _require_place_of_parts(self, params: dict[str, Any], **_: Any) -> None:
+        # The parts may have taken minutes, and are seen by nobody before this. What it raises has boto3 abort them.
+        self._require_place(self._storing.task, params["Key"])
 
     @staticmethod
     def _sign_payer(request: Any, **_: Any) -> None:
@@ -3216,6 +3222,7 @@ class Bucket:
 
     def _require_place(self, task: Task, key: str) -> None:
         """Raise ObjectFailed if another's object lies there by now: the look or the listing may be hours old."""
+        self._storing.task = task
         try:
             there = self.head(self.output_name, key)
         except ObjectFailed:
@@ -3352,7 +3359,10 @@ class Bucket:
         extra["Metadata"] |= {name: str(number) for name, number in numbers.items()}
         with translate_s3_errors(f"writing {printable(key)}", "store_failed"):
             if file.size > MULTIPART_BYTES:
-                parts = TransferConfig(use_threads=False, multipart_chunksize=5 << 20)
+                # What boto3 takes by itself on some machines of Amazon's (CRT) calls none of the client's handlers.
+                parts = TransferConfig(
+                    use_threads=False, preferred_transfer_client="classic", multipart_chunksize=5 << 20
+                )
                 self.client.upload_fileobj(file.body, self.output_name, key, ExtraArgs=extra, Config=parts)
                 reply: Any = {}
             else:

@@ -360,6 +360,19 @@ OUTPUTS = (
         "test_what_is_put_there_while_a_source_is_converted_is_not_overwritten",
     ),
     defect(
+        "the place of what is put in parts is not looked at once more",
+        """        self._require_place(self._storing.task, params["Key"])
+""",
+        "        pass\n",
+        "test_what_is_put_there_while_parts_are_is_not_overwritten_and_no_part_is_left",
+    ),
+    defect(
+        "large outputs are put by a client that looks at no place",
+        'preferred_transfer_client="classic"',
+        'preferred_transfer_client="auto"',
+        "test_a_large_object_comes_out_whole",
+    ),
+    defect(
         "a yes of S3's without an ETag is believed",
         'bare_etag(reply.get("ETag")) or bare_etag(self._head_stored(key).get("ETag"))',
         'bare_etag(reply.get("ETag"))',

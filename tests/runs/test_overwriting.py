@@ -12,7 +12,7 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import Conversion, Converted, marking
-from tests.standins.program import TestBucket, lose_checkpoint
+from tests.standins.program import TestBucket, lose_checkpoint, script_with
 from tests.standins.relay import Asked, Relay
 from tests.standins.samples import photo
 
@@ -105,6 +105,35 @@ def test_what_is_put_there_after_a_look_is_not_overwritten_by_a_copy(run_cli: Cl
     relay.instead = put_it_first
     assert refused(run_cli("--set", "convert.same_format=copy", AWS_ENDPOINT_URL_S3=relay.url))
     assert body_of(bucket, "converted/a.jpg") == PRECIOUS
+
+
+@pytest.mark.parametrize("source", ["a.png", "a.jpg"], ids=["upload", "copy"])
+def test_what_is_put_there_while_parts_are_is_not_overwritten_and_no_part_is_left(
+    source: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    def put_it_meanwhile(asked: Asked) -> None:
+        if asked.method == "PUT" and asked.query.get("partNumber") == "2":
+            bucket.put("converted/a.jpg", PRECIOUS)
+
+    def run() -> Any:
+        options = ("--set", "api.transfer=upload", "--set", "convert.same_format=copy")
+        script = script_with("program.MULTIPART_BYTES = 8_500_000")
+        return run_cli(*options, command=script, AWS_ENDPOINT_URL_S3=relay.url)
+
+    bucket.put(source, (PNG if source == "a.png" else JPG) + bytes(9_000_000))
+    relay.instead = put_it_meanwhile
+    refused = run()
+    assert (refused.exit_code, refused.summary["failed"]) == (1, {"output_collision": 1}), refused.err
+    assert body_of(bucket, "converted/a.jpg") == PRECIOUS
+    assert "Uploads" not in bucket.client.list_multipart_uploads(Bucket=bucket.name)
+    # What was paid for is had for nothing when the place is free again.
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
+    relay.instead = lambda _: None
+    assert (run().exit_code, len(api.paid), len(bucket.read("converted/a.jpg")) > 9_000_000) == (
+        0,
+        int(source == "a.png"),
+        True,
+    )
 
 
 def test_a_free_place_that_may_be_listed_and_not_looked_at_is_written(
