@@ -1569,6 +1569,10 @@ class Job(ConvertOptions):
         """Whether a key is skipped because it names the target."""
         return self.same_format == "skip" and self.is_same_format(key)
 
+    def result_of(self, key: str) -> tuple[bool, str, str]:
+        """What it makes of an object, or that it leaves it; jobs of one result would make the very same output."""
+        return self.leaves_as_it_is(key), self.fingerprint, self.output_of(key)
+
     @functools.cached_property
     def _same_endings(self) -> tuple[str, ...]:
         target = FileType.canonical(self.target)
@@ -3792,8 +3796,8 @@ class Planner:
             wanting = [] if reason else [job for job in jobs if job.wants(source)]
             if len(wanting) > 1:
                 # Of jobs that would make the very same output, the first is enough.
-                outputs = {(job.fingerprint, job.output_of(source.key)): job for job in reversed(wanting)}
-                wanting = [job for job in wanting if job in outputs.values()]
+                first = {job.result_of(source.key): job for job in reversed(wanting)}
+                wanting = [job for job in wanting if job in first.values()]
             if not wanting and shard.owns(source.key):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
             for job in wanting:
@@ -7070,7 +7074,7 @@ class Why:
             return
         # The decisions of the plan, after a worker's looks. Jobs that would make the very same output have one; what no
         # job is asked about has that of "".
-        outputs = {name: (job.fingerprint, job.output_of(self._key)) for name, job in jobs.items()}
+        outputs = {name: job.result_of(self._key) for name, job in jobs.items()}
         # Those before it that want the same output key claim it first; most templates keep folder and stem.
         bucket, parts = planner.bucket, KeyParts.of(self._key)
 
@@ -7293,14 +7297,15 @@ class Diagnostics:
     def _compare_jobs(self, sources: Sequence[SourceObject]) -> None:
         """Raise CheckWarning if two jobs want one output key for the same object, as far as it can be told."""
         for source in sources:
-            takers: dict[str, str] = {}
-            for job in (each for each in self.settings.jobs if each.wants(source)):
+            takers: dict[str, Job] = {}
+            wanting = (job for job in self.settings.jobs if job.wants(source))
+            for job in (each for each in wanting if not each.leaves_as_it_is(source.key)):
                 planned = job.output_of(source.key)
-                first = takers.setdefault(KeyParts.slot_of(planned), job.name)
-                if first != job.name:
+                first = takers.setdefault(KeyParts.slot_of(planned), job)
+                if first.result_of(source.key) != job.result_of(source.key):
                     hint = "one of them fails for such objects (output_collision): exclude them in one, or put {job} "
                     hint += "into its output_key"
-                    raise CheckWarning(f"job {first} and job {job.name} both want {printable(planned)}", hint)
+                    raise CheckWarning(f"job {first.name} and job {job.name} both want {printable(planned)}", hint)
 
     def _check_reading(self, bucket: Bucket, sources: Sequence[SourceObject], trusted: Any) -> None:
         """Read the first object that can be a source as a worker does, and as the API does, by a presigned URL."""

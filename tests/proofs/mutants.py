@@ -373,6 +373,24 @@ OUTPUTS = (
         "test_a_large_object_comes_out_whole",
     ),
     defect(
+        "a job that copies is left out for one that leaves the object as it is",
+        "return self.leaves_as_it_is(key), self.fingerprint,",
+        "return False, self.fingerprint,",
+        "test_a_job_that_copies_is_not_left_out_for_one_that_skips",
+    ),
+    defect(
+        "--check warns of a job that leaves the object as it is",
+        "for job in (each for each in wanting if not each.leaves_as_it_is(source.key)):",
+        "for job in wanting:",
+        "test_a_job_that_copies_is_not_left_out_for_one_that_skips",
+    ),
+    defect(
+        "--check warns of jobs that would make the very same output",
+        "if first.result_of(source.key) != job.result_of(source.key):",
+        "if first is not job:",
+        "test_check_does_not_warn_of_two_jobs_that_make_the_very_same_output",
+    ),
+    defect(
         "a yes of S3's without an ETag is believed",
         'bare_etag(reply.get("ETag")) or bare_etag(self._head_stored(key).get("ETag"))',
         'bare_etag(reply.get("ETag"))',

@@ -9,6 +9,7 @@ import pytest
 
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import Conversion, Converted, wrapped
+from tests.standins.samples import photo
 
 Cli = Callable[..., Any]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -131,3 +132,21 @@ def test_check_warns_of_two_jobs_that_want_one_key(run_jobs: Cli) -> None:
     assert "WARN output keys: job hq and job photos both want converted/in/0.jpg" in said
     apart = run_jobs(*PHOTOS, *HQ, "output_key = hq/{stem}.{target}", options=("--check",)).out
     assert "OK   output keys: " in apart
+
+
+@pytest.mark.parametrize("copier", ["a", "c"], ids=["before it", "after it"])
+def test_a_job_that_copies_is_not_left_out_for_one_that_skips(copier: str, run_jobs: Cli, bucket: Any) -> None:
+    bucket.put("in/b.jpg", photo(1, "jpg"))
+    both = ("[job b]", f"[job {copier}]", "include = *.jpg", "same_format = copy")
+    said = [run_jobs(*both, options=command).out for command in (("--check",), ("--why", "in/b.jpg"))]
+    assert "OK   output keys: " in said[0]
+    assert f"copy it, at no charge (job {copier})" in said[1]
+    assert "see convert.same_format (job b)" in said[1]
+    assert (foreseen(run_jobs, *both)[copier]["copy"], foreseen(run_jobs, *both)["b"]["convert"]) == (1, 4)
+    run = run_jobs(*both)
+    assert (run.exit_code, run.summary["converted"], run.summary["skipped"]) == (0, 5, {"same_format": 1})
+    assert bucket.read("converted/in/b.jpg") == bucket.read("in/b.jpg")
+
+
+def test_check_does_not_warn_of_two_jobs_that_make_the_very_same_output(run_jobs: Cli) -> None:
+    assert "OK   output keys: " in run_jobs("[job a]", "[job b]", "include = in/0.png", options=("--check",)).out
