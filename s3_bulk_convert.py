@@ -4097,7 +4097,7 @@ class Verification:
         for each in page:
             if each.output:
                 yield from self._outputs_of(each.job, each.source.key, each.output)
-            elif each.job and each.kind is not DecisionKind.DONE:
+            elif each.job and each.kind is not DecisionKind.DONE and each.reason != SAME_FORMAT:
                 planned = self._settings.by_name[each.job].output_of(each.source.key)
                 for key in (planned, f"{planned}.zip"):
                     yield ExpectedOutput(key, each.job, each.source.key, None, None)

@@ -12,6 +12,7 @@ import pytest
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.program import lose_checkpoint, script_with
 from tests.standins.relay import Asked, Relay
+from tests.standins.samples import photo
 
 pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
@@ -231,6 +232,20 @@ def test_an_output_of_a_job_that_wants_its_source_no_more_is_not_said_to_have_no
     run = run_cli("--verify", "-v", *jobs, "--set", "job b.exclude=001.png")
     said = "converted/in/001.jpg (of in/001.png): its source is gone, or left out by now"
     assert (run.exit_code, f"orphans       {said}" in run.out.splitlines()) == (0, True), run.out
+
+
+def test_a_source_that_is_left_as_it_is_hides_nothing_that_lies_where_its_output_would(
+    run_cli: Cli, bucket: Any
+) -> None:
+    bucket.put("a.png", picture())
+    for key in ("a.jpg", "b.jpg"):
+        bucket.put(key, photo(1, "jpg"))
+    assert run_cli().exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    bucket.put("converted/b.jpg", b"a stranger's")
+    counts, found = verified(run_cli)[1:]
+    assert counts == {"orphans": 1, "unknown": 1}
+    assert found == {"orphans": ["converted/a.jpg"], "unknown": ["converted/b.jpg"]}
 
 
 def test_repair_keeps_to_the_cap_and_goes_on_after_a_kill(
