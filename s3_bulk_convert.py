@@ -6955,7 +6955,10 @@ class Why:
         yield f"in the bucket  {facts}"
         for job in found["jobs"]:
             taken = f"taken by {printable(job['taken_by'] or 'another object')}"
-            whose = {"taken": taken, "own": "its own", "unknown": "not known whose"}.get(job["place"], "free")
+            # Other folders are not listed for the sake of one object.
+            is_of_folder = re.search(r"\{(dir|key)\}", self._settings.by_name[job["job"]].output_key)
+            free = "free" if is_of_folder else "free, unless a source of another folder has it and is listed before"
+            whose = {"taken": taken, "own": "its own", "unknown": "not known whose"}.get(job["place"], free)
             yield f"output key     {printable(job['output_key'])} (job {job['job']}), {whose}"
             yield from (f"output         {output['message']}" for output in job["outputs"])
             yield from (f"to repair      {job['repair']}" for _ in filter(None, [job["repair"]]))

@@ -397,6 +397,12 @@ OUTPUTS = (
         "test_a_source_that_is_left_as_it_is_hides_nothing_that_lies_where_its_output_would",
     ),
     defect(
+        "--why calls an output key free that a source of another folder may take",
+        'free = "free" if is_of_folder else',
+        'free = "free" if True else',
+        "test_why_says_of_a_free_key_that_a_source_of_another_folder_may_take_it",
+    ),
+    defect(
         "a yes of S3's without an ETag is believed",
         'bare_etag(reply.get("ETag")) or bare_etag(self._head_stored(key).get("ETag"))',
         'bare_etag(reply.get("ETag"))',

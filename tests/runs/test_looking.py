@@ -701,6 +701,16 @@ def test_why_answers_for_each_of_two_jobs_that_make_the_same_output(run_cli: Cli
     )
 
 
+def test_why_says_of_a_free_key_that_a_source_of_another_folder_may_take_it(run_cli: Cli, bucket: Any) -> None:
+    for key in ("x/a.png", "y/a.png"):
+        bucket.put(key, picture())
+    free = [
+        run_cli("--set", f"s3.output_key={template}", "--why", "y/a.png").out.splitlines()[-2].partition("), ")[2]
+        for template in ("converted/{stem}.{target}", "converted/{key}.{target}", PLACE)
+    ]
+    assert free == ["free, unless a source of another folder has it and is listed before", "free", "free"]
+
+
 REPAIR = "s3_bulk_convert.py --repair --keys-from -"
 
 
