@@ -185,11 +185,12 @@ OLDEST_PACKAGES = {"boto3": "1.36", "requests": "2.31", "tqdm": "4.60", "urllib3
 CONVERT_PATH, JOBS_PATH = "/v1/convert", "/v1/jobs"
 JOB_LOST = "job_lost"
 TAG_FAILED, TOO_MANY_TAGS = "tag_failed", "too_many_tags"  # the output is stored, and its source has not the tag
-# Failures that cost nothing and say nothing of the API or of S3. They are decided anew in every run.
+# Failures that cost nothing, unless they come after an answer. They are decided anew in every run.
 FREE_FAILURES = frozenset({"output_collision", "output_key_too_long", "too_large", "source_gone", "source_changed"})
 FREE_FAILURES |= {TOO_MANY_TAGS}
 OWN_CODES = FREE_FAILURES | {JOB_LOST, TAG_FAILED, "not_stored", "bad_pages"}  # by which this program decides
 LOST = "lost"  # in the journal: an output that was stored is not there any more, and is to be made again
+TAG = "tag"  # there, too: an output is stored, and its source is to be tagged
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 # How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
@@ -605,9 +606,9 @@ def idempotency_key(endpoint: str, bucket: str, task: "Task", place: str) -> str
     The time counts as well: what was overwritten and put back while the API fetched it must not be replayed. An output
     that was lost is made anew: the same key with another URL would be taken.
     """
-    source, known = task.source, task.known
+    source, known = task.source, task.known_version
     version = (source.key, source.version, source.size, int(source.modified))
-    lost = [known.code] if known and known.event == LOST else []
+    lost = [known.purpose] if known and known.purpose not in {None, TAG} else []
     return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place, *lost])
 
 
@@ -825,6 +826,13 @@ class ApiReply:
         return int(told) if re.fullmatch("[0-9]{1,15}", told) else None
 
     @staticmethod
+    def remaining(headers: Mapping[str, str]) -> int | None:
+        """Conversions that are left this month, the fewest that it says; 0 if more than all are used, None: unknown."""
+        told = [part.strip() for part in headers.get("X-CTF-Remaining", "").split(",")]
+        numbers = [int(number) for number in told if re.fullmatch("-?[0-9]{1,15}", number)]
+        return max(0, min(numbers)) if numbers else None
+
+    @staticmethod
     def is_older(headers: Mapping[str, str], asked: float) -> bool:
         """Whether an answer was made before it was asked for, in Unix seconds: the API repeats it, headers and all."""
         reset = ApiReply.number(headers, "X-RateLimit-Reset")
@@ -939,6 +947,9 @@ class JournalState(NamedTuple):
     permanent: int
     runs_failed: int  # in a row, with this version
     code: str
+    # What is left to do of a version that was stored once, until it is done: TAG, or "run 7", which has found its
+    # output lost. A failure of it changes nothing of that.
+    purpose: str | None = None
 
 
 class OutcomeKind(str, Enum):
@@ -969,8 +980,13 @@ class Task:
     look: bool = False  # something may lie under the output key
     holder: str = ""  # who has the output key: then this object's output can only be found there, never made
     pending: PendingRequest | None = None
-    known: JournalState | None = None
+    known: JournalState | None = None  # perhaps of another version
     crashed: int = 0  # worker processes that died with it
+
+    @property
+    def known_version(self) -> JournalState | None:
+        """What the journal knows of this very version."""
+        return self.known if self.known and self.known.version == self.source.version else None
 
 
 class DecisionKind(Enum):
@@ -1040,6 +1056,11 @@ class Outcome:
     possible_double_charge: bool = False
     remaining: int | None = None  # conversions this month, as the API says
     runs_failed: int = 0  # in a row, this one included
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it is a failure that has cost nothing in vain, and says nothing of the API or of S3."""
+        return self.code in FREE_FAILURES and (not self.paid or self.code == TOO_MANY_TAGS)
 
 
 class FeederUpdate(NamedTuple):
@@ -1973,7 +1994,7 @@ def temporary_file() -> IO[bytes]:
 #   - Claims of output keys last for one run and live in a temporary database: neither in the checkpoint nor in memory.
 ########################################################################################################################
 
-JOURNAL_VERSION = 6
+JOURNAL_VERSION = 7
 APPLICATION_ID = 0x53334243  # "S3BC"
 # Clustered by key: a page of a listing is one range of the log, and no index has the keys a second time.
 SCHEMA = """
@@ -1985,7 +2006,7 @@ CREATE TABLE jobs (
 CREATE TABLE log (
     job INTEGER NOT NULL, key TEXT NOT NULL, id INTEGER NOT NULL, time INTEGER NOT NULL, etag TEXT NOT NULL,
     event TEXT NOT NULL CHECK (event IN ('converted', 'found', 'adopted', 'skipped', 'failed', 'lost')),
-    permanent INTEGER NOT NULL, runs_failed INTEGER NOT NULL, code TEXT, message TEXT,
+    permanent INTEGER NOT NULL, runs_failed INTEGER NOT NULL, code TEXT, purpose TEXT, message TEXT,
     output_key TEXT, output_etag TEXT, bytes_out INTEGER, pages INTEGER,
     seconds REAL, requests INTEGER, charged_twice INTEGER,
     PRIMARY KEY (job, key, id)
@@ -2229,12 +2250,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
         What is done, but whose output was replaced since by that of another job, is not known.
         """
-        states: dict[str, JournalState] = self._newest("permanent, runs_failed, code", job, keys)
+        states: dict[str, JournalState] = self._newest("permanent, runs_failed, code, purpose", job, keys)
         # What a dry run takes for lost is written down nowhere.
         if self._has_lost:
             query = "SELECT key FROM lost WHERE job = ? AND key IN ({})"
             for (key,) in self._ask_about(query, (job,), keys, of=self._temporary):
-                states[key] = JournalState(*states[key])._replace(event=LOST)
+                states[key] = JournalState(*states[key])._replace(event=LOST, purpose="run 0")
         return states
 
     def _newest(self, columns: str, job: str, keys: Sequence[str]) -> dict[str, Any]:
@@ -2302,7 +2323,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         with self._transaction() as db:
             for outcome in outcomes:
                 if row := self._log_row(outcome, now):
-                    db.execute(f"INSERT INTO log VALUES (?{', ?' * 16})", row)
+                    db.execute(f"INSERT INTO log VALUES (?{', ?' * 17})", row)
                 task = outcome.task
                 if outcome.pending:
                     self._replace_request(db, task, outcome.pending)
@@ -2312,12 +2333,15 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def _log_row(self, outcome: Outcome, now: float) -> tuple[object, ...] | None:
         """The row that the log is to have of an outcome; None if that would tell the next run nothing new."""
-        task, output, known = outcome.task, outcome.output, outcome.task.known
+        task, output, known = outcome.task, outcome.output, outcome.task.known_version
         # A key that is not there says nothing of the object that was, and may be again. What a look has shown is seen
         # again by the next run, but for an own output, at which no later run has to look.
         is_seen_again = outcome.kind is OutcomeKind.SKIPPED and outcome.code != OWN_OUTPUT
         # A collision is looked at in every run: a million of them must not write a million rows a day.
+        purpose = known.purpose if known and outcome.kind is OutcomeKind.FAILED else None
+        purpose = TAG if outcome.code in {TAG_FAILED, TOO_MANY_TAGS} else purpose
         state = (task.source.version, outcome.kind.value, int(outcome.permanent), outcome.runs_failed, outcome.code)
+        state = (*state, purpose)
         is_known = known and known[1:] == state and not (output or outcome.possible_double_charge)
         if not task.source.version or outcome.kind is OutcomeKind.LEFT or is_seen_again or is_known:
             return None
@@ -2362,11 +2386,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         for key, (version, output) in lost.items():
             self._next_id += 1
             place = None if output.key == self._by_name[job].output_of(key) else f"{self._output_bucket}/{output.key}"
-            rows.append(
-                (self._job_ids[job], key, self._next_id, int(now), version, LOST, 0, 0, f"run {self.run_id}", "", place)
-            )
+            purpose = f"run {self.run_id}"
+            rows.append((self._job_ids[job], key, self._next_id, int(now), version, LOST, 0, 0, "", purpose, "", place))
         with self._transaction() as db:
-            db.executemany(f"INSERT INTO log VALUES (?{', ?' * 10}{', NULL' * 6})", rows)
+            db.executemany(f"INSERT INTO log VALUES (?{', ?' * 11}{', NULL' * 6})", rows)
 
     def expect(self, outputs: Iterable[ExpectedOutput]) -> None:
         """Set aside what is to be found in the output bucket."""
@@ -3214,27 +3237,32 @@ class Bucket:
                     return kind, output
         if task.holder:
             raise ObjectFailed("output_collision", taken_key(task.output_key, task.holder))
+        if task.look and self._settings.by_name[task.job].pages == "unpack":
+            # Where a person has unpacked an archive, the first page is in the way.
+            self._require_place(task, KeyParts.page_key(task.output_key, task.target, 1, 1))
         return None
 
     def _has_its_pages(self, task: Task, output: StoredOutput) -> bool:
         """Whether the pages are there that an archive proves; asked in a repair, and of what one has found lost."""
-        is_lost = self._settings.repair or (task.known is not None and task.known.event == LOST)
+        is_lost = self._settings.repair or (task.known_version is not None and task.known_version.purpose is not None)
         is_asked = is_lost and self._settings.by_name[task.job].pages == "unpack"
         numbers = range(1, output.pages + 1) if is_asked else ()
         keys = (KeyParts.page_key(task.output_key, task.target, number, output.pages) for number in numbers)
-        return all(self.head(self.output_name, key) for key in keys)
+        # All of them, before anything is paid: one that is another's is in the way of the next archive, too.
+        return all([self._require_place(task, key) for key in keys])
 
-    def _require_place(self, task: Task, key: str) -> None:
-        """Raise ObjectFailed if another's object lies there by now: the look or the listing may be hours old."""
+    def _require_place(self, task: Task, key: str) -> bool:
+        """Whether an output of this object lies there. Raises ObjectFailed if another's does, RunError."""
         self._storing.task = task
         try:
             there = self.head(self.output_name, key)
         except ObjectFailed:
             if task.look:
                 raise
-            return  # to who may list one prefix alone, S3 refuses what does not exist: there was nothing
+            return False  # to who may list one prefix alone, S3 refuses what does not exist: there was nothing
         if there and self._judge(task, key, there) is OutcomeKind.ADOPTED:
-            raise ObjectFailed("output_collision", f"{key}: somebody has put another object there in the meantime")
+            raise ObjectFailed("output_collision", f"{key}: another object lies there, which is no output of this one")
+        return there is not None
 
     def _judge(self, task: Task, key: str, head: Head) -> OutcomeKind | None:
         """What an object counts as for a task; None if the task may replace it. Raises ObjectFailed if it must not."""
@@ -3252,8 +3280,7 @@ class Bucket:
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
         is_same = is_of_key and metadata["source-etag"] == source.version and fingerprint == task.fingerprint
         # What is only to be tagged is not to be made again.
-        known = task.known if task.known and task.known.version == source.version else None
-        is_untagged = known is not None and known.code in {TAG_FAILED, TOO_MANY_TAGS}
+        is_untagged = task.known_version is not None and task.known_version.purpose == TAG
         if is_same and (settings.run.skip_existing or is_untagged):
             return OutcomeKind.FOUND
         makers = (job.name for job in settings.jobs if job.fingerprint == fingerprint and job.wants(source))
@@ -3911,17 +3938,22 @@ class Planner:
             return "output_collision", f"{task.output_key}: {said}"
         return None
 
+    def _keys_to_look_for(self, task: Task) -> list[str]:
+        is_unpacked = self.settings.by_name[task.job].pages == "unpack"
+        return [task.output_key, *([KeyParts.page_key(task.output_key, task.target, 1, 1)] if is_unpacked else [])]
+
     def _placed(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """The tasks with what is known of their output keys: who holds them, and whether something lies there."""
         here, jobs = self.bucket.name, self.settings.by_name
         slots = [self.journal.slot(task.output_key) for task in tasks]
         held = self.journal.holders(slots)
-        there = self._outputs.existing([(jobs[task.job].constant_prefix, task.output_key) for task in tasks])
+        wanted = [(jobs[task.job].constant_prefix, key) for task in tasks for key in self._keys_to_look_for(task)]
+        there = self._outputs.existing(wanted)
         if self._outputs.refusal:
             self.warnings["outputs"] = f"outputs cannot be listed ({self._outputs.refusal}): each is looked at instead"
         placed: list[tuple[str, Task]] = []
         for slot, task in zip(slots, tasks, strict=True):
-            is_there = task.output_key in there
+            is_there = not there.isdisjoint(self._keys_to_look_for(task))
             bucket, key = held.get(slot, (here, task.source.key))
             holder = key if bucket == here else f"s3://{bucket}/{key}"
             # An object that was deleted while it was in flight, and has left no output, holds nobody up.
@@ -4766,6 +4798,12 @@ class ApiRequest:
         self.is_paid = True
 
     @property
+    def may_be_charged(self) -> bool:
+        """Whether the API has done some work for it, or may have; a job that has failed is work."""
+        is_refused = self.state is RequestState.REJECTED and not self.row.job_id
+        return not is_refused and self.state not in {RequestState.UNSENT, RequestState.PUT_OFF}
+
+    @property
     def is_forgotten(self) -> bool:
         """Whether the API has no memory of it any more, so that it would be paid for anew."""
         return bool(self.row.first_sent) and time.time() - self.row.first_sent > IDEMPOTENCY_WINDOW_SECONDS
@@ -4882,9 +4920,14 @@ class Conversation:
     def convert(self, head: Head) -> ConvertedFile:
         """Have the object converted, as a look has shown it. Raises ObjectFailed, RunError or StopRequested."""
         first, pair = self._first_request(), (KeyParts.of(self.task.source.key).ext.lower(), self.task.target)
-        # What an earlier run has sent of another version, or for another place, can never be asked for again.
+        # What an earlier run has sent of another version can never be asked for again. Of the same bytes, put anew, it
+        # can, if they were sent: by URL, nobody knows what the API has read in between, and both may be charged.
         if self.requests and self.requests[0].row.idempotency_key.partition(":")[0] != first.row.idempotency_key:
-            self.requests.clear()
+            row = self.requests[0].row
+            is_same = row.version == self.task.source.version
+            if row.url or not is_same:
+                first.change(is_doubtful=int(is_same))
+                self.requests.clear()
         unsupported = self._context.unsupported
         if pair in unsupported and not self.requests:
             raise ObjectFailed("unsupported_route", unsupported[pair], permanent=True, status=422)
@@ -5008,7 +5051,9 @@ class Conversation:
             request.state = RequestState.REJECTED
             message = f"its result was paid for {request.row.payments} times and could not be stored"
             raise ObjectFailed("not_stored", message, permanent=True)
-        if not (self._asked_at or self.task.pending):
+        # One that follows is another conversion, unless the API has said of the one before that it made nothing.
+        is_another = not request.row.first_sent and any(before.may_be_charged for before in self.requests[-2:-1])
+        if is_another or not (self._asked_at or self.task.pending):
             ledger.reserve()
         if is_forgotten:
             # The URL has died with the key.
@@ -5071,10 +5116,10 @@ class Conversation:
             raise
         if answer.status_code not in {200, 202}:
             request.state = before  # what the reply means for the request, `_refusal` says
-        remaining = ApiReply.number(answer.headers, "X-CTF-Remaining")
+        remaining = ApiReply.remaining(answer.headers)
         # A replay has the headers of the first answer, which may be a day old.
         is_stale = self._is_replay and ApiReply.is_older(answer.headers, self._asked_at)
-        if answer.status_code == 200 and remaining is not None and not is_stale:
+        if answer.status_code in {200, 202} and remaining is not None and not is_stale:
             self._remaining, keep = remaining, self._api.keep_remaining
             if remaining <= keep:
                 message = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
@@ -5923,6 +5968,7 @@ class Report:
     def __init__(self, settings: Settings) -> None:
         self._settings, self.started, self._started_at = settings, time.monotonic(), time.time()
         self.counts, self.skipped, self.failed = Counter[str](), Counter[str](), Counter[str]()
+        self.failed_for_money = Counter[str]()  # those that are not free
         self._by_job = {job.name: Counter[str]() for job in settings.jobs}
         self._latencies: deque[float] = deque(maxlen=10_000)  # the newest: the percentiles are theirs
         self.examples: dict[str, Outcome] = {}  # code -> the first failure that had it; "": the first doubt of a charge
@@ -5961,6 +6007,7 @@ class Report:
         if kind is OutcomeKind.FAILED:
             code = outcome.code if outcome.code in self.failed or len(self.failed) < self.CODES_KEPT else "other"
             self.failed[code] += 1
+            self.failed_for_money[code] += not outcome.is_free
             self.examples.setdefault(code, outcome)
             self.counts["failed_permanently"] += outcome.permanent
         elif kind is OutcomeKind.CONVERTED:
@@ -6373,7 +6420,7 @@ class Recorder:
     def _release(self, outcome: Outcome) -> list[Outcome]:
         """What can be settled now: nothing while failures come in a row, all of them when that is over."""
         has_failed = outcome.kind is OutcomeKind.FAILED
-        is_own_fault = has_failed and (outcome.permanent or outcome.code in FREE_FAILURES)
+        is_own_fault = has_failed and (outcome.permanent or outcome.is_free)
         if is_own_fault or not (has_failed or outcome.kind is OutcomeKind.CONVERTED):
             return [outcome]  # it says nothing of the API, nor of writing to S3
         settled = list[Outcome]()
@@ -6396,8 +6443,8 @@ class Recorder:
 
         `counts`: whether this run is one of them. If not, the next one still tries it after all others.
         """
-        known = outcome.task.known
-        runs = counts + (known.runs_failed if known and known.version == outcome.task.source.version else 0)
+        known = outcome.task.known_version
+        runs = counts + (known.runs_failed if known else 0)
         if runs < 5 or not counts:
             return replace(outcome, runs_failed=runs)
         said = f"failed in {runs} runs, at last with {outcome.code}: {outcome.message}"
@@ -6417,7 +6464,7 @@ class Recorder:
             self._stop.request(error)
         for outcome in settled:
             self._report.add(outcome if self._can_write else replace(outcome, kind=OutcomeKind.LEFT))
-        costly = Counter({code: count for code, count in self._report.failed.items() if code not in FREE_FAILURES})
+        costly = self._report.failed_for_money
         most, failed = self._run.max_failure_rate, costly.total()
         tried = self._report.counts["converted"] + failed
         if tried >= FAILURES_BEFORE_RATE_COUNTS and failed > most * tried:

@@ -123,6 +123,7 @@ def test_a_log_row_says_all_that_is_known(journal: Journal) -> None:
         "pages": None,
     }
     expected |= {"code": "c", "message": "m", "permanent": 1, "runs_failed": 4, "charged_twice": 1, "seconds": 1.235}
+    expected |= {"purpose": None}
     expected |= {"name": "default", "target": "jpg", "output_bucket": "bucket"}
     assert row == {**expected, "place": "converted/{dir}{stem}.{target}"}
 
@@ -223,10 +224,22 @@ def test_the_log_gets_a_row_where_there_is_news(journal: Journal, path: Path, ou
 
 def test_the_newest_row_is_the_state(journal: Journal) -> None:
     journal.settle([failed(task(), permanent=True, runs_failed=5)], NOW + 99)
-    assert journal.states("default", ["a.png"]) == {"a.png": ("a.png", "etag-1", "failed", 1, 5, "network")}
+    assert journal.states("default", ["a.png"]) == {"a.png": ("a.png", "etag-1", "failed", 1, 5, "network", None)}
     newer = task(source=SourceObject("a.png", "etag-2", 10))
     journal.settle([converted(newer)], NOW)
-    assert journal.states("default", ["a.png", "never seen"]) == {"a.png": ("a.png", "etag-2", "converted", 0, 0, "")}
+    newest = ("a.png", "etag-2", "converted", 0, 0, "", None)
+    assert journal.states("default", ["a.png", "never seen"]) == {"a.png": newest}
+
+
+@pytest.mark.parametrize("purpose", ["run 1", program.TAG])
+def test_a_failure_changes_nothing_of_what_is_left_to_do_of_its_version(journal: Journal, purpose: str) -> None:
+    journal.settle([failed(task(known=KNOWN._replace(purpose=purpose)), "network")], NOW)
+    assert journal.states("default", ["a.png"])["a.png"][6] == purpose
+    known = JournalState(*journal.states("default", ["a.png"])["a.png"])
+    journal.settle([failed(task(known=known, source=SourceObject("a.png", "etag-2", 10)), "network")], NOW)
+    assert journal.states("default", ["a.png"])["a.png"][6] is None
+    journal.settle([converted(task(known=known))], NOW)
+    assert journal.states("default", ["a.png"])["a.png"][6] is None
 
 
 def test_what_a_run_has_done_can_be_left_out(journal: Journal, path: Path) -> None:

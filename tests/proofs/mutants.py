@@ -57,6 +57,10 @@ WHO_PAYS = "test_whoever_pays_for_requests_says_so_in_each_of_them"
 HIDDEN_KEY = "test_a_key_that_the_api_repeats_is_written_nowhere"
 APPEND_ONLY = "test_what_the_log_says_cannot_be_changed_or_taken_away"
 A_DAY_LATER = "test_a_request_that_was_first_sent_a_day_ago_is_no_replay_however_often_it_was_sent_again"
+BY_HAND = "test_where_a_person_has_unpacked_the_pages_nothing_is_paid"
+PUT_AGAIN = "test_the_same_bytes_put_again_are_paid_once_or_counted"
+COUNTS_ALL = "test_the_limit_counts_whatever_may_be_charged_for_one_object"
+REMAINDER = "test_the_remainder_is_kept_wherever_it_is_said"
 NONSENSE = "test_numbers_and_links_that_make_no_sense_are_as_good_as_none"
 ORDER = "test_a_listing_out_of_order_stops_the_run_before_anything_is_paid"
 WHOLE_PAGE = "test_a_page_that_lacks_an_entry_is_asked_for_again"
@@ -440,6 +444,68 @@ OUTPUTS = (
     ),
 )
 
+AGAIN = (
+    defect(
+        "a failure forgets that an output is to be made again",
+        "purpose = known.purpose if known and outcome.kind is OutcomeKind.FAILED else None",
+        "purpose = None",
+        "test_any_run_goes_on_with_a_repair_that_failed_and_pays_nothing_more",
+        "test_any_run_goes_on_with_a_repair_of_a_page_that_failed",
+    ),
+    defect(
+        "the place of a first page is not looked for",
+        "*([KeyParts.page_key(task.output_key, task.target, 1, 1)] if is_unpacked else [])]",
+        "]",
+        BY_HAND,
+    ),
+    defect(
+        "the place of a first page is not looked at",
+        'if task.look and self._settings.by_name[task.job].pages == "unpack":',
+        "if False:",
+        BY_HAND,
+    ),
+    defect(
+        "what another has put in a page's place is found after it was paid for",
+        "return all([self._require_place(task, key) for key in keys])",
+        "return all(self._require_place(task, key) for key in keys)",
+        "test_a_page_that_is_another_s_by_now_keeps_a_repair_from_being_paid_in_vain",
+    ),
+    defect(
+        "what was paid in vain counts as free",
+        "return self.code in FREE_FAILURES and (not self.paid or self.code == TOO_MANY_TAGS)",
+        "return self.code in FREE_FAILURES",
+        "test_answers_that_were_paid_for_and_cannot_be_stored_stop_the_run",
+    ),
+    defect(
+        "bytes put again are sent under another key", "if row.url or not is_same:", "if True:", f"{PUT_AGAIN}[upload-1]"
+    ),
+    defect("bytes put again are not counted", "first.change(is_doubtful=int(is_same))", "pass", f"{PUT_AGAIN}[url-2]"),
+    defect("a cap counts objects", "if is_another or not (self._asked_at", "if not (self._asked_at", COUNTS_ALL),
+    defect(
+        "a cap counts a refused URL",
+        "is_refused = self.state is RequestState.REJECTED and not self.row.job_id",
+        "is_refused = False",
+        "test_a_url_that_the_api_refuses_does_not_count_beside_the_bytes",
+    ),
+    defect(
+        "what remains is not read where a job is made",
+        "if answer.status_code in {200, 202} and remaining",
+        "if answer.status_code == 200 and remaining",
+        REMAINDER,
+    ),
+    defect(
+        "less than nothing remains unseen",
+        're.fullmatch("-?[0-9]{1,15}", number)',
+        're.fullmatch("[0-9]{1,15}", number)',
+        REMAINDER,
+    ),
+    defect(
+        "a number that is said twice is none",
+        '.get("X-CTF-Remaining", "").split(",")',
+        '.get("X-CTF-Remaining", "").split(";")',
+        REMAINDER,
+    ),
+)
 TAGS = (
     defect("s3.tags are not sent", '"Tagging": self._tagging,', '"Tagging": "",', TAGS_OF_OUTPUTS),
     defect(
@@ -1198,6 +1264,7 @@ DEFECTS = (
     *LISTING,
     *SOURCES,
     *OUTPUTS,
+    *AGAIN,
     *TAGS,
     *REQUESTS,
     *ANSWERS,

@@ -227,6 +227,31 @@ def test_the_remainder_is_kept_though_the_api_may_have_done_what_is_sent_again(
     assert_all_promises_are_kept(run_cli(command=HASTY), api, bucket, expected)
 
 
+def remaining(*told: str) -> Fault:
+    """Answers that say this of what remains of the month."""
+    return Fault.changed_headers({"X-CTF-Remaining": ", ".join(told)}, times=None)
+
+
+@pytest.mark.parametrize(
+    ("told", "flags"),
+    [
+        pytest.param(None, ("--set", "api.jobs_above=1", "--set", "api.keep_remaining=95"), id="to what makes a job"),
+        pytest.param(("-37",), (), id="more than all is used"),
+        pytest.param(("95", "96"), ("--set", "api.keep_remaining=95"), id="said twice"),
+    ],
+)
+def test_the_remainder_is_kept_wherever_it_is_said(
+    told: tuple[str, ...] | None, flags: tuple[str, ...], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 12)
+    api.behaviour.month_quota = 100
+    if told:
+        api.faults.add(remaining(*told))
+    run = run_cli("--workers", "1", *flags, command=HASTY)
+    assert (run.exit_code, run.summary["stopped_code"]) == (3, "quota")
+    assert len(api.paid) == (1 if told else 5)
+
+
 def test_what_remained_when_a_repeated_answer_was_made_stops_no_run(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

@@ -242,9 +242,70 @@ def test_a_page_and_another_source_s_output_overwrite_each_other_in_no_order(
     bucket.put("b/001.pdf", PDF + b"single 1")
     run = run_cli(*UNPACK)
     assert (run.summary["converted"], run.summary["failed"]) == (0, {"output_collision": 2})
-    # The document was paid for, once; for the page's rival nothing was.
-    assert len(api.paid) == 3
+    # Nothing was paid for either of them.
+    assert len(api.paid) == 2
     assert bodies(bucket) == {"converted/a/001.jpg": page(PDF + b"single 1", 1)} | stored("converted/b", PDF + b"2", 2)
+
+
+def put_documents(bucket: Any, count: int, taken: str) -> None:
+    """So many documents of two pages, of each of which a page's place is taken by what is somebody's own."""
+    for number in range(count):
+        bucket.put(f"converted/{number:02}/{taken}.jpg", PRECIOUS)
+    until_next_second()
+    for number in range(count):
+        bucket.put(f"{number:02}.pdf", PDF + b"%d 2" % number)
+
+
+def test_where_a_person_has_unpacked_the_pages_nothing_is_paid(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    put_documents(bucket, 3, taken="001")
+    foreseen = json.loads(run_cli(*UNPACK, "--dry-run", "--log-format", "json").out)
+    assert (foreseen["conversions"], foreseen["jobs"]["default"]["failed"]) == (0, {"output_collision": 3})
+    run = run_cli(*UNPACK)
+    assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 3}, 0)
+    assert "converted/02/001.jpg exists and is no output of this object" in run.failures[-1]["message"]
+    assert set(bodies(bucket).values()) == {PRECIOUS}
+
+
+def test_answers_that_were_paid_for_and_cannot_be_stored_stop_the_run(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    put_documents(bucket, 14, taken="002")
+    run = run_cli(*UNPACK, "--workers", "1", "--set", "api.requests_per_minute=100000")
+    assert (run.exit_code, run.summary["stopped_code"], len(api.paid) <= 12) == (3, "same_failure", True)
+    assert run.summary["stopped_because"].startswith("10 objects in a row failed for the same reason: output_collision")
+    # All of it is asked for again for nothing, when the places are free.
+    for number in range(14):
+        bucket.client.delete_object(Bucket=bucket.name, Key=f"converted/{number:02}/002.jpg")
+    assert run_cli(*UNPACK).exit_code == 0
+    assert (len(api.paid), api.paid_twice()) == (14, [])
+
+
+def test_any_run_goes_on_with_a_repair_of_a_page_that_failed(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    own = {"AWS_ENDPOINT_URL_S3": relay.url}
+    bucket.put("a.pdf", PDF + b"3")
+    assert run_cli(*UNPACK, **own).exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a/002.jpg")
+    relay.refuse = lambda method, _: method == "PUT"
+    assert run_cli(*UNPACK, "--repair", **own).summary["failed"] == {"store_failed": 1}
+    relay.refuse = lambda *_: False
+    run = run_cli(*UNPACK, **own)
+    assert (run.exit_code, run.summary["replays"], run.summary["possible_double_charges"]) == (0, 1, 0)
+    assert (len(api.paid), bodies(bucket)) == (2, stored("converted/a", PDF + b"3", 3))
+
+
+def test_a_page_that_is_another_s_by_now_keeps_a_repair_from_being_paid_in_vain(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.pdf", PDF + b"3")
+    assert run_cli(*UNPACK).exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a/002.jpg")
+    until_next_second()
+    bucket.put("converted/a/003.jpg", PRECIOUS)
+    run = run_cli(*UNPACK, "--repair")
+    assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 1}, 1)
+    assert bodies(bucket)["converted/a/003.jpg"] == PRECIOUS
 
 
 def test_pages_are_proved_and_made_again_with_their_archive(

@@ -478,6 +478,21 @@ def test_bytes_are_sent_for_what_was_in_flight_as_a_url_that_the_api_refuses(
     assert len(api.paid) <= 1 + run.summary["possible_double_charges"]
 
 
+@pytest.mark.parametrize(("transfer", "paid"), [("upload", 1), ("url", 2)])
+def test_the_same_bytes_put_again_are_paid_once_or_counted(
+    transfer: str, paid: int, start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    flags = ("--set", f"api.transfer={transfer}")
+    api.behaviour.convert = converted
+    bucket.put("a.png", PNG + b"a picture")
+    killed_when_paid(start, api, *flags)
+    until_next_second()
+    bucket.put("a.png", PNG + b"a picture")
+    run = run_cli(*flags)
+    # By URL, nobody knows what the API has read in between.
+    assert (run.exit_code, len(api.paid), run.summary["possible_double_charges"]) == (0, paid, paid - 1)
+
+
 # The program on a machine whose table of media types was changed, by a package or by another Python.
 WITH_OTHER_TYPES = """
 import mimetypes

@@ -1,17 +1,19 @@
 """Each reason to stop: once, drained, no innocent object blamed, the rest left to do; the next run goes on."""
 
+import json
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.runs.test_processes import wait_until
 from tests.runs.test_resume import until_next_second
-from tests.standins.conversion_api import ConversionApi, Fault
-from tests.standins.program import script_with
+from tests.standins.conversion_api import ConversionApi, Fault, Step
+from tests.standins.program import HASTY, script_with
 from tests.standins.promises import assert_all_promises_are_kept, fill
 
 pytestmark = pytest.mark.usefixtures("cheap")
@@ -161,6 +163,40 @@ def test_the_limit_pays_for_exactly_so_many(run_cli: Cli, bucket: Any, api: Conv
     assert run.summary["left"] == 7
     assert run_cli("--limit", "7").exit_code == 0
     assert len(api.paid) == 12
+
+
+def late_504() -> Fault:
+    """The conversion takes longer than the API's call may: it is charged, and the answer says 504."""
+    late = Fault(Step.DELIVERY, times=None, reshape=lambda answer: replace(answer, status=504, headers={}, body=b""))
+    return late.at(lambda request: request.path == "/v1/convert")
+
+
+def failing_jobs() -> Fault:
+    """Each job is charged, and fails."""
+    told = {"status": "failed", "error": {"code": "service_unavailable", "message": "busy"}}
+    return Fault(status=200, body=json.dumps(told).encode(), times=None).at(lambda request: request.method == "GET")
+
+
+@pytest.mark.parametrize(("fault", "flags"), [(failing_jobs, ("--set", "api.jobs_above=1")), (late_504, ())])
+def test_the_limit_counts_whatever_may_be_charged_for_one_object(
+    fault: Callable[[], Fault], flags: tuple[str, ...], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    put_some(bucket, 4)
+    api.faults.add(fault())
+    run = run_cli(*flags, "--limit", "2", "--workers", "1", command=HASTY)
+    assert (run.exit_code, run.summary["stopped_code"], len(api.paid)) == (3, "cap", 2)
+    api.faults.clear()
+    assert run_cli(*flags, command=HASTY).exit_code == 0
+    assert len(bucket.outputs()) == 4
+
+
+def test_a_url_that_the_api_refuses_does_not_count_beside_the_bytes(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    api.behaviour.accept_file_url = False
+    put_some(bucket, 4)
+    assert run_cli("--limit", "2", "--workers", "1").exit_code == 3
+    assert len(api.paid) == len(bucket.outputs()) == 2
 
 
 def test_under_a_cap_what_was_interrupted_comes_before_what_is_new(

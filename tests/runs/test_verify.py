@@ -268,6 +268,28 @@ def test_repair_keeps_to_the_cap_and_goes_on_after_a_kill(
     assert verified(run_cli) == (0, {"verified": 6}, {})
 
 
+@pytest.mark.parametrize("transfer", ["auto", pytest.param("upload", marks=pytest.mark.slow)])
+def test_any_run_goes_on_with_a_repair_that_failed_and_pays_nothing_more(
+    transfer: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    flags = ("--set", f"api.transfer={transfer}", "--set", "api.retries=0", "--workers", "1")
+    own = {"AWS_ENDPOINT_URL_S3": relay.url}
+    put_pictures(bucket, 3)
+    assert run_cli(*flags, **own).exit_code == 0
+    for key in bucket.keys("converted/"):
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+    # A request is turned away, an answer breaks off, and what comes last cannot be stored.
+    api.faults.add(Fault.status_reply(503, "service_unavailable", times=1))
+    api.faults.add(Fault.cut_after_work(times=1))
+    relay.refuse = lambda method, _: method == "PUT"
+    run = run_cli(*flags, "--repair", **own)
+    assert run.summary["failed"] == {"service_unavailable": 1, "network": 1, "store_failed": 1}
+    relay.refuse = lambda *_: False
+    run = run_cli(*flags, **own)
+    assert (run.exit_code, run.summary["converted"], run.summary["possible_double_charges"]) == (0, 3, 0)
+    assert len(api.paid) == 6
+
+
 def test_repair_is_a_run_and_no_other_command(run_cli: Cli) -> None:
     for command in (["--status"], ["--check"], ["--why", "a.png"], ["--verify"]):
         run = run_cli("--repair", *command)
