@@ -2340,8 +2340,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         # A collision is looked at in every run: a million of them must not write a million rows a day.
         purpose = known.purpose if known and outcome.kind is OutcomeKind.FAILED else None
         purpose = TAG if outcome.code in {TAG_FAILED, TOO_MANY_TAGS} else purpose
-        state = (task.source.version, outcome.kind.value, int(outcome.permanent), outcome.runs_failed, outcome.code)
-        state = (*state, purpose)
+        told = (outcome.kind.value, int(outcome.permanent), outcome.runs_failed, outcome.code, purpose)
+        state = (task.source.version, *told)
         is_known = known and known[1:] == state and not (output or outcome.possible_double_charge)
         if not task.source.version or outcome.kind is OutcomeKind.LEFT or is_seen_again or is_known:
             return None
@@ -3249,7 +3249,8 @@ class Bucket:
         numbers = range(1, output.pages + 1) if is_asked else ()
         keys = (KeyParts.page_key(task.output_key, task.target, number, output.pages) for number in numbers)
         # All of them, before anything is paid: one that is another's is in the way of the next archive, too.
-        return all([self._require_place(task, key) for key in keys])
+        are_there = [self._require_place(task, key) for key in keys]
+        return all(are_there)
 
     def _require_place(self, task: Task, key: str) -> bool:
         """Whether an output of this object lies there. Raises ObjectFailed if another's does, RunError."""

@@ -466,8 +466,8 @@ AGAIN = (
     ),
     defect(
         "what another has put in a page's place is found after it was paid for",
-        "return all([self._require_place(task, key) for key in keys])",
-        "return all(self._require_place(task, key) for key in keys)",
+        "are_there = [self._require_place(task, key) for key in keys]",
+        "are_there = (self._require_place(task, key) for key in keys)",
         "test_a_page_that_is_another_s_by_now_keeps_a_repair_from_being_paid_in_vain",
     ),
     defect(

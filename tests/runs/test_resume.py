@@ -480,7 +480,7 @@ def test_bytes_are_sent_for_what_was_in_flight_as_a_url_that_the_api_refuses(
 
 @pytest.mark.parametrize(("transfer", "paid"), [("upload", 1), ("url", 2)])
 def test_the_same_bytes_put_again_are_paid_once_or_counted(
-    transfer: str, paid: int, start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi
+    *, transfer: str, paid: int, start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
     flags = ("--set", f"api.transfer={transfer}")
     api.behaviour.convert = converted
