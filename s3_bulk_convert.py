@@ -894,9 +894,9 @@ class SourceObject(NamedTuple):
     """One line of a listing. A tuple, because millions are made, looked up and dropped."""
 
     key: str  # as S3 has it: any characters, up to 1,024 bytes of UTF-8
-    version: str = ""  # the ETag without quotes, or "size@time" where a server gives none; "": only the key is known
+    version: str = ""  # the ETag without quotes, or "size@time" where a server gives none; "": not known
     size: int = 0  # bytes
-    last_modified: str = ""  # ISO 8601 in UTC, as S3 writes it; few objects ever need it as a number
+    last_modified: str = ""  # ISO 8601 in UTC, as S3 writes it; rarely needed as a number; "": a file has named it
     archived: bool = False  # in an archive, and not restored at the moment
 
     @property
@@ -909,8 +909,8 @@ class SourceObject(NamedTuple):
         """Why no job takes it, whatever it wants; empty if one may."""
         if self.key.endswith("/"):
             return FOLDER
-        if not self.version:
-            return ""  # only the key is known: the worker looks
+        if not self.last_modified:
+            return ""  # a key from a file: the worker looks
         return EMPTY if not self.size else ARCHIVED if self.archived else ""
 
     @property
@@ -1546,10 +1546,10 @@ class Job(ConvertOptions):
         return "*" in self.include or self._included.match(key) is not None
 
     def wants(self, source: SourceObject) -> bool:
-        """Whether prefix and globs let an object in; and size and age, unless only its key is known."""
+        """Whether prefix and globs let an object in; and size and age, unless its key comes from a file."""
         if not self.lets_in(source.key):
             return False
-        if not source.version:
+        if not source.last_modified:
             return True
         # Without a limit no date is read: that would take longer than all the rest. By S3's clock, what was written
         # just now may be from the future: it is new.
@@ -2699,7 +2699,7 @@ class Page(NamedTuple):
         objects = []
         for entry in root.iterfind(f"{space}Contents"):
             key, etag, size, modified, storage = map(entry.findtext, names)
-            if key is None or size is None or modified is None:
+            if key is None or size is None or not modified:
                 raise ValueError("an entry without key, size or time")
             version = bare_etag(etag) or f"{size}@{round(unix_seconds(modified))}"
             is_archived = storage in ARCHIVE_CLASSES and (
@@ -3550,9 +3550,12 @@ class KeyFile:
     def objects(self) -> Iterator[SourceObject]:
         """The objects that the file names, whatever its form. Raises RunError."""
         lines = self._lines()
-        # A manifest's own names stand in its first lines.
-        head = list(itertools.islice(lines, 8))
-        first, lines = "".join(head[:1]), itertools.chain(head, lines)
+        head = list[str]()
+        for line in lines:
+            head.append(line)
+            if len(head) >= 8 and line.strip():
+                break  # a manifest's own names stand in its first lines
+        first, lines = next(filter(str.strip, head), ""), itertools.chain(head, lines)
         # Names of files decide nothing, but such a file hardly holds plain keys: each would be missed in the bucket.
         is_misnamed = first and self.name.lower().removesuffix(".gz").endswith((".csv", ".json", ".jsonl"))
         if INVENTORY_MANIFEST.match("\n".join(head)):
@@ -3563,7 +3566,7 @@ class KeyFile:
             yield from self._failed_objects(lines)
         elif is_misnamed:
             what = 'is not what is expected there: "bucket","key",... as S3 Inventory writes it, or JSON'
-            raise self._bad_line(1, what)
+            raise self._bad_line(head.index(first) + 1, what)
         else:
             yield from (self._object(line, number) for number, line in enumerate(lines, 1) if line)
 
@@ -3674,10 +3677,8 @@ class KeyFile:
                     continue
                 # S3 writes a space as + and a plus as %2B. Without "strict", broken UTF-8 would become another key.
                 named = self._object(urllib.parse.unquote_plus(cells["Key"], errors="strict"), rows.line_num)
-                if all(cells.get(column) for column in ("ETag", "Size", "LastModifiedDate")):
-                    version, archived = bare_etag(cells["ETag"]), cells.get("StorageClass") in ARCHIVE_CLASSES
-                    named = SourceObject(named.key, version, int(cells["Size"]), cells["LastModifiedDate"], archived)
-                yield named
+                # All else that a row says may be a day old, and is what a look says. The version tells what is done.
+                yield named._replace(version=bare_etag(cells.get("ETag")))
         except (csv.Error, ValueError) as problem:
             raise self._bad_line(rows.line_num, f"cannot be read: {problem}") from None
 
@@ -3699,8 +3700,19 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
     """
     (source, head), known, most = bucket.look_at_source(task.source), task.known, settings.api.max_size
     if not task.source.version:
-        if not settings.by_name[task.job].wants(source):
+        # The plan took every job that lets the key in for one that wants the object: such a job may stand here for one
+        # that makes the same, or have claimed the output key.
+        jobs, key, mine = settings.jobs, source.key, (task.fingerprint, task.output_key)
+        made = {f"[job {job.name}]": (job.fingerprint, job.output_of(key)) for job in jobs}
+        named = zip(made, jobs, strict=True)
+        wanting = [name for name, job in named if job.wants(source) and not job.leaves_as_it_is(key)]
+        if mine not in (made[name] for name in wanting):
             raise ObjectSkipped(NOT_MATCHED)
+        if task.holder in made:
+            slot = KeyParts.slot_of(task.output_key)
+            rivals = [name for name in wanting if KeyParts.slot_of(made[name][1]) == slot]
+            owner = next((name for name in rivals if made[name] == made[task.holder]), rivals[0])
+            task = replace(task, holder="" if made[owner] == mine else owner)
         if known and known.version == source.version:
             if known.event in DONE_EVENTS:
                 raise ObjectSkipped(ALREADY_DONE)
@@ -3875,7 +3887,7 @@ class Planner:
                 decisions.append(Decision(DecisionKind.DONE, source, job, ALREADY_DONE))
             elif state[2] == OutcomeKind.SKIPPED.value:
                 decisions.append(Decision(DecisionKind.SKIP, source, job, state[5]))
-            elif state[3] and not self.settings.retry_failed:
+            elif state[3] and not (self.settings.retry_failed or self.settings.keys_from):
                 decisions.append(Decision(DecisionKind.SKIP, source, job, FAILED_BEFORE))
             elif is_last or state[2] == LOST or state[5] in FREE_FAILURES:
                 todo.append((job, source, JournalState(*state)))
@@ -3888,12 +3900,13 @@ class Planner:
 
     def _task(self, job: str, source: SourceObject, state: JournalState | None, pending: PendingRequest | None) -> Task:
         settings, chosen = self.settings, self.settings.by_name[job]
-        # What was sent for another version can never be asked for again. An inventory's version may be a day old.
+        # An inventory's version may be a day old. What was sent for another version can never be asked for again.
+        source = source._replace(version="") if settings.keys_from else source
         is_resumable = pending is not None and (not source.version or pending.version == source.version)
         return Task(
             job=job,
             fingerprint=chosen.fingerprint,
-            source=source._replace(version="") if settings.keys_from else source,
+            source=source,
             target=chosen.target,
             quality=chosen.quality,
             output_key=chosen.output_of(source.key),
@@ -4044,7 +4057,7 @@ ORPHANS, UNKNOWN = "orphans", "unknown"
 FINDINGS = {
     MISSING: "--repair converts them again, which is paid for",
     ALTERED: "delete them if that was not meant, and --repair converts their sources again",
-    NOT_CONVERTED: "a run converts them",
+    NOT_CONVERTED: "a run converts those that it can; --why KEY says what it would do",
     FAILED_BEFORE: "--why KEY says what of; --retry-failed tries them again",
     ORPHANS: "keep them, or delete them",
     UNKNOWN: "nothing is ever done with them",
@@ -6890,7 +6903,7 @@ class Status:
 NEXT_STEPS = {
     ALREADY_DONE: f"leave it: {ALREADY_DONE}",
     OutcomeKind.FOUND.value: "find its output, which is there, and pay nothing",
-    OutcomeKind.ADOPTED.value: "take the output that is there",
+    OutcomeKind.ADOPTED.value: "adopt the output that is there, and pay nothing",
     FAILED_BEFORE: "leave it: it failed for good before; --retry-failed tries it again",
     SAME_FORMAT: "leave it: same_format: it is in the target format already; see convert.same_format",
     NOT_MATCHED: "leave it: not_matched: globs, sizes or ages leave it out; see convert.include",
@@ -6914,6 +6927,8 @@ MADE_OF = {
     "other_options": "made of this version with other options",
     "another_version": "made of another version, {version}",
     "another_object": "no output of this object",
+    "unmarked": "without this program's mark",
+    "adopted": "without this program's mark, and was adopted",
 }
 
 
@@ -7002,7 +7017,7 @@ class Why:
             facts += ", archived" if source["archived"] else ""
         yield f"in the bucket  {facts}"
         for job in found["jobs"]:
-            taken = f"taken by {printable(job['taken_by'] or 'another object')}"
+            taken = f"taken by {printable(job['taken_by'] or '')}"
             # Other folders are not listed for the sake of one object.
             is_of_folder = re.search(r"\{(dir|key)\}", self._settings.by_name[job["job"]].output_key)
             free = "free" if is_of_folder else "free, unless a source of another folder has it and is listed before"
@@ -7046,7 +7061,7 @@ class Why:
         owner = self._key if made else None
         if held := journal.holders([slot]).get(slot):
             owner = held[1] if held[0] == self._settings.s3.bucket else f"s3://{'/'.join(held)}"
-        owner = next((output["source"] or "" for output in outputs if output["made_of"]), owner)
+        owner = next((output["source"] for output in outputs if output["made_of"]), owner)
         place = "free" if owner is None else "own" if owner == self._key else "taken"
         if owner is None and (bucket is None or outputs):
             place = "unknown"
@@ -7075,10 +7090,12 @@ class Why:
             return found | {"state": "missing", "message": message} if was else None
         metadata, size, etag = head["Metadata"], head.get("ContentLength"), bare_etag(head.get("ETag"))
         made_of, maker = self._origin(metadata, job, source)
+        if made_of == "unmarked" and was.get("event") == OutcomeKind.ADOPTED.value:
+            made_of, maker = "adopted", self._key
         message = f"{printable(key)} is there, {MADE_OF[made_of].format(version=metadata.get('source-etag'))}"
         found |= {"bytes": size, "etag": etag, "made_of": made_of, "source": maker or None, "message": message}
         # What says of itself that it is of another version was stored since, with another checkpoint, or before a kill.
-        is_that = made_of == "another_object" or metadata["source-etag"] == was.get("etag")
+        is_that = made_of in {"another_object", "unmarked", "adopted"} or metadata["source-etag"] == was.get("etag")
         pairs = ((was.get("output_etag"), etag), (was.get("bytes_out"), size))
         if is_that and any(then and now and then != now for then, now in pairs):
             message += f", {size} bytes with ETag {etag}"
@@ -7090,7 +7107,9 @@ class Why:
         """What an object was made of, a name of MADE_OF, and the key of its source, if it is known."""
         own_bucket = self._settings.s3.bucket
         home, maker = (urllib.parse.unquote(metadata.get(name, "")) for name in ("source-bucket", "source-key"))
-        if is_own_metadata(metadata) and source_key_metadata(self._key).items() <= metadata.items():
+        if not is_own_metadata(metadata):
+            return "unmarked", ""
+        if source_key_metadata(self._key).items() <= metadata.items():
             if source and source.version == metadata["source-etag"]:
                 is_same = metadata.get("job-fingerprint") == job.fingerprint
                 return "this_version" if is_same else "other_options", self._key

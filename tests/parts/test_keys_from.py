@@ -173,7 +173,9 @@ def ends_with(code: ExitCode, said: str) -> Iterator[pytest.ExceptionInfo[RunErr
 ########################################################################
 
 
-def test_an_inventory_gives_the_newest_versions_with_what_it_knows(source: program.Bucket, tmp_path: Path) -> None:
+def test_an_inventory_gives_the_newest_versions_and_nothing_else_that_may_be_old(
+    source: program.Bucket, tmp_path: Path
+) -> None:
     rows = [
         full_row("a b+c.png"),
         full_row("old.png", latest="false"),
@@ -181,14 +183,11 @@ def test_an_inventory_gives_the_newest_versions_with_what_it_knows(source: progr
         full_row("cold.png", storage="DEEP_ARCHIVE"),
     ]
     [page] = keys_from(write_manifest(tmp_path, rows), source)
-    assert page == [SourceObject("a b+c.png", "e1", 7, DATE), SourceObject("cold.png", "e1", 7, DATE, archived=True)]
+    assert page == [SourceObject("a b+c.png", "e1"), SourceObject("cold.png", "e1")]
 
 
-@pytest.mark.parametrize("missing", ["ETag", "Size", "LastModifiedDate"])
-def test_a_row_of_an_inventory_without_all_columns_is_a_plain_key(
-    missing: str, source: program.Bucket, tmp_path: Path
-) -> None:
-    kept = [number for number, column in enumerate(SCHEMA.split(", ")) if column != missing]
+def test_a_row_of_an_inventory_without_an_etag_is_a_plain_key(source: program.Bucket, tmp_path: Path) -> None:
+    kept = [number for number, column in enumerate(SCHEMA.split(", ")) if column != "ETag"]
     rows = [[row[number] for number in kept] for row in [full_row("a.png")]]
     schema = ", ".join(SCHEMA.split(", ")[number] for number in kept)
     [page] = keys_from(write_manifest(tmp_path, rows, fileSchema=schema), source)
@@ -276,7 +275,7 @@ OTHER_ROW = '"other","a.png"\n'
         ("keys", b"good\n" + b"k" * 1025, "line 2 is no key: S3 allows 1 to 1024 bytes"),
         ("keys.gz", b"k" * (9 << 20), "line 1 is too long"),
         ("keys.csv", b"a.png\nb.png\n", "line 1 is not what is expected there"),
-        ("keys.CSV.gz", b"bucket,a.png\n", "line 1 is not what is expected there"),
+        ("keys.CSV.gz", b"\r\n \nbucket,a.png\n", "line 3 is not what is expected there"),
         ("manifest.json", b"{}\n", "line 1 is not what is expected there"),
         ("manifest.json", b'{"sourceBucket": "bucket", "fileFor', "is no whole manifest.json"),
         ("1.csv", OTHER_ROW.encode(), "line 1 is of the bucket other, not of bucket"),

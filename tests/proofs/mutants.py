@@ -164,6 +164,49 @@ LISTING = (
         "test_of_a_damaged_inventory_nothing_is_converted",
     ),
     defect(
+        "an inventory's sizes and ages decide",
+        'yield named._replace(version=bare_etag(cells.get("ETag")))',
+        'size, time_ = int(cells.get("Size") or 0), cells.get("LastModifiedDate", "")\n                '
+        'yield SourceObject(named.key, bare_etag(cells.get("ETag")), size, time_)',
+        "test_what_a_row_says_of_size_age_and_storage_decides_nothing",
+    ),
+    defect(
+        "an inventory's version decides what has failed for good",
+        "(self.settings.retry_failed or self.settings.keys_from)",
+        "self.settings.retry_failed",
+        "test_an_object_that_failed_for_good_is_asked_whether_it_is_still_that_one",
+    ),
+    defect(
+        "a job that does not want a named object keeps its output key from others",
+        'holder="" if made[owner] == mine else owner',
+        "holder=task.holder",
+        "test_a_named_object_goes_to_the_job_that_wants_its_size",
+    ),
+    defect(
+        "a named object is judged by one of the jobs that make the same",
+        "if mine not in (made[name] for name in wanting):",
+        "if f'[job {task.job}]' not in wanting:",
+        "test_a_named_object_goes_to_the_job_that_wants_its_size",
+    ),
+    defect(
+        "a file of keys is judged by a blank line",
+        'next(filter(str.strip, head), "")',
+        '"".join(head[:1])',
+        "test_what_a_file_is_shows_in_its_first_line_that_is_not_blank",
+    ),
+    defect(
+        "why calls an adopted output another's",
+        'made_of, maker = "adopted", self._key',
+        "pass",
+        "test_why_says_what_an_output_is_that_is_adopted",
+    ),
+    defect(
+        "verify says that a run converts what is not there",
+        "a run converts those that it can; --why KEY says what it would do",
+        "a run converts them",
+        "test_each_job_and_each_shard_verifies_its_own_outputs_and_a_file_of_keys_those_of_its_keys",
+    ),
+    defect(
         "a file that was cut ends the list of keys",
         "except (OSError, EOFError, zlib.error) as problem:\n            what =",
         "except EOFError:\n            return\n        except (OSError, zlib.error) as problem:\n            what =",

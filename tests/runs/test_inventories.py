@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.standins.conversion_api import ConversionApi
+from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.key_files import full_row, write, write_manifest
 from tests.standins.promises import PNG
 
@@ -27,6 +28,39 @@ def test_what_is_no_newest_version_is_left_out(run_cli: Cli, bucket: Any, tmp_pa
     rows = [full_row("a.png"), full_row("overwritten.png", latest="false"), full_row("deleted.png", deleted="true")]
     run = run_cli("--keys-from", inventory_of(bucket, tmp_path, rows))
     assert (run.exit_code, run.summary["listed"], run.summary["converted"], run.failures) == (0, 1, 1, [])
+
+
+def test_what_a_row_says_of_size_age_and_storage_decides_nothing(run_cli: Cli, bucket: Any, tmp_path: Path) -> None:
+    rows = {key: full_row(f"{key}.png") for key in ("archived", "empty", "huge", "old", "shrunk")}
+    rows["archived"][8] = "GLACIER"
+    for key, size in (("empty", "0"), ("huge", "9999999999"), ("shrunk", "50")):
+        rows[key][5] = size
+    for key in rows:
+        bucket.put(f"{key}.png", PNG if key == "shrunk" else PNG + key.encode() * 5)
+    limits = ("convert.min_size=20", "convert.max_size=100", "convert.newer_than=1d")
+    options = [word for limit in limits for word in ("--set", limit)]
+    options += ["--keys-from", inventory_of(bucket, tmp_path, list(rows.values()))]
+    foreseen = json.loads(run_cli(*options, "--dry-run", "--log-format", "json").out)
+    assert (foreseen["conversions"], foreseen["jobs"]["default"]["skipped"]) == (4, {"not_matched": 1})
+    assert json.loads(run_cli(*options, "--verify", "--log-format", "json").out)["not_converted"] == 4
+    assert "would convert it to jpg" in run_cli(*options, "--why", "empty.png").out
+    run = run_cli(*options)
+    assert (run.exit_code, run.summary["converted"], run.summary["skipped"]) == (0, 4, {"not_matched": 1})
+    assert json.loads(run_cli(*options, "--verify", "--log-format", "json").out)["verified"] == 4
+
+
+def test_an_object_that_failed_for_good_is_asked_whether_it_is_still_that_one(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    bucket.put("a.png", PNG)
+    api.faults.add(Fault.status_reply(422, "conversion_failed", times=2))
+    assert [line["permanent"] for line in run_cli().failures] == [True]
+    row = full_row("a.png")
+    row[7] = bucket.client.head_object(Bucket=bucket.name, Key="a.png")["ETag"].strip('"')
+    options = ("--keys-from", inventory_of(bucket, tmp_path, [row]))
+    assert run_cli(*options).summary["skipped"] == {"failed_before": 1}
+    bucket.put("a.png", PNG + b"mended")
+    assert run_cli(*options).summary["converted"] == 1
 
 
 def test_of_a_damaged_inventory_nothing_is_converted(

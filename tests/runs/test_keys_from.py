@@ -55,6 +55,41 @@ def test_a_named_key_outside_a_job_s_prefix_is_not_its_business(
     assert (run.summary["converted"], run.summary["skipped"]) == (1, {"not_matched": 1})
 
 
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("form", ["keys", "inventory"])
+@pytest.mark.parametrize("quality", ["50", "90"], ids=["one output", "two qualities"])
+def test_a_named_object_goes_to_the_job_that_wants_its_size(
+    quality: str, form: str, run_cli: Cli, bucket: Any, tmp_path: Path
+) -> None:
+    (run_cli("--version").workdir / "config.ini").write_text(
+        "[job a]\nmax_size = 9\nquality = 50\n"
+        f"[job b]\nmin_size = 10\nquality = {quality}\n[job c]\nmin_size = 10\nquality = 70\n"
+    )
+    for key in ("small.png", "large.png"):
+        bucket.put(key, b"\x89PNG\r\n\x1a\n" + b"x" * (key == "large.png") * 9)
+    write_inventory(tmp_path, bucket.name, [("small.png", "old"), ("large.png", "old")])
+    named = str(write(tmp_path / "keys", "small.png\nlarge.png") if form == "keys" else tmp_path / "manifest.json")
+    run = run_cli("--keys-from", named)
+    assert (run.summary["converted"], run.summary["failed"]) == (2, {"output_collision": 1}), run.out
+    # As a listing would have it: of two jobs that want one key, the first by name.
+    assert [(line["job"], line["message"].partition(";")[0]) for line in run.failures] == [
+        ("c", "converted/large.jpg: belongs to [job b]")
+    ]
+
+
+@pytest.mark.parametrize("first", ["\n", "\ufeff\r\n" + 9 * "\n"], ids=["blank", "BOM and blanks"])
+def test_what_a_file_is_shows_in_its_first_line_that_is_not_blank(
+    first: str, run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n")
+    line = json.dumps({"bucket": bucket.name, "key": "a.png", "code": "timeout"})
+    run = run_cli("--keys-from", str(write(tmp_path / "failed", f"{first}{line}\n")))
+    assert (run.exit_code, run.summary["converted"]) == (0, 1), run.out
+    run = run_cli("--keys-from", str(write(tmp_path / "rows", f'{first}"{bucket.name}","a.png"\n')))
+    assert (run.exit_code, run.summary["skipped"] | {"done": run.summary["already_done"]}) == (0, {"done": 1}), run.out
+
+
 def test_keys_come_from_stdin_too(start: Cli, bucket: Any, api: ConversionApi) -> None:
     api.behaviour.convert = marking
     for key in ("a.png", "b.png"):

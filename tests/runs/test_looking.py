@@ -658,7 +658,7 @@ def test_why_without_a_checkpoint_finds_the_output_and_makes_no_file(run_cli: Cl
     bucket.put("converted/a.jpg", picture("made by somebody else, later"))
     run = run_cli("--why", "a.png")
     assert "checkpoint     there is none (s3_bulk_convert.sqlite3)\n" in run.out
-    assert "output         converted/a.jpg is there, no output of this object\n" in run.out
+    assert "output         converted/a.jpg is there, without this program's mark\n" in run.out
     assert left_in(run) == {}
 
 
@@ -766,7 +766,7 @@ def test_why_says_that_an_output_is_altered_and_who_has_to_delete_it(run_cli: Cl
     as_stored = f"{stored['ContentLength']} bytes with ETag {stored['ETag'][1:-1]} were stored"
     assert ("altered" in run_cli("--why", "a.png").out) is False
     # By a tool that keeps what an output says of itself, and by one that does not.
-    for metadata, made_of in ((stored["Metadata"], "made of this version"), ({}, "no output of this object")):
+    for metadata, made_of in ((stored["Metadata"], "made of this version"), ({}, "without this program's mark")):
         bucket.client.put_object(Bucket=bucket.name, Key="converted/a.jpg", Body=b"smaller", Metadata=metadata)
         now = bucket.client.head_object(Bucket=bucket.name, Key="converted/a.jpg")["ETag"][1:-1]
         told = f"it is altered: converted/a.jpg is there, {made_of}, 7 bytes with ETag {now}; {as_stored}"
@@ -778,6 +778,25 @@ def test_why_says_that_an_output_is_altered_and_who_has_to_delete_it(run_cli: Cl
             f"to repair      {step}; this object alone: printf '%s\\n' a.png | {REPAIR}",
             "the next run would leave it: already_done",
         ]
+
+
+def test_why_says_what_an_output_is_that_is_adopted(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("a.png", picture())
+    time.sleep(1.1 - time.time() % 1)  # to the next second: S3's times have no finer ones
+    bucket.put("converted/a.jpg", b"another program's")
+    assert run_cli("--why", "a.png").out.splitlines()[-3:] == [
+        "output key     converted/a.jpg (job default), not known whose",
+        "output         converted/a.jpg is there, without this program's mark",
+        "the next run would adopt the output that is there, and pay nothing",
+    ]
+    assert run_cli().summary["adopted"] == 1
+    assert run_cli("--why", "a.png").out.splitlines()[-3:] == [
+        "output key     converted/a.jpg (job default), its own",
+        "output         converted/a.jpg is there, without this program's mark, and was adopted",
+        "the next run would leave it: already_done",
+    ]
+    bucket.put("converted/a.jpg", b"replaced")
+    assert "it is altered: converted/a.jpg is there, without" in run_cli("--why", "a.png").out
 
 
 def test_why_does_not_call_altered_what_was_stored_since_with_another_checkpoint(run_cli: Cli, bucket: Any) -> None:

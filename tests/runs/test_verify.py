@@ -154,6 +154,8 @@ def test_each_job_and_each_shard_verifies_its_own_outputs_and_a_file_of_keys_tho
     code, counts, found = verified(run_cli, *arguments, "--keys-from", "keys")
     counts_of_keys = {"verified": 1, "missing": 1, "not_converted": 1}  # the last one has no object
     assert (code, counts, found["missing"]) == (1, counts_of_keys, ["converted/small/005.jpg"])
+    said = run_cli(*arguments, "--verify", "--keys-from", "keys").out
+    assert re.search("there is no object with this key\n +remedy: a run converts those that it can; --why KEY", said)
     run = run_cli(*arguments, "--repair", "--keys-from", "keys")
     assert (run.exit_code, run.summary["converted"], run.summary["failed"]) == (1, 1, {"source_gone": 1})
     # Each shard has a checkpoint of its own.
