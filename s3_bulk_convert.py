@@ -4185,15 +4185,26 @@ class Verification:
         for unlike in journal.unlike():
             yield [self._wrong(each, unlike[each]) for each in self._not_stored_anew(list(unlike))]
 
-    @staticmethod
-    def _wrong(stored: ExpectedOutput, now: StoredOutput | None) -> Finding:
+    def _wrong(self, stored: ExpectedOutput, now: StoredOutput | None) -> Finding:
         """What is wrong with an output, in whose place something else lies, or nothing of its own."""
         kind, said = MISSING, "it was stored, and is not there"
         if now:
             kind, said = ALTERED, f"it has {now.size} bytes and the ETag {now.etag}, "
             said += f"and what was stored had {stored.size} and {stored.etag}"
+        elif self._settings.keys_from and not stored.left_out:
+            stored = stored._replace(left_out=self._left_out(stored.source_key))
         said += f"; its source is left out by now ({stored.left_out})" if stored.left_out else ""
         return Finding(kind, stored.source_key, stored.key, said, stored.job, stored.left_out)
+
+    def _left_out(self, key: str) -> str:
+        """Why a run would skip a source: of what is done, an inventory's version is all that was looked at."""
+        try:
+            source, _ = self._bucket.look_at_source(SourceObject(key))
+        except ObjectSkipped as skipped:
+            return str(skipped)
+        except ObjectFailed as failure:
+            return failure.code if failure.code == "source_gone" else ""
+        return "" if any(job.wants(source) for job in self._settings.jobs) else NOT_MATCHED
 
     def _not_stored_anew(self, outputs: Sequence[ExpectedOutput]) -> Iterator[ExpectedOutput]:
         """Those in whose place no run has stored anything else in the meantime."""

@@ -189,6 +189,12 @@ LISTING = (
         "test_a_named_object_goes_to_the_job_that_wants_its_size",
     ),
     defect(
+        "what is missing of an inventory is repaired though its source is left out",
+        "stored = stored._replace(left_out=self._left_out(stored.source_key))",
+        "pass",
+        "test_what_is_missing_is_left_out_if_a_look_says_so_whatever_the_row_says",
+    ),
+    defect(
         "a file of keys is judged by a blank line",
         'next(filter(str.strip, head), "")',
         '"".join(head[:1])',

@@ -63,6 +63,28 @@ def test_an_object_that_failed_for_good_is_asked_whether_it_is_still_that_one(
     assert run_cli(*options).summary["converted"] == 1
 
 
+def test_what_is_missing_is_left_out_if_a_look_says_so_whatever_the_row_says(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    rows = [full_row(f"{name}.png") for name in ("gone", "large", "small")]
+    for row, size in zip(rows, (0, 9, 1), strict=True):
+        bucket.put(row[1], PNG + b"x" * size)
+        row[7] = bucket.client.head_object(Bucket=bucket.name, Key=row[1])["ETag"].strip('"')
+    options = ("--keys-from", inventory_of(bucket, tmp_path, rows), "--log-format", "json")
+    assert run_cli(*options).summary["converted"] == 3
+    for key in ("gone.png", *bucket.keys("converted/")):
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+    limit = ("--set", "convert.min_size=10")
+    missing = json.loads(run_cli(*options, *limit, "--verify").out)["findings"]
+    assert {each["key"]: each["left_out"] for each in missing} == {
+        "gone.png": "source_gone",
+        "large.png": "",
+        "small.png": "not_matched",
+    }
+    repaired = run_cli(*options, *limit, "--repair")
+    assert (repaired.exit_code, repaired.summary["converted"], len(api.paid)) == (0, 1, 4)
+
+
 def test_of_a_damaged_inventory_nothing_is_converted(
     run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
 ) -> None:
