@@ -102,6 +102,7 @@ for unmeant in [name for name in os.environ if name.startswith("TQDM_")]:
 try:
     import boto3
     import botocore.config
+    import botocore.credentials
     import requests
     import urllib3
     from boto3.s3.transfer import TransferConfig
@@ -311,11 +312,16 @@ def local_date(moment: str) -> str:
 
 
 def redact(message: str) -> str:
-    """A text without API keys, and without a URL's password and what stands behind its `?`, such as a signature."""
-    # S3's and the API's own messages may repeat the URL that they were asked for.
-    message = re.sub(r"(https?://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
+    """A text without keys and tokens, and without a URL's password and what stands behind its `?`, as a signature."""
+    # S3's and the API's own messages may repeat the URL that they were asked for; s3://, which is ours, has no query.
+    message = re.sub(r"((?<!s3)://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
     message = re.sub(r"(://)[^\s\"'<>/?#]*@", r"\1...@", message)
-    message = re.sub(r"(?i)(X-Amz-(?:Signature|Credential|Security-Token))=[^\s&\"'<>]*", r"\1=...", message)
+    # What libraries quote: an address that holds a file itself, and a header that cannot be sent.
+    message = re.sub(r"(?i)(['\"])data:.*?(\1|$)", r"\1data:...\2", message)
+    message = re.sub(r"(?i)(header (?:value|part)\b[: (]*b?['\"]).*", r"\1...", message)
+    message = re.sub(r"(?i)(Signature|Credential)=[^\s&\"'<>,]*", r"\1=...", message)
+    token = r"((?:security|session)[-_]?token['\"]?\s*[=:>]\s*b?['\"]?)[^\s&\"'<>,]+"
+    message = re.sub(f"(?i){token}", r"\1...", message)
     return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
 
 
@@ -2975,9 +2981,7 @@ class Bucket:
         vars(getpass)["fallback_getpass"] = self._refuse_prompt
         try:
             session = boto3.session.Session(profile_name=options.profile, region_name=region)
-            if session.get_credentials() is None:
-                hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
-                raise usage_error("there are no AWS credentials", hint)
+            self._require_credentials(session)
             self.client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
         except (BotoCoreError, ClientError, ValueError, OSError) as problem:
             raise misconfigured(problem) from None
@@ -2999,6 +3003,21 @@ class Bucket:
             events.register("before-sign.s3.GetObject", self._sign_payer)
         # The first wildcard matters: so it comes before botocore's own handler of errors in a 200.
         events.register("before-parse.*.ListObjectsV2", self._parse_page)
+
+    @staticmethod
+    def _require_credentials(session: boto3.session.Session) -> None:
+        credentials = session.get_credentials()
+        if credentials is None:
+            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or s3.profile"
+            raise usage_error("there are no AWS credentials", hint)
+        # What can be renewed is a service's, and to ask for it here would be one more request. In a header that cannot
+        # be sent, the HTTP library would quote all of it.
+        can_be_renewed = isinstance(credentials, botocore.credentials.RefreshableCredentials)
+        for value in (session.region_name, *(() if can_be_renewed else credentials.get_frozen_credentials())):
+            if value and not value.isprintable():
+                name = next((name for name, given in os.environ.items() if given == value), "a value of the profile")
+                told = f"{name} has a line break or another character that cannot be sent"
+                raise usage_error(told, "correct the AWS configuration: of a secret, often the line break at its end")
 
     @staticmethod
     def _refuse_prompt(*_: object, **__: object) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def is_download(request: Request) -> bool:
 
 def is_poll(request: Request) -> bool:
     return request.path.startswith(JOBS + "/") and not is_download(request)
+
+
+def is_for(name: str, request: Request) -> bool:
+    return f"/{name}.png?" in request.fields.get("file_url", "")
 
 
 def is_usage(request: Request) -> bool:
@@ -125,3 +130,55 @@ def test_a_key_that_the_api_repeats_is_written_nowhere(
     # What the API has said is there, but for the key.
     told = run.out + run.err + b"".join(written.values()).decode("utf-8", "replace")
     assert "what is ... doing here" in told
+
+
+LINKS = {
+    "http": "http://127.0.0.1:99999/x?token=SESAME",
+    "ftp": "ftp://me:SESAME@127.0.0.1/x?sig=SESAME",
+    "sftp": "sftp://127.0.0.1?token=SESAME",
+    "data": "data:image/jpeg;base64,SESAME",
+    "quotes": "DATA:'SESAME'",
+}
+
+
+def test_what_is_secret_in_a_link_of_the_api_is_written_nowhere_whatever_its_scheme(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    for name, link in LINKS.items():
+        fill(bucket, 1, name=name)
+        api.faults.add(Fault.json_in_200({"file_url": link}, times=None).at(partial(is_for, name)))
+    run = run_cli("-v", "--set", "api.retries=0", command=HASTY)
+    assert {line["key"]: line["code"] for line in run.failures} == dict.fromkeys(
+        [f"{name}.png" for name in LINKS], "stale_link"
+    )
+    assert "SESAME" not in run.out + run.err + str(run.failures)
+    assert "'ftp://...@127.0.0.1/x?...'" in str(run.failures)
+
+
+@pytest.mark.parametrize("command", [(), ("--check",)], ids=["run", "check"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        pytest.param({"AWS_SESSION_TOKEN": "SESAME\nSESAME"}, id="token"),
+        pytest.param({"AWS_ACCESS_KEY_ID": "SESAME\n"}, id="id"),
+        pytest.param({"AWS_SECRET_ACCESS_KEY": "SESAME\udcff"}, id="no text"),
+        pytest.param({"AWS_DEFAULT_REGION": "us-east-1\n"}, id="region"),
+    ],
+)
+def test_what_aws_is_told_and_cannot_be_sent_is_refused_by_its_name_and_not_shown(
+    given: dict[str, str], command: tuple[str, ...], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 1)
+    run = run_cli("-v", *command, **given)
+    assert run.exit_code == 2
+    assert f"{next(iter(given))} has a line break or another character that cannot be sent" in run.out + run.err
+    assert "SESAME" not in run.out + run.err
+    assert api.paid == []
+
+
+def test_a_profile_whose_keys_cannot_be_sent_is_refused(run_cli: Cli, work: Path) -> None:
+    (work / "keys").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = OPEN\n  SESAME\n")
+    run = run_cli(AWS_SHARED_CREDENTIALS_FILE=str(work / "keys"), AWS_ACCESS_KEY_ID=None)
+    assert run.exit_code == 2
+    assert "error: a value of the profile has a line break" in run.err
+    assert "SESAME" not in run.err
