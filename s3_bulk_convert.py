@@ -1701,6 +1701,13 @@ class RawOption(NamedTuple):
         ]
 
 
+def is_same_file(first: str, second: str) -> bool:
+    """Whether two paths lead to one file, by links of any kind, or would. A device is none."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(first, second) and os.path.isfile(first)
+    return os.path.realpath(first) == os.path.realpath(second)
+
+
 class SettingsReader:
     """Reads the options that are given, and collects every problem, each under the name of its option."""
 
@@ -1755,17 +1762,25 @@ class SettingsReader:
                     break
         return tuple(jobs.values())
 
-    def check_run(self, run: RunOptions) -> None:
-        """Note a checkpoint that is no file, files that would be written over each other, and idle processes."""
+    def check_run(self, run: RunOptions, shard: Shard, read: Mapping[str, str]) -> None:
+        """Note a checkpoint that is no file, files that would be written over others, and idle processes.
+
+        `read`: the path of each file that is read, by what it is called.
+        """
         is_other = os.path.exists(run.checkpoint) and not os.path.isfile(run.checkpoint)  # its mode is to be changed
         if is_other or not Path(run.checkpoint).name:
             self.problems.append(f"[run] checkpoint = {run.checkpoint}: expected the path of a file")
-        paths = {name: path for name in OUTPUT_FILES if (path := getattr(run, name))}
-        for first, second in itertools.combinations(paths, 2):
+        paths = {name: shard.file(path) for name in OUTPUT_FILES if (path := getattr(run, name))}
+        checkpoint = os.path.realpath(paths.pop("checkpoint", ""))
+        # SQLite and the lock have files of their own beside it.
+        kept = {f"checkpoint{end}": checkpoint + end for end in ("", "-wal", "-shm", "-journal", ".lock")}
+        kept.update(read)
+        for first, second in (*itertools.product(kept, paths), *itertools.combinations(paths, 2)):
             # Both of /dev/stdout and /dev/stderr may be links to one file that a shell has opened.
-            name_of = os.path.realpath if first == "checkpoint" else os.path.abspath
-            if name_of(paths[first]) == name_of(paths[second]):
-                self.problems.append(f"[run] {second} = {getattr(run, second)}: is the {first} file as well")
+            is_shared = os.path.abspath(paths.get(first, "")) == os.path.abspath(paths[second])
+            if is_same_file(kept[first], paths[second]) if first in kept else is_shared:
+                told = f"is the {first} file as well; give it another path"
+                self.problems.append(f"[run] {second} = {getattr(run, second)}: {told}")
         if run.processes > run.workers:
             shared = f"more than the {run.workers} workers that they share"
             self.problems.append(f"[run] processes = {run.processes}: {shared}")
@@ -1778,6 +1793,7 @@ def load_settings(
     shard_flag: str | None = None,
     *,
     needs_key: bool = True,
+    keys_from: str | None = None,
 ) -> Settings:
     """The configuration: command line over environment over INI file over defaults. Raises RunError with all problems.
 
@@ -1800,7 +1816,6 @@ def load_settings(
             "outputs in this bucket have it as well (s3.tags): give sources another one, which no rule takes for theirs"
         )
         problems.append(f"[s3] tag_source = {urllib.parse.urlencode(s3.tag_source)}: {same}")
-    reader.check_run(run)
     jobs = reader.jobs(s3)
     key, key_problem = api.read_key()
     if needs_key and key_problem:
@@ -1811,6 +1826,8 @@ def load_settings(
         shard = Shard.from_environment(environ, problems) if shard_flag is None else Shard.parse(shard_flag.strip())
     except ValueError as expected:
         problems.append(f"--shard = {shard_flag}: {expected}")
+    read = {"configuration": str(file), "program": __file__, "--keys-from": keys_from, "API key": api.key_file}
+    reader.check_run(run, shard, {name: os.path.expanduser(path) for name, path in read.items() if path})
     if problems:
         # Each once, and under the place where its option was given: a variable, a flag, the INI file.
         named = {f"[{section}] {name}": entry.named for (section, name), entry in reader.given.items()}
@@ -1825,7 +1842,7 @@ def load_settings(
     cap = None if api.max_conversions is None else shard.share(api.max_conversions)
     files: dict[str, Any] = {name: shard.file(path) for name in OUTPUT_FILES if (path := getattr(run, name))}
     api, run = replace(api, key=key, max_conversions=cap), replace(run, **files)
-    return Settings(s3, api, run, jobs, shard, key_problem=key_problem)
+    return Settings(s3, api, run, jobs, shard, key_problem=key_problem, keys_from=keys_from)
 
 
 ########################################################################################################################
@@ -7651,11 +7668,12 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
     """Do what the command line asks for. Raises RunError."""
     commands = ("check", "status", "why", "dry_run", "verify")
     command = next((name for name in commands if getattr(arguments, name) not in {None, False}), "")
-    given, needs_key = read_flags(arguments), not command
-    settings = load_settings(arguments.config, os.environ, given, arguments.shard, needs_key=needs_key)
+    given = read_flags(arguments)
+    flags = {"needs_key": not command, "keys_from": arguments.keys_from}
+    settings = load_settings(arguments.config, os.environ, given, arguments.shard, **flags)
     if arguments.repair and command not in {"", "dry_run"}:
         raise usage_error(f"--repair: not with --{command}", "it is a run; --dry-run --repair says what it would do")
-    named = ("retry_failed", "repair", "quiet", "keys_from", "log_format")
+    named = ("retry_failed", "repair", "quiet", "log_format")
     settings = replace(settings, **{name: getattr(arguments, name) for name in named})
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         # A command that has nothing to finish ends with one word.

@@ -511,9 +511,10 @@ def test_a_checkpoint_is_a_file(ini: Path, name: str) -> None:
 @pytest.mark.parametrize("option", ["run.failures", "run.summary", "run.metrics"])
 def test_no_file_is_written_over_the_checkpoint_under_another_name(ini: Path, option: str) -> None:
     (ini.parent / "link").symlink_to("kept.sqlite3")
+    told = "is the checkpoint file as well; give it another path"
     for name in (ini.parent / "link", ini.parent / "x" / ".." / "kept.sqlite3"):
         flags = ("--set", f"run.checkpoint={ini.parent}/kept.sqlite3", "--set", f"{option}={name}")
-        assert problems(ini, COMPLETE, *flags) == [f"--set {option} = {name}: is the checkpoint file as well"]
+        assert problems(ini, COMPLETE, *flags) == [f"--set {option} = {name}: {told}"]
 
 
 @pytest.mark.parametrize("flags", [("--prefix", "2024 "), ("--set", "s3.prefix=2024 "), ("--prefix", "2024 \n")])

@@ -1,5 +1,6 @@
 """The summary and the metrics where they are no ordinary files: devices, links, mounts, pipes, closed folders."""
 
+import itertools
 import json
 import os
 import stat
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.standins.program import IS_ROOT, UNPRIVILEGED
+from tests.standins.conversion_api import ConversionApi
+from tests.standins.program import IS_ROOT, SCRIPT, UNPRIVILEGED
 
 Cli = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("cheap_object")
@@ -53,6 +55,34 @@ def test_an_ordinary_file_is_replaced_whole(run_cli: Cli, work: Path) -> None:
     assert_written(work, "plain")
     # Who has the old one open reads it to its end.
     assert (work / "before.sum").read_text() == "old" * 1000
+
+
+def test_what_is_read_and_what_the_checkpoint_is_made_of_is_not_written_over(
+    run_cli: Cli, work: Path, api: ConversionApi
+) -> None:
+    ini, checkpoint = "[run]\ncheckpoint = kept\n[api]\nkey_file = key\n", "the checkpoint{} file"
+    (work / "config.ini").write_text(ini)
+    (work / "key").write_text(api.api_key)
+    (work / "keys").write_text("a.png\n")
+    (work / "kept").touch()
+    (work / "to").symlink_to("key")
+    os.link(work / "kept", work / "hard")
+    refused = {f"kept{end}": checkpoint.format(end) for end in ("-wal", "-shm", "-journal", ".lock")}
+    refused |= {
+        "hard": checkpoint.format(""),
+        "./config.ini": "the configuration file",
+        str(SCRIPT): "the program file",
+    }
+    refused |= {"to": "the API key file", "keys": "the --keys-from file"}
+    by_option = itertools.cycle(("run.summary", "run.metrics", "run.failures"))
+    for (path, what), option in zip(refused.items(), by_option, strict=False):
+        run = run_cli("--check", "--keys-from", "keys", "--set", f"{option}={path}")
+        assert run.exit_code == 2
+        assert f"{option} = {path}: is {what} as well; give it another path" in run.err
+    # Nothing is lost in a device, and with a shard the files have names of their own.
+    run = run_cli("--set", "run.metrics=/dev/null", "--set", "run.summary=key", "--shard=0/2", "--keys-from=/dev/null")
+    assert "as well" not in run.err
+    assert ((work / "config.ini").read_text(), (work / "key").read_text()) == (ini, api.api_key)
 
 
 def test_files_in_a_folder_where_no_file_may_be_made_are_written_into(run_cli: Cli, work: Path) -> None:
