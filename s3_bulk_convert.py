@@ -4583,7 +4583,9 @@ class Usage:
             raise Trouble.refusal_by_api(status, code, message, api.url)
         # No retry: the question is how it is now. An API that has no such page says nothing of the key.
         if status >= 500 or status == 429 or 300 <= status < 400:
-            raise usage_error(f"the API answered {status} {code}".rstrip(), "check api.url, or try it again later")
+            raise usage_error(
+                f"the API answered {status} {printable(code)}".rstrip(), "check api.url, or try it again later"
+            )
         usage = cls.read(body)
         return replace(usage, requests_per_minute=usage.requests_per_minute or limit)
 
@@ -6394,7 +6396,9 @@ class Progress:
         known = {**report.summary(), "skipped": {reason: report.skipped[reason] for reason in SKIP_REASONS}}
         known |= {"expected": report.expected, "in_flight": report.in_flight, "is_running": is_running, **self._kept}
         # The checkpoint is what sets one run apart from another whose file the same node_exporter reads.
-        common = {"bucket": known["bucket"], "checkpoint": self._settings.run.checkpoint}
+        # Its path may have bytes that are no text.
+        checkpoint = self._settings.run.checkpoint.encode("utf-8", "backslashreplace").decode()
+        common = {"bucket": known["bucket"], "checkpoint": checkpoint}
         escapes, lines = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"}), list[str]()
         for name, (figure, about) in METRICS.items():
             kind = "counter" if name.endswith("_total") else "gauge"
@@ -6492,7 +6496,7 @@ class Recorder:
         self._streak.append(outcome)
         if len(self._streak) < 10:
             return settled
-        reason = f"{outcome.code} {printable(outcome.message)}".rstrip()
+        reason = printable(f"{outcome.code} {outcome.message}".rstrip())
         said = f"{len(self._streak)} objects in a row failed for the same reason: {reason}"
         self._stop.request(RunError(said, hint_for(outcome.code), code="same_failure"))
         held, self._streak = self._streak, []
@@ -6529,7 +6533,7 @@ class Recorder:
         most, failed = self._run.max_failure_rate, costly.total()
         tried = self._report.counts["converted"] + failed
         if tried >= FAILURES_BEFORE_RATE_COUNTS and failed > most * tried:
-            reasons = ", ".join(f"{code} {count}" for code, count in costly.most_common(3))
+            reasons = ", ".join(f"{printable(code)} {count}" for code, count in costly.most_common(3))
             message = f"{failed} of {tried} failed ({reasons}), more than run.max_failure_rate = {100 * most:.3g}%"
             hint = f"see {self._run.failures}; then run it again, or raise run.max_failure_rate"
             self._stop.request(RunError(message, hint, code="failure_rate"))
@@ -6932,7 +6936,7 @@ class Status:
                 yield f"  lost         {job[LOST]}, whose outputs are gone, to be converted again by the next run"
             for state, words in (("failed_for_good", "for good"), ("failed_for_now", "for now")):
                 by_code = Counter(job[state])
-                listed = ", ".join(f"{code} {count}" for code, count in by_code.most_common())
+                listed = ", ".join(f"{printable(code)} {count}" for code, count in by_code.most_common())
                 yield f"  failed       {by_code.total()} {words}{listed and f': {listed}'}"
             is_interrupted = job["in_flight"] and not run
             step = ", asked for again by the next run" if is_interrupted else ""

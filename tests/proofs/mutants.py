@@ -66,6 +66,9 @@ ORDER = "test_a_listing_out_of_order_stops_the_run_before_anything_is_paid"
 WHOLE_PAGE = "test_a_page_that_lacks_an_entry_is_asked_for_again"
 NOT_NEWER = "test_another_program_s_output_that_is_not_newer_than_its_source_is_not_taken_for_done"
 SENT_UNWRITTEN = "test_nothing_is_sent_while_the_checkpoint_cannot_be_written"
+HIDDEN = "test_secrets_are_taken_out_of_a_message"
+WRITTEN_OVER = "test_what_is_read_and_what_the_checkpoint_is_made_of_is_not_written_over"
+ORDERS = "test_a_code_of_the_api_s_gives_no_orders_to_the_terminal"
 INI_MODE = "test_an_ini_with_the_key_is_its_owner_s_alone"
 TAGS_OF_OUTPUTS = "test_outputs_have_the_tags_that_are_set_however_they_are_written"
 WHICHEVER_WAY = "test_a_source_gets_its_tag_whichever_way_it_becomes_done"
@@ -855,6 +858,33 @@ FIGURES = (
 
 SECRETS = (
     defect(
+        "a query is secret in addresses of http alone",
+        "((?<!s3)://",
+        "(https?://",
+        "test_what_is_secret_in_a_link_of_the_api_is_written_nowhere_whatever_its_scheme",
+    ),
+    defect(
+        "a link that holds a file itself is written whole",
+        """(['\\"])data:.*?""",
+        """(['\\"])data=.*?""",
+        "test_what_is_secret_in_a_link_of_the_api_is_written_nowhere_whatever_its_scheme",
+    ),
+    defect("a header that a library quotes is written", "(header (?:value|part)", "(header (?:=)", HIDDEN),
+    defect("a session's token is written where no = is before it", "[=:>]", "[=]", HIDDEN),
+    defect(
+        "what AWS is told is sent as it is",
+        "if value and not value.isprintable():",
+        "if value and not value:",
+        "test_what_aws_is_told_and_cannot_be_sent_is_refused_by_its_name_and_not_shown",
+        "test_a_profile_whose_keys_cannot_be_sent_is_refused",
+    ),
+    defect(
+        "a region with a line break at its end is sent as it is",
+        "for value in (session.region_name, *((",
+        "for value in (None, *((",
+        "test_what_aws_is_told_and_cannot_be_sent_is_refused_by_its_name_and_not_shown",
+    ),
+    defect(
         "the API key is sent to the own host by plain http",
         "return self._server_of(address) == self._server_of(self._own)",
         "return self._server_of(address)[1] == self._server_of(self._own)[1]",
@@ -938,6 +968,26 @@ SECRETS = (
 )
 
 CHECKPOINT = (
+    defect("what is read is written over", "kept.update(read)", "kept.update({})", WRITTEN_OVER),
+    defect(
+        "what lies beside the checkpoint is written over",
+        'for end in ("", "-wal", "-shm", "-journal", ".lock")}',
+        'for end in ("",)}',
+        WRITTEN_OVER,
+    ),
+    defect(
+        "a hard link is another file",
+        "return os.path.samefile(first, second) and os.path.isfile(first)",
+        "pass",
+        WRITTEN_OVER,
+    ),
+    defect("a device cannot be read and written", " and os.path.isfile(first)", "", WRITTEN_OVER),
+    defect(
+        "with a shard, files are compared by the names that they do not have",
+        "paths = {name: shard.file(path) for",
+        "paths = {name: path for",
+        WRITTEN_OVER,
+    ),
     defect(
         "of two requests in flight for one output key, the older one holds it",
         " ORDER BY it.{since}",
@@ -1211,6 +1261,30 @@ VERIFY = (
 )
 
 WORDS = (
+    defect(
+        "a label has bytes that are no text",
+        'self._settings.run.checkpoint.encode("utf-8", "backslashreplace").decode()',
+        "self._settings.run.checkpoint",
+        "test_a_checkpoint_whose_path_is_no_text_has_a_label",
+    ),
+    defect(
+        "--status gives the terminal the API's orders",
+        '", ".join(f"{printable(code)} {count}" for code, count in by_code',
+        '", ".join(f"{code} {count}" for code, count in by_code',
+        ORDERS,
+    ),
+    defect(
+        "why a run stops gives the terminal the API's orders",
+        'printable(f"{outcome.code} {outcome.message}".rstrip())',
+        'f"{outcome.code} {printable(outcome.message)}".rstrip()',
+        ORDERS,
+    ),
+    defect(
+        "a rate of failures gives the terminal the API's orders",
+        '", ".join(f"{printable(code)} {count}" for code, count in costly',
+        '", ".join(f"{code} {count}" for code, count in costly',
+        ORDERS,
+    ),
     defect(
         "what matches nothing is not named",
         "            if was_any and job.prefix not in self._unmet_prefixes:",

@@ -23,7 +23,7 @@ import pytest
 from tests.documents import OPERATIONS, section
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import zip_of_pages
-from tests.standins.program import PYTHON, SCRIPT, shard_of
+from tests.standins.program import PYTHON, SCRIPT, script_with, shard_of
 from tests.standins.relay import Relay
 
 pytestmark = pytest.mark.usefixtures("cheap")
@@ -855,6 +855,22 @@ def test_why_is_readable_where_the_terminal_has_few_characters_and_a_message_has
     assert run.exit_code == 0
     assert r"/\xe4.png" in run.out
     assert r'"unsupported_route \u001b[2J gone"' in run.out
+
+
+def test_a_code_of_the_api_s_gives_no_orders_to_the_terminal(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    for number in range(10):
+        bucket.put(f"{number}.png", picture())
+    # Failures in a row, and a rate of them, are said in words of their own.
+    api.faults.add(Fault.status_reply(403, "\x1b[2Jodd\nfailed  99", times=None))
+    stopped = run_cli()
+    api.faults.clear()
+    api.faults.add(Fault.status_reply(422, "\x1b[2Jodd\nfailed  99", times=None))
+    failed = run_cli(command=script_with("program.FAILURES_BEFORE_RATE_COUNTS = 5"))
+    assert ("in a row failed for" in stopped.out, "max_failure_rate" in failed.out) == (True, True)
+    runs = [stopped, failed, run_cli("--status"), run_cli("--why", "0.png")]
+    for run in runs:
+        assert r"\u001b[2Jodd\nfailed  99" in run.out
+        assert not re.search(r"\x1b|^failed  99", run.out + run.err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("other", ["--status", "--retry-failed", "--why=a"])

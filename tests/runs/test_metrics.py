@@ -1,5 +1,6 @@
 """`run.metrics` is what Prometheus reads, and what `promtool check metrics` finds nothing wrong with."""
 
+import os
 import re
 import subprocess
 import threading
@@ -66,6 +67,16 @@ def test_a_run_leaves_its_counts(run_cli: Cli, bucket: Any, api: ConversionApi) 
     expected |= {"source_bytes_total": run.summary["bytes_in"], "requests_total": run.summary["requests"]}
     assert {name: found[name] for name in expected} == expected
     assert found["conversion_p50_seconds"] <= found["conversion_p95_seconds"] <= found["run_duration_seconds"]
+
+
+def test_a_checkpoint_whose_path_is_no_text_has_a_label(run_cli: Cli, bucket: Any) -> None:
+    put_some(bucket, 1)
+    run = run_cli(*METRICS, "--set", os.fsdecode(b"run.checkpoint=x\xffy"))
+    assert (run.exit_code, run.summary["converted"]) == (0, 1)
+    text = (run.workdir / "convert.prom").read_text()
+    assert lint(text) == []
+    labels = next(iter(text_string_to_metric_families(text))).samples[0].labels
+    assert labels["checkpoint"] == r"x\udcffy"
 
 
 def test_a_failure_keeps_the_time_of_the_last_success(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
