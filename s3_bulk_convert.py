@@ -314,7 +314,7 @@ def local_date(moment: str) -> str:
 def redact(message: str) -> str:
     """A text without keys and tokens, and without a URL's password and what stands behind its `?`, as a signature."""
     # S3's and the API's own messages may repeat the URL that they were asked for; s3://, which is ours, has no query.
-    message = re.sub(r"((?<!s3)://[^\s\"'<>?]*)\?[^\s\"'<>]*", r"\1?...", message)
+    message = re.sub(r"((?<!s3)://(?:(?!://)[^\s\"'<>?])*)\?[^\s\"'<>]*", r"\1?...", message)
     message = re.sub(r"(://)[^\s\"'<>/?#]*@", r"\1...@", message)
     # What libraries quote: an address that holds a file itself, and a header that cannot be sent.
     message = re.sub(r"(?i)(['\"])data:.*?(\1|$)", r"\1data:...\2", message)
@@ -1708,6 +1708,13 @@ def is_same_file(first: str, second: str) -> bool:
     return os.path.realpath(first) == os.path.realpath(second)
 
 
+def may_be_failures(path: str) -> bool:
+    """Whether a file begins as a failures file does, or nothing can be read of it."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(1) in b"{"
+    return True
+
+
 class SettingsReader:
     """Reads the options that are given, and collects every problem, each under the name of its option."""
 
@@ -1778,7 +1785,10 @@ class SettingsReader:
         for first, second in (*itertools.product(kept, paths), *itertools.combinations(paths, 2)):
             # Both of /dev/stdout and /dev/stderr may be links to one file that a shell has opened.
             is_shared = os.path.abspath(paths.get(first, "")) == os.path.abspath(paths[second])
-            if is_same_file(kept[first], paths[second]) if first in kept else is_shared:
+            is_shared = is_same_file(kept[first], paths[second]) if first in kept else is_shared
+            # To try again what has failed, a run reads the file that it appends to: but not if that is a list of keys.
+            is_fed = (first, second) == ("--keys-from", "failures")
+            if is_shared and not (is_fed and may_be_failures(paths[second])):
                 told = f"is the {first} file as well; give it another path"
                 self.problems.append(f"[run] {second} = {getattr(run, second)}: {told}")
         if run.processes > run.workers:
@@ -5893,7 +5903,7 @@ HINTS = {
     "service_unavailable": "the API's converter was down: run it again later",
     "forbidden": "check the API key and the plan: the API refuses the account, or this object to it",
     "rate_limited": "the API's limit left no room for too long: lower api.requests_per_minute, or run it again later",
-    "http_403": "refused without a code of the API's: is there a proxy or a filter on the way? Run it again",
+    "http_403": "answered without a code of the API's: is there a proxy or a filter on the way? Run it again",
     "http_413": "refused without a code of the API's: if nothing on the way limits the size, lower api.max_size",
     "http_422": "refused without a code of the API's: if it stays so, open one of the files; it may be damaged",
     "too_large": "raise api.max_size, or api.jobs_above from never, if your plan takes such sizes",
@@ -5938,7 +5948,7 @@ def hint_for(code: str) -> str:
     if code.startswith("http_5"):
         return "the API's side: run it again later"
     unknown = "open one of the files: it may be damaged or protected by a password; its message says more"
-    return HINTS.get(code, HINTS["http_403"] if re.fullmatch("http_[134]..", code) else unknown)
+    return HINTS.get(code, HINTS["http_403"] if re.fullmatch("http_[1-4]..", code) else unknown)
 
 
 class OutputFile:
@@ -5974,7 +5984,8 @@ class OutputFile:
     def _replace_whole(self, text: str) -> None:
         # A link stays a link. The same directory is the same file system, on which a rename is atomic.
         real = Path(os.path.realpath(self.path))
-        draft = real.with_name(f"{real.name}.{os.getpid()}.tmp")
+        # The end of its name sets apart what machines with a common disk write, and leaves room where it is long.
+        draft = real.with_name(f"{real.name[-40:]}.{os.getpid()}.tmp")
         try:
             draft.write_text(text, encoding="utf-8")
             draft.replace(real)

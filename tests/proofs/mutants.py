@@ -981,6 +981,18 @@ CHECKPOINT = (
         "pass",
         WRITTEN_OVER,
     ),
+    defect(
+        "failures are appended to a list of keys",
+        'return file.read(1) in b"{"',
+        "return True",
+        WRITTEN_OVER,
+    ),
+    defect(
+        "what has failed cannot be tried again from its own file",
+        'return file.read(1) in b"{"',
+        "return False",
+        "test_only_the_named_keys_are_converted_and_missing_ones_are_failures",
+    ),
     defect("a device cannot be read and written", " and os.path.isfile(first)", "", WRITTEN_OVER),
     defect(
         "with a shard, files are compared by the names that they do not have",
@@ -1261,6 +1273,18 @@ VERIFY = (
 )
 
 WORDS = (
+    defect(
+        "a success that is none says that the file is damaged",
+        're.fullmatch("http_[1-4]..", code)',
+        're.fullmatch("http_[134]..", code)',
+        "test_a_success_that_is_none_says_nothing_of_the_file",
+    ),
+    defect(
+        "a long name has no room for that of its draft",
+        "{real.name[-40:]}.{os.getpid()}",
+        "{real.name}.{os.getpid()}",
+        "test_an_ordinary_file_is_replaced_whole",
+    ),
     defect(
         "a label has bytes that are no text",
         'self._settings.run.checkpoint.encode("utf-8", "backslashreplace").decode()',

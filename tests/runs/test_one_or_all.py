@@ -80,11 +80,19 @@ def test_without_the_api_s_own_code_nothing_has_failed_for_good(
     assert_all_promises_are_kept(run_cli("--set", f"api.transfer={transfer}"), api, bucket, expected)
 
 
+def test_a_success_that_is_none_says_nothing_of_the_file(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
+    fill(bucket, 1)
+    api.faults.add(replace(Fault.html_page(203), times=None))
+    run = run_cli("--set", "api.retries=0")
+    assert [line["code"] for line in run.failures] == ["http_203"]
+    assert "remedy: answered without a code of the API's: is there a proxy" in run.out
+
+
 REFUSALS_OF_ALL = [
     pytest.param(Fault.status_reply(403, "forbidden"), "forbidden", "check the API key and the plan", id="API"),
-    pytest.param(Fault.html_page(403), "http_403", "refused without a code", id="proxy", marks=pytest.mark.slow),
+    pytest.param(Fault.html_page(403), "http_403", "answered without a code", id="proxy", marks=pytest.mark.slow),
     pytest.param(
-        *(Fault.redirect("http://127.0.0.1:9/", 302), "http_302", "refused without a code"),
+        *(Fault.redirect("http://127.0.0.1:9/", 302), "http_302", "answered without a code"),
         id="address",
         marks=pytest.mark.slow,
     ),

@@ -48,11 +48,12 @@ def test_the_file_behind_a_link_is_written_and_the_link_stays(run_cli: Cli, work
     assert sorted(path.name for path in (work / "elsewhere").glob("real*")) == ["real.prom", "real.sum"]
 
 
-def test_an_ordinary_file_is_replaced_whole(run_cli: Cli, work: Path) -> None:
-    (work / "plain.sum").write_text("old" * 1000)
-    os.link(work / "plain.sum", work / "before.sum")
-    assert run_cli(*written("plain")).exit_code == 0
-    assert_written(work, "plain")
+@pytest.mark.parametrize("name", ["plain", "l" * 250, "\N{BICYCLE}" * 62], ids=["short", "long", "of few characters"])
+def test_an_ordinary_file_is_replaced_whole(name: str, run_cli: Cli, work: Path) -> None:
+    (work / f"{name}.sum").write_text("old" * 1000)
+    os.link(work / f"{name}.sum", work / "before.sum")
+    assert run_cli(*written(name)).exit_code == 0
+    assert_written(work, name)
     # Who has the old one open reads it to its end.
     assert (work / "before.sum").read_text() == "old" * 1000
 
@@ -75,6 +76,7 @@ def test_what_is_read_and_what_the_checkpoint_is_made_of_is_not_written_over(
     }
     refused |= {"to": "the API key file", "keys": "the --keys-from file"}
     by_option = itertools.cycle(("run.summary", "run.metrics", "run.failures"))
+    assert len(refused) % 3 == 0  # the last of them, to which failures would be appended
     for (path, what), option in zip(refused.items(), by_option, strict=False):
         run = run_cli("--check", "--keys-from", "keys", "--set", f"{option}={path}")
         assert run.exit_code == 2
