@@ -614,7 +614,7 @@ def idempotency_key(endpoint: str, bucket: str, task: "Task", place: str) -> str
     """
     source, known = task.source, task.known_version
     version = (source.key, source.version, source.size, int(source.modified))
-    lost = [known.purpose] if known and known.purpose not in {None, TAG} else []
+    lost = [known.lost_in] if known and known.lost_in else []
     return digest(["s3_bulk_convert/2", endpoint, bucket, *version, task.target, task.quality, place, *lost])
 
 
@@ -956,6 +956,11 @@ class JournalState(NamedTuple):
     # What is left to do of a version that was stored once, until it is done: TAG, or "run 7", which has found its
     # output lost. A failure of it changes nothing of that.
     purpose: str | None = None
+
+    @property
+    def lost_in(self) -> str | None:
+        """The run that has found its output lost, while it is not made again."""
+        return None if self.purpose == TAG else self.purpose
 
 
 class OutcomeKind(str, Enum):
@@ -3290,7 +3295,7 @@ class Bucket:
 
     def _has_its_pages(self, task: Task, output: StoredOutput) -> bool:
         """Whether the pages are there that an archive proves; asked in a repair, and of what one has found lost."""
-        is_lost = self._settings.repair or (task.known_version is not None and task.known_version.purpose is not None)
+        is_lost = self._settings.repair or (task.known_version is not None and task.known_version.lost_in is not None)
         is_asked = is_lost and self._settings.by_name[task.job].pages == "unpack"
         numbers = range(1, output.pages + 1) if is_asked else ()
         keys = (KeyParts.page_key(task.output_key, task.target, number, output.pages) for number in numbers)

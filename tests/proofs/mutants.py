@@ -505,6 +505,18 @@ AGAIN = (
         "test_any_run_goes_on_with_a_repair_of_a_page_that_failed",
     ),
     defect(
+        "what is only to be tagged is taken for lost",
+        "return None if self.purpose == TAG else self.purpose",
+        "return self.purpose",
+        "test_what_is_only_to_be_tagged_is_not_made_again_for_a_page_that_is_gone",
+    ),
+    defect(
+        "a failure forgets that a source is only to be tagged",
+        "purpose = known.purpose if known and outcome.kind is OutcomeKind.FAILED else None",
+        "purpose = known.lost_in if known and outcome.kind is OutcomeKind.FAILED else None",
+        "test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_is_paid_again[no]",
+    ),
+    defect(
         "the place of a first page is not looked for",
         "*([KeyParts.page_key(task.output_key, task.target, 1, 1)] if is_unpacked else [])]",
         "]",

@@ -296,6 +296,19 @@ def test_any_run_goes_on_with_a_repair_of_a_page_that_failed(
     assert (len(api.paid), bodies(bucket)) == (2, stored("converted/a", PDF + b"3", 3))
 
 
+def test_what_is_only_to_be_tagged_is_not_made_again_for_a_page_that_is_gone(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    flags, own = (*UNPACK, "--set", "s3.tag_source=converted=yes"), {"AWS_ENDPOINT_URL_S3": relay.url}
+    bucket.put("a.pdf", PDF + b"3")
+    relay.refuse = lambda _, path: "tagging" in path
+    assert run_cli(*flags, **own).summary["failed"] == {"tag_failed": 1}
+    relay.refuse = lambda *_: False
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a/002.jpg")
+    run = run_cli(*flags, **own)
+    assert (run.exit_code, run.summary["already_done"], run.summary["requests"], len(api.paid)) == (0, 1, 0, 1)
+
+
 def test_a_page_that_is_another_s_by_now_keeps_a_repair_from_being_paid_in_vain(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

@@ -110,6 +110,9 @@ def test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_i
     assert "remedy: the output is stored, and the next run tags its source at no charge: allow s3:GetObj" in run.out
     assert "full.png: it has 10 tags, and S3 allows no more than 10\n" in run.out
     assert (bucket.keys("converted/"), run.rows("in_flight")) == (["converted/full.jpg", "converted/refused.jpg"], [])
+    # A failure of another kind in between changes nothing of it.
+    relay.refuse = lambda method, path: method == "HEAD" and path.endswith("/refused.png")
+    assert "tag_failed" not in run_cli(*options, **there).summary["failed"]
     relay.refuse = lambda *_: False
     run = run_cli(*options, **there)
     assert (run.exit_code, run.summary["failed"], run.summary["already_done"]) == (1, {"too_many_tags": 1}, 1)
