@@ -130,6 +130,7 @@ def test_runs_with_checkpoints_of_their_own_work_side_by_side(
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_comes_and_goes_beside_a_dry_run_damages_nothing(
     *, start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, release: threading.Event
 ) -> None:

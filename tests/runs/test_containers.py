@@ -117,6 +117,7 @@ def task(work: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, 
     return convert
 
 
+@pytest.mark.slow
 def test_the_task_for_airflow_hands_on_the_summary_of_the_run(
     *,
     task: Callable[[], dict[str, Any]],

@@ -99,6 +99,7 @@ def test_a_system_that_starts_no_more_threads_is_named_and_nothing_is_lost(
     assert (len(api.paid), api.paid_twice(), len(bucket.outputs())) == (1, [], 1)
 
 
+@pytest.mark.slow
 def test_the_threads_of_a_worker_process_are_as_scarce(run_cli: Cli, api: ConversionApi, work: Path) -> None:
     # Python imports it when it starts: in the processes that the script starts, there are few threads.
     (work / "sitecustomize.py").write_text(

@@ -235,6 +235,7 @@ def test_a_network_that_loses_packets_only_takes_longer(
     assert sum(map(int, re.findall(r"counter packets (\d+)", counted.stdout))) > 20
 
 
+@pytest.mark.slow
 def test_a_peer_that_vanished_between_two_requests_costs_one_wait(site: Site) -> None:
     site.put(2)
     run = site.begin("run.workers=1", "api.requests_per_minute=20")

@@ -146,6 +146,7 @@ def test_a_free_place_that_may_be_listed_and_not_looked_at_is_written(
     assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 1)
 
 
+@pytest.mark.slow
 def test_that_outputs_cannot_be_listed_is_said_once(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:

@@ -67,7 +67,8 @@ def has_paid(api: ConversionApi, count: int) -> bool:
     return len(api.paid) >= count
 
 
-@pytest.mark.parametrize("transfer", [pytest.param("url", marks=pytest.mark.slow), "upload"])
+@pytest.mark.slow
+@pytest.mark.parametrize("transfer", ["url", "upload"])
 def test_each_object_is_converted_once_by_three_processes(
     transfer: str, run_cli: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:
@@ -124,6 +125,7 @@ def test_worker_processes_that_all_die_end_the_run_and_the_next_one_finishes(
     assert_all_promises_are_kept(start().wait(), strict_api, bucket, expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_all_processes_finish_what_is_in_flight(
     start: Cli, strict_api: ConversionApi, bucket: Any, release: threading.Event
 ) -> None:

@@ -94,6 +94,7 @@ def test_the_total_is_an_estimate_until_the_listing_has_ended(
     assert run.wait().exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_second_pass_over_the_listing_gives_the_total_while_the_workers_are_busy(
     *, start: Cli, bucket: Any, api: ConversionApi, terminal: Terminal, release: threading.Event, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ OBJECTS = 24
 PATIENT = script_with("program.PAGE_KEYS = 4")
 COMMANDS = {"at once": PATIENT, "after the run": WITH_SHORT_PAGES}
 
-pytestmark = pytest.mark.needs("restart", "disk")
+pytestmark = [pytest.mark.needs("restart", "disk"), pytest.mark.slow]
 
 
 def kill_at(api: ConversionApi, moment: Event, s3: S3Server) -> threading.Event:
@@ -40,17 +40,17 @@ def kill_at(api: ConversionApi, moment: Event, s3: S3Server) -> threading.Event:
     ("transfer", "back"),
     [
         ("auto", "at once"),
-        pytest.param("auto", "after the run", marks=pytest.mark.slow),
+        ("auto", "after the run"),
         # What `auto` stands for where it is quick.
-        pytest.param("url", "at once", marks=pytest.mark.slow),
-        pytest.param("upload", "at once", marks=pytest.mark.slow),
+        ("url", "at once"),
+        ("upload", "at once"),
     ],
 )
 @pytest.mark.parametrize(
     "at",
     [
         # With one worker, nothing is being put.
-        pytest.param(("request_received", 1), id="before the API fetches", marks=pytest.mark.slow),
+        pytest.param(("request_received", 1), id="before the API fetches"),
         pytest.param(("answered", 8), id="while outputs are put", marks=pytest.mark.needs("whole puts")),
     ],
 )

@@ -238,6 +238,7 @@ def test_max_runtime_ends_the_run_and_the_next_goes_on(run_cli: Cli, bucket: Any
     assert_next_run_finishes(run_cli, bucket, api, 30)
 
 
+@pytest.mark.slow
 def test_a_pause_that_one_worker_learns_of_holds_for_all(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     put_some(bucket, 12)
     api.behaviour.per_minute = 5

@@ -358,8 +358,9 @@ class Throttle:
             return self._taken > self._at_once
 
 
+@pytest.mark.slow
 @pytest.mark.needs("pages")
-@pytest.mark.parametrize("status", [503, pytest.param(429, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("status", [503, 429])
 def test_outputs_that_s3_takes_only_slowly_are_all_stored(
     status: int, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
@@ -373,6 +374,7 @@ def test_outputs_that_s3_takes_only_slowly_are_all_stored(
     assert throttle.refused < 4 * 40
 
 
+@pytest.mark.slow
 @pytest.mark.needs("pages")
 def test_a_listing_that_s3_refuses_for_a_while_is_read_to_its_end(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay

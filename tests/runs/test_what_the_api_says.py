@@ -141,6 +141,7 @@ class Stalling(TcpProxy):
         return 3.0 if before < 100_000 <= self.passed else 0.0
 
 
+@pytest.mark.slow
 def test_an_upload_may_stall_for_longer_than_a_connection_may_take(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
