@@ -833,10 +833,9 @@ class ApiReply:
 
     @staticmethod
     def remaining(headers: Mapping[str, str]) -> int | None:
-        """Conversions that are left this month, the fewest that it says; 0 if more than all are used, None: unknown."""
+        """Conversions that are left this month, the fewest where it says several numbers; None if it says none."""
         told = [part.strip() for part in headers.get("X-CTF-Remaining", "").split(",")]
-        numbers = [int(number) for number in told if re.fullmatch("-?[0-9]{1,15}", number)]
-        return max(0, min(numbers)) if numbers else None
+        return min((int(number) for number in told if re.fullmatch("[0-9]{1,15}", number)), default=None)
 
     @staticmethod
     def is_older(headers: Mapping[str, str], asked: float) -> bool:
@@ -1601,9 +1600,10 @@ class Job(ConvertOptions):
         """Whether a key is skipped because it names the target."""
         return self.same_format == "skip" and self.is_same_format(key)
 
-    def result_of(self, key: str) -> tuple[bool, str, str]:
+    def result_of(self, key: str) -> tuple[str, str, str, str]:
         """What it makes of an object, or that it leaves it; jobs of one result would make the very same output."""
-        return self.leaves_as_it_is(key), self.fingerprint, self.output_of(key)
+        handling = self.same_format if self.is_same_format(key) else "convert"
+        return handling, self.pages, self.fingerprint, self.output_of(key)
 
     @functools.cached_property
     def _same_endings(self) -> tuple[str, ...]:
@@ -1716,7 +1716,7 @@ def is_same_file(first: str, second: str) -> bool:
 def may_be_failures(path: str) -> bool:
     """Whether a file begins as a failures file does, or nothing can be read of it."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(1) in b"{"
+        return file.read(100).lstrip()[:1] in b"{"
     return True
 
 
@@ -1841,7 +1841,8 @@ def load_settings(
         shard = Shard.from_environment(environ, problems) if shard_flag is None else Shard.parse(shard_flag.strip())
     except ValueError as expected:
         problems.append(f"--shard = {shard_flag}: {expected}")
-    read = {"configuration": str(file), "program": __file__, "--keys-from": keys_from, "API key": api.key_file}
+    read = {"configuration": str(file), "--keys-from": keys_from, "API key": api.key_file}
+    read["program"] = globals().get("__file__")  # where it is read from stdin, it may have none
     reader.check_run(run, shard, {name: os.path.expanduser(path) for name, path in read.items() if path})
     if problems:
         # Each once, and under the place where its option was given: a variable, a flag, the INI file.
@@ -3288,9 +3289,6 @@ class Bucket:
                     return kind, output
         if task.holder:
             raise ObjectFailed("output_collision", taken_key(task.output_key, task.holder))
-        if task.look and self._settings.by_name[task.job].pages == "unpack":
-            # Where a person has unpacked an archive, the first page is in the way.
-            self._require_place(task, KeyParts.page_key(task.output_key, task.target, 1, 1))
         return None
 
     def _has_its_pages(self, task: Task, output: StoredOutput) -> bool:
@@ -3753,15 +3751,15 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
     if not task.source.version:
         # The plan took every job that lets the key in for one that wants the object: such a job may stand here for one
         # that makes the same, or have claimed the output key.
-        jobs, key, mine = settings.jobs, source.key, (task.fingerprint, task.output_key)
-        made = {f"[job {job.name}]": (job.fingerprint, job.output_of(key)) for job in jobs}
+        jobs, key, mine = settings.jobs, source.key, settings.by_name[task.job].result_of(source.key)
+        made = {f"[job {job.name}]": job.result_of(key) for job in jobs}
         named = zip(made, jobs, strict=True)
         wanting = [name for name, job in named if job.wants(source) and not job.leaves_as_it_is(key)]
         if mine not in (made[name] for name in wanting):
             raise ObjectSkipped(NOT_MATCHED)
         if task.holder in made:
             slot = KeyParts.slot_of(task.output_key)
-            rivals = [name for name in wanting if KeyParts.slot_of(made[name][1]) == slot]
+            rivals = [name for name in wanting if KeyParts.slot_of(made[name][-1]) == slot]
             owner = next((name for name in rivals if made[name] == made[task.holder]), rivals[0])
             task = replace(task, holder="" if made[owner] == mine else owner)
         if known and known.version == source.version:
@@ -4003,22 +4001,17 @@ class Planner:
             return "output_collision", f"{task.output_key}: {said}"
         return None
 
-    def _keys_to_look_for(self, task: Task) -> list[str]:
-        is_unpacked = self.settings.by_name[task.job].pages == "unpack"
-        return [task.output_key, *([KeyParts.page_key(task.output_key, task.target, 1, 1)] if is_unpacked else [])]
-
     def _placed(self, tasks: Sequence[Task]) -> Iterator[Task]:
         """The tasks with what is known of their output keys: who holds them, and whether something lies there."""
         here, jobs = self.bucket.name, self.settings.by_name
         slots = [self.journal.slot(task.output_key) for task in tasks]
         held = self.journal.holders(slots)
-        wanted = [(jobs[task.job].constant_prefix, key) for task in tasks for key in self._keys_to_look_for(task)]
-        there = self._outputs.existing(wanted)
+        there = self._outputs.existing([(jobs[task.job].constant_prefix, task.output_key) for task in tasks])
         if self._outputs.refusal:
             self.warnings["outputs"] = f"outputs cannot be listed ({self._outputs.refusal}): each is looked at instead"
         placed: list[tuple[str, Task]] = []
         for slot, task in zip(slots, tasks, strict=True):
-            is_there = not there.isdisjoint(self._keys_to_look_for(task))
+            is_there = task.output_key in there
             bucket, key = held.get(slot, (here, task.source.key))
             holder = key if bucket == here else f"s3://{bucket}/{key}"
             # An object that was deleted while it was in flight, and has left no output, holds nobody up.
@@ -4036,7 +4029,7 @@ class Planner:
                 yield task
             elif key == task.source.key:
                 yield replace(task, holder=f"[job {job}]")
-            elif task.look:
+            elif task.pending or (task.look and not self._outputs.refusal):
                 # Of different sources, the one has the key whose output lies there: the look tells.
                 yield task
             elif self._holder_looks and self.bucket.is_no_source(key):
@@ -4877,9 +4870,11 @@ class ApiRequest:
 
     @property
     def may_be_charged(self) -> bool:
-        """Whether the API has done some work for it, or may have; a job that has failed is work."""
-        is_refused = self.state is RequestState.REJECTED and not self.row.job_id
-        return not is_refused and self.state not in {RequestState.UNSENT, RequestState.PUT_OFF}
+        """Whether the API may have done some work for it in this run; a job that has failed is work."""
+        if self.is_resumed or self.is_old_job:
+            return False  # an earlier run has counted it
+        is_failed_job = self.state is RequestState.REJECTED and bool(self.row.job_id)
+        return is_failed_job or self.state in {RequestState.UNKNOWN, RequestState.ANSWERED}
 
     @property
     def is_forgotten(self) -> bool:

@@ -57,7 +57,6 @@ WHO_PAYS = "test_whoever_pays_for_requests_says_so_in_each_of_them"
 HIDDEN_KEY = "test_a_key_that_the_api_repeats_is_written_nowhere"
 APPEND_ONLY = "test_what_the_log_says_cannot_be_changed_or_taken_away"
 A_DAY_LATER = "test_a_request_that_was_first_sent_a_day_ago_is_no_replay_however_often_it_was_sent_again"
-BY_HAND = "test_where_a_person_has_unpacked_the_pages_nothing_is_paid"
 PUT_AGAIN = "test_the_same_bytes_put_again_are_paid_once_or_counted"
 COUNTS_ALL = "test_the_limit_counts_whatever_may_be_charged_for_one_object"
 REMAINDER = "test_the_remainder_is_kept_wherever_it_is_said"
@@ -517,18 +516,6 @@ AGAIN = (
         "test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_is_paid_again[no]",
     ),
     defect(
-        "the place of a first page is not looked for",
-        "*([KeyParts.page_key(task.output_key, task.target, 1, 1)] if is_unpacked else [])]",
-        "]",
-        BY_HAND,
-    ),
-    defect(
-        "the place of a first page is not looked at",
-        'if task.look and self._settings.by_name[task.job].pages == "unpack":',
-        "if False:",
-        BY_HAND,
-    ),
-    defect(
         "what another has put in a page's place is found after it was paid for",
         "are_there = [self._require_place(task, key) for key in keys]",
         "are_there = (self._require_place(task, key) for key in keys)",
@@ -547,20 +534,32 @@ AGAIN = (
     defect("a cap counts objects", "if is_another or not (self._asked_at", "if not (self._asked_at", COUNTS_ALL),
     defect(
         "a cap counts a refused URL",
-        "is_refused = self.state is RequestState.REJECTED and not self.row.job_id",
-        "is_refused = False",
+        "is_failed_job = self.state is RequestState.REJECTED and bool(self.row.job_id)",
+        "is_failed_job = self.state is RequestState.REJECTED",
         "test_a_url_that_the_api_refuses_does_not_count_beside_the_bytes",
+    ),
+    defect(
+        "a cap counts what an earlier run has sent, so that no run gets on",
+        "if self.is_resumed or self.is_old_job:",
+        "if False:",
+        COUNTS_ALL,
+    ),
+    defect(
+        "two sources of one output are paid where outputs may not be listed",
+        "elif task.pending or (task.look and not self._outputs.refusal):",
+        "elif task.look:",
+        "test_of_two_sources_with_one_output_one_is_paid_where_outputs_may_not_be_listed",
+    ),
+    defect(
+        "a named object is handled as another job says",
+        'handling = self.same_format if self.is_same_format(key) else "convert"',
+        'handling = "skip" if self.leaves_as_it_is(key) else "convert"',
+        "test_a_named_object_is_handled_as_the_job_that_wants_its_size_says",
     ),
     defect(
         "what remains is not read where a job is made",
         "if answer.status_code in {200, 202} and remaining",
         "if answer.status_code == 200 and remaining",
-        REMAINDER,
-    ),
-    defect(
-        "less than nothing remains unseen",
-        're.fullmatch("-?[0-9]{1,15}", number)',
-        're.fullmatch("[0-9]{1,15}", number)',
         REMAINDER,
     ),
     defect(

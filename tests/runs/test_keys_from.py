@@ -14,6 +14,7 @@ import pytest
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.converters import marking
 from tests.standins.key_files import DATE, write
+from tests.standins.samples import photo
 
 if TYPE_CHECKING:
     pass
@@ -75,6 +76,18 @@ def test_a_named_object_goes_to_the_job_that_wants_its_size(
     assert [(line["job"], line["message"].partition(";")[0]) for line in run.failures] == [
         ("c", "converted/large.jpg: belongs to [job b]")
     ]
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_named_object_is_handled_as_the_job_that_wants_its_size_says(
+    run_cli: Cli, bucket: Any, api: ConversionApi, tmp_path: Path
+) -> None:
+    (run_cli("--version").workdir / "config.ini").write_text(
+        "[job a]\nmax_size = 9\nsame_format = copy\n[job b]\nmin_size = 10\nsame_format = convert\n"
+    )
+    bucket.put("large.jpg", photo(1, "jpg"))
+    run = run_cli("--keys-from", str(write(tmp_path / "keys", "large.jpg\n")))
+    assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 1), run.out
 
 
 @pytest.mark.parametrize("first", ["\n", "\ufeff\r\n" + 9 * "\n"], ids=["blank", "BOM and blanks"])

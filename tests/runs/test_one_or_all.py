@@ -244,7 +244,6 @@ def remaining(*told: str) -> Fault:
     ("told", "flags"),
     [
         pytest.param(None, ("--set", "api.jobs_above=1", "--set", "api.keep_remaining=95"), id="to what makes a job"),
-        pytest.param(("-37",), (), id="more than all is used"),
         pytest.param(("95", "96"), ("--set", "api.keep_remaining=95"), id="said twice"),
     ],
 )

