@@ -151,8 +151,10 @@ def test_of_two_sources_with_one_output_one_is_paid_where_outputs_may_not_be_lis
 ) -> None:
     for name in ("a.heic", "a.png"):
         bucket.put(name, PNG + name.encode())
+    # So long that the other one would be looked at before anything lies there.
+    api.behaviour.latency = 0.5
     relay.refuse = lambda method, path: method == "GET" and "prefix=converted" in path
-    run = run_cli("--workers", "1", AWS_ENDPOINT_URL_S3=relay.url)
+    run = run_cli("--workers", "2", "--set", "api.requests_per_minute=1000", AWS_ENDPOINT_URL_S3=relay.url)
     assert (run.exit_code, run.summary["failed"], len(api.paid)) == (1, {"output_collision": 1}, 1)
 
 
