@@ -25,6 +25,7 @@ class Ministack(Packaged):
         "strict tags": "its limits of tags were not compared with Amazon's",
         "tags of copies": "it drops those of a copy in parts",
         "regions": "it takes signatures for any region",
+        "aws-chunked": "it takes the body of a PUT apart wherever its coding says so",
         "whole puts": "what is being put when it is killed is there without its metadata",
     }
 
