@@ -542,7 +542,7 @@ AGAIN = (
         "a cap counts what an earlier run has sent, so that no run gets on",
         "if self.is_resumed or self.is_old_job:",
         "if False:",
-        COUNTS_ALL,
+        "test_under_a_cap_of_one_runs_get_on_with_what_takes_two",
     ),
     defect(
         "two sources of one output are paid where outputs may not be listed",
