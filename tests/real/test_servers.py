@@ -33,6 +33,7 @@ def test_what_a_server_cannot_do_is_left_out_by_name_and_with_the_reason() -> No
     assert "left out" not in pytest_says("--s3", "swift")
 
 
+@pytest.mark.slow
 def test_with_a_server_s_name_only_tests_that_need_one_are_run() -> None:
     said = pytest_says("--s3", "swift")
     assert "test_an_odd_key_round_trips" in said

@@ -77,6 +77,7 @@ def changed(change: Callable[[Answer], Answer], times: int | None = 1) -> Fault:
 ########################################################################
 
 
+@pytest.mark.slow
 def test_interim_answers_are_read_over(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     api.behaviour.convert, api.behaviour.latency = marking, 0.02
     api.behaviour.interim = EARLY_HINTS + PROCESSING
@@ -317,6 +318,7 @@ def is_download(request: Request) -> bool:
     return request.path.startswith(JOBS + "/download/")
 
 
+@pytest.mark.slow
 def test_an_answer_that_drips_is_ended_and_asked_for_by_the_next_run(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

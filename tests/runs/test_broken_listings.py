@@ -116,6 +116,7 @@ def test_where_pages_do_not_say_how_to_go_on_it_is_after_their_last_key(
     assert_all_promises_are_kept(run, api, bucket, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("pages")
 def test_so_it_is_where_the_pages_break_in_addition(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay

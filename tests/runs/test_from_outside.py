@@ -193,6 +193,7 @@ def test_a_key_that_is_revoked_midway_stops_the_run_and_blames_no_object(
     assert len(api.paid) == len(bucket.outputs()) == 20
 
 
+@pytest.mark.slow
 def test_what_s3_does_not_let_us_store_is_stored_by_the_next_run_for_free(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
@@ -211,6 +212,7 @@ def test_what_s3_does_not_let_us_store_is_stored_by_the_next_run_for_free(
     assert api.paid_twice() == []
 
 
+@pytest.mark.slow
 def test_a_storage_class_that_s3_does_not_have_stops_the_run_before_more_is_paid(
     run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:

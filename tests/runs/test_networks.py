@@ -500,6 +500,7 @@ def test_no_proxy_goes_around_it(site: Site, authorities: Authorities) -> None:
     assert site.to_s3.connections > 0
 
 
+@pytest.mark.slow
 def test_an_answer_that_breaks_behind_a_proxy_is_paid_once(site: Site) -> None:
     site.put()
     fault = Fault(Does.RESET, on=CONVERT, way="down", times=None)

@@ -129,6 +129,7 @@ def test_ten_refusals_of_a_bucket_that_has_no_more_are_still_said_to_be_about_al
     assert_all_promises_are_kept(run_cli(), api, bucket, expected)
 
 
+@pytest.mark.slow
 def test_ten_that_are_refused_hold_up_no_others_in_the_next_run(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     expected = fill(bucket, 16)
     wheres = [is_about(f"{number:03}.png") for number in range(10)]

@@ -145,6 +145,7 @@ def test_ctrl_c_lets_all_processes_finish_what_is_in_flight(
     assert_all_promises_are_kept(start(*THREE).wait(), strict_api, bucket, expected)
 
 
+@pytest.mark.slow
 def test_worker_processes_end_with_a_parent_that_is_killed(
     start: Cli, strict_api: ConversionApi, bucket: Any, release: threading.Event
 ) -> None:

@@ -55,7 +55,13 @@ def test_what_the_api_had_put_off_when_a_run_ended_is_sent_again_as_it_was(
 
 
 @pytest.mark.parametrize(
-    ("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)], ids=str
+    ("number", "exit_code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 143, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_signal_lets_finish_what_is_in_flight_and_sends_nothing_new(
     *, number: int, exit_code: int, start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
@@ -225,6 +231,7 @@ def test_under_a_cap_what_was_interrupted_comes_before_what_is_new(
     assert (len(api.paid), api.paid_twice()) == (12, [])
 
 
+@pytest.mark.slow
 def test_too_many_failures_stop_the_run_and_are_named(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     put_some(bucket, 70)
     api.faults.add(Fault.status_reply(422, "conversion_failed", times=20))

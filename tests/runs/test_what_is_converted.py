@@ -50,7 +50,9 @@ def write_ini(path: Path, *lines: str) -> str:
 
 
 @pytest.mark.needs("newlines")
-@pytest.mark.parametrize("transfer", ["url", pytest.param("auto", marks=pytest.mark.slow), "upload"])
+@pytest.mark.parametrize(
+    "transfer", ["url", *(pytest.param(other, marks=pytest.mark.slow) for other in ("auto", "upload"))]
+)
 def test_odd_keys_work_end_to_end(transfer: str, run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     api.behaviour.convert = marking
     sources = {key: b"\x89PNG\r\n\x1a\n" + key.encode() for key in ODD_KEYS}

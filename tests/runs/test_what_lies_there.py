@@ -122,6 +122,7 @@ def test_a_bucket_that_was_copied_to_another_name_has_nothing_left_to_do(
     assert {key: other_bucket.read(key) for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_a_bucket_of_the_same_name_at_another_endpoint_is_another_bucket(
     run_cli: Cli, bucket: Any, api: ConversionApi, new_server: Callable[..., S3Server]
 ) -> None:
@@ -421,6 +422,7 @@ def test_a_portal_s_page_in_place_of_a_listing_ends_the_run_in_a_sentence(
     assert "Traceback" not in run.err
 
 
+@pytest.mark.slow
 @pytest.mark.needs("pages")
 def test_an_empty_page_before_each_page_does_not_make_a_listing_slow(
     run_cli: Cli, bucket: Any, relay: Relay, s3: S3Server

@@ -62,6 +62,7 @@ def test_a_forked_run_finds_what_one_that_python_starts_finds(both: Both) -> Non
     assert len({*forked.err.split(), *plain.err.split(), *again.err.split()}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cheap_object")
 def test_a_forked_run_says_and_ends_as_one_that_python_starts(both: Both) -> None:
     converts, finds = both("--set", "run.processes=2")

@@ -262,6 +262,7 @@ def test_a_child_process_finds_the_server_by_its_environment(s3: S3Server, bucke
 ########################################################################
 
 
+@pytest.mark.slow
 @pytest.mark.needs("restart", "disk")
 @pytest.mark.parametrize("end", [S3Server.stop, S3Server.kill])
 def test_objects_outlive_an_end_of_the_server(end: Callable[[S3Server], None], s3: S3Server, bucket: str) -> None:
