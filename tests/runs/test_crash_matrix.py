@@ -164,7 +164,7 @@ def test_a_kill_where_a_dead_url_is_signed_anew_pays_once(
     assert run.summary["possible_double_charges"] == 1
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", [pytest.param("before", marks=pytest.mark.slow), "after"])
 def test_a_second_kill_where_a_paid_answer_is_looked_for_pays_nothing_twice(
     *, when: str, start: Cli, strict_api: ConversionApi, bucket: Any
 ) -> None:

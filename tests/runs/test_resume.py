@@ -387,6 +387,7 @@ def check(s3: S3Server, **budget: Any) -> None:
     run_machine(lambda: Resuming(s3), settings=given)
 
 
+@pytest.mark.slow
 def test_a_few_histories_end_as_the_model_says(s3: S3Server) -> None:
     check(s3, max_examples=3, stateful_step_count=8, derandomize=True)
 

@@ -96,7 +96,7 @@ def test_a_source_gets_its_tag_whichever_way_it_becomes_done(
     assert not [asked for asked in relay.asked if "tagging" in asked.query]
 
 
-@pytest.mark.parametrize("skip_existing", ["yes", "no"])
+@pytest.mark.parametrize("skip_existing", [pytest.param("yes", marks=pytest.mark.slow), "no"])
 def test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_is_paid_again(
     skip_existing: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
