@@ -1706,20 +1706,6 @@ class RawOption(NamedTuple):
         ]
 
 
-def is_same_file(first: str, second: str) -> bool:
-    """Whether two paths lead to one file, by links of any kind, or would. A device is none."""
-    with contextlib.suppress(OSError):
-        return os.path.samefile(first, second) and os.path.isfile(first)
-    return os.path.realpath(first) == os.path.realpath(second)
-
-
-def may_be_failures(path: str) -> bool:
-    """Whether a file begins as a failures file does, or nothing can be read of it."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return file.read(100).lstrip()[:1] in b"{"
-    return True
-
-
 class SettingsReader:
     """Reads the options that are given, and collects every problem, each under the name of its option."""
 
@@ -1774,6 +1760,20 @@ class SettingsReader:
                     break
         return tuple(jobs.values())
 
+    @staticmethod
+    def _is_same_file(first: str, second: str) -> bool:
+        """Whether two paths lead to one file, by links of any kind, or would. A device is none."""
+        with contextlib.suppress(OSError):
+            return os.path.samefile(first, second) and os.path.isfile(first)
+        return os.path.realpath(first) == os.path.realpath(second)
+
+    @staticmethod
+    def _may_be_failures(path: str) -> bool:
+        """Whether a file begins as a failures file does, or nothing can be read of it."""
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            return file.read(100).lstrip()[:1] in b"{"
+        return True
+
     def check_run(self, run: RunOptions, shard: Shard, read: Mapping[str, str]) -> None:
         """Note a checkpoint that is no file, files that would be written over others, and idle processes.
 
@@ -1790,10 +1790,10 @@ class SettingsReader:
         for first, second in (*itertools.product(kept, paths), *itertools.combinations(paths, 2)):
             # Both of /dev/stdout and /dev/stderr may be links to one file that a shell has opened.
             is_shared = os.path.abspath(paths.get(first, "")) == os.path.abspath(paths[second])
-            is_shared = is_same_file(kept[first], paths[second]) if first in kept else is_shared
+            is_shared = self._is_same_file(kept[first], paths[second]) if first in kept else is_shared
             # To try again what has failed, a run reads the file that it appends to: but not if that is a list of keys.
             is_fed = (first, second) == ("--keys-from", "failures")
-            if is_shared and not (is_fed and may_be_failures(paths[second])):
+            if is_shared and not (is_fed and self._may_be_failures(paths[second])):
                 told = f"is the {first} file as well; give it another path"
                 self.problems.append(f"[run] {second} = {getattr(run, second)}: {told}")
         if run.processes > run.workers:
