@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.documents import OPERATIONS, section
+from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import zip_of_pages
 from tests.standins.program import PYTHON, SCRIPT, script_with, shard_of
@@ -782,7 +783,7 @@ def test_why_says_that_an_output_is_altered_and_who_has_to_delete_it(run_cli: Cl
 
 def test_why_says_what_an_output_is_that_is_adopted(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", picture())
-    time.sleep(1.1 - time.time() % 1)  # to the next second: S3's times have no finer ones
+    until_next_second()  # S3's times have no finer ones
     bucket.put("converted/a.jpg", b"another program's")
     assert run_cli("--why", "a.png").out.splitlines()[-3:] == [
         "output key     converted/a.jpg (job default), not known whose",

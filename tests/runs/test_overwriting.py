@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import Conversion, Converted, marking
 from tests.standins.program import TestBucket, lose_checkpoint, script_with
@@ -25,11 +25,6 @@ PRECIOUS = b"somebody's own"
 
 def body_of(bucket: Any, key: str) -> bytes:
     return bytes(bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read())
-
-
-def wait_for_another_second() -> None:
-    """Let what is put next be newer than what was put last: listings have whole seconds."""
-    time.sleep(1.1 - time.time() % 1)
 
 
 def refused(run: Any) -> bool:
@@ -51,7 +46,7 @@ def test_a_copy_overwrites_no_object_among_the_sources(run_cli: Cli, bucket: Any
 
 def test_a_copy_overwrites_no_object_below_the_output_prefix(run_cli: Cli, bucket: Any) -> None:
     bucket.put("converted/a.jpg", PRECIOUS)
-    wait_for_another_second()
+    until_next_second()
     bucket.put("a.jpg", JPG)
     assert "fail: output_collision" in run_cli("--set", "convert.same_format=copy", "--why", "a.jpg").out
     assert refused(run_cli("--set", "convert.same_format=copy"))
@@ -64,7 +59,7 @@ def test_an_archive_of_pages_overwrites_no_other_archive(run_cli: Cli, bucket: A
     bucket.put("a.jpg.zip", PRECIOUS)
     assert refused(run_cli(*BESIDE))
     bucket.put("converted/b.jpg.zip", PRECIOUS)
-    wait_for_another_second()
+    until_next_second()
     bucket.put("b.png", PNG)
     assert refused(run_cli("--set", "convert.include=b.png"))
     assert [body_of(bucket, key) for key in ("a.jpg.zip", "converted/b.jpg.zip")] == [PRECIOUS] * 2
@@ -81,7 +76,7 @@ def test_what_is_put_there_while_a_source_is_converted_is_not_overwritten(
     mark: dict[str, str], run_cli: Cli, bucket: Any, api: ConversionApi
 ) -> None:
     def convert(conversion: Conversion) -> Converted:
-        wait_for_another_second()
+        until_next_second()
         told = {"source-bucket": bucket.name, **mark} if mark else {}
         bucket.client.put_object(Bucket=bucket.name, Key="converted/a.jpg", Body=PRECIOUS, Metadata=told)
         return marking(conversion)
@@ -207,7 +202,7 @@ def test_an_output_of_another_bucket_is_not_found_without_a_checkpoint_that_know
     run_cli: Cli, two: tuple[Any, Any, Any], tmp_path: Path
 ) -> None:
     one, other, outputs = two
-    wait_for_another_second()
+    until_next_second()
     shared = ("--set", f"s3.output_bucket={outputs.name}")
     first = run_cli(*shared, S3_BUCKET=one.name)
     lose_checkpoint(tmp_path / "work")
