@@ -298,7 +298,10 @@ def human_seconds(seconds: float) -> str:
 
 def iso_time(seconds: float) -> str:
     """A time (Unix seconds) in ISO 8601, in the local zone, with its offset."""
-    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    with contextlib.suppress(ValueError):  # TZ says a day or more; Python knows no such zone
+        moment = moment.astimezone()
+    return moment.isoformat(timespec="seconds")
 
 
 def seconds_since(moment: str) -> float:
@@ -1057,6 +1060,7 @@ class Outcome:
     permanent: bool = False
     pending: PendingRequest | None = None  # the request that must be kept, because the API may have its result
     output: StoredOutput | None = None
+    is_untagged: bool = False  # a failure after which nothing is left to do but to tag the source
     page_bytes: int = 0  # of the pages that were stored beside it
     seconds: float = 0.0  # from the worker's first step to its last, waits included
     requests: int = 0
@@ -1070,7 +1074,7 @@ class Outcome:
     @property
     def is_free(self) -> bool:
         """Whether it is a failure that has cost nothing in vain, and says nothing of the API or of S3."""
-        return self.code in FREE_FAILURES and (not self.paid or self.code == TOO_MANY_TAGS)
+        return self.code in FREE_FAILURES and (self.is_untagged or not self.paid)
 
 
 class FeederUpdate(NamedTuple):
@@ -1788,9 +1792,11 @@ class SettingsReader:
         kept = {f"checkpoint{end}": checkpoint + end for end in ("", "-wal", "-shm", "-journal", ".lock")}
         kept.update(read)
         for first, second in (*itertools.product(kept, paths), *itertools.combinations(paths, 2)):
-            # Both of /dev/stdout and /dev/stderr may be links to one file that a shell has opened.
-            is_shared = os.path.abspath(paths.get(first, "")) == os.path.abspath(paths[second])
-            is_shared = self._is_same_file(kept[first], paths[second]) if first in kept else is_shared
+            if first in kept:
+                is_shared = self._is_same_file(kept[first], paths[second])
+            else:
+                # As paths: both of /dev/stdout and /dev/stderr may be links to one file that a shell has opened.
+                is_shared = os.path.abspath(paths[first]) == os.path.abspath(paths[second])
             # To try again what has failed, a run reads the file that it appends to: but not if that is a list of keys.
             is_fed = (first, second) == ("--keys-from", "failures")
             if is_shared and not (is_fed and self._may_be_failures(paths[second])):
@@ -2378,7 +2384,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         is_seen_again = outcome.kind is OutcomeKind.SKIPPED and outcome.code != OWN_OUTPUT
         # A collision is looked at in every run: a million of them must not write a million rows a day.
         purpose = known.purpose if known and outcome.kind is OutcomeKind.FAILED else None
-        purpose = TAG if outcome.code in {TAG_FAILED, TOO_MANY_TAGS} else purpose
+        purpose = TAG if outcome.is_untagged else purpose
         told = (outcome.kind.value, int(outcome.permanent), outcome.runs_failed, outcome.code, purpose)
         state = (task.source.version, *told)
         is_known = known and known[1:] == state and not (output or outcome.possible_double_charge)
@@ -3747,7 +3753,7 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
 
     Of a key from a file, only now is it known whether the object is wanted, and whether it is done.
     """
-    (source, head), known, most = bucket.look_at_source(task.source), task.known, settings.api.max_size
+    (source, head), most = bucket.look_at_source(task.source), settings.api.max_size
     if not task.source.version:
         # The plan took every job that lets the key in for one that wants the object: such a job may stand here for one
         # that makes the same, or have claimed the output key.
@@ -3762,10 +3768,10 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
             rivals = [name for name in wanting if KeyParts.slot_of(made[name][-1]) == slot]
             owner = next((name for name in rivals if made[name] == made[task.holder]), rivals[0])
             task = replace(task, holder="" if made[owner] == mine else owner)
-        if known and known.version == source.version:
-            if known.event in DONE_EVENTS:
+        if seen := replace(task, source=source).known_version:
+            if seen.event in DONE_EVENTS:
                 raise ObjectSkipped(ALREADY_DONE)
-            if known.permanent and not settings.retry_failed:
+            if seen.permanent and not settings.retry_failed:
                 raise ObjectSkipped(FAILED_BEFORE)
     if source.size > most and not task.copy:
         raise ObjectFailed("too_large", f"{source.size} bytes are more than api.max_size = {most}", permanent=True)
@@ -4960,7 +4966,8 @@ class Conversation:
     ) -> Outcome:
         """How it has ended, without secrets, and with the request that must be kept, if there is one."""
         why, hide = why or ObjectFailed("", ""), self._context.settings.hide
-        is_stored = kind.value in DONE_EVENTS or why.code in {TAG_FAILED, TOO_MANY_TAGS}
+        is_untagged = why.code in {TAG_FAILED, TOO_MANY_TAGS}
+        is_stored = is_untagged or kind.value in DONE_EVENTS
         is_settled = is_stored or (why.permanent and why.code not in {"not_stored", "bad_pages"})
         # The API may have the result or, after 429, may remember the body.
         kept = ({RequestState.ANSWERED, RequestState.UNKNOWN}, {RequestState.PUT_OFF})
@@ -4978,6 +4985,7 @@ class Conversation:
             why.permanent,
             pending=next(iter(pending), None),
             output=output,
+            is_untagged=is_untagged,
             page_bytes=self._page_bytes,
             seconds=time.monotonic() - self._started,
             requests=self._exchanges,

@@ -516,6 +516,12 @@ AGAIN = (
         "test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_is_paid_again[no]",
     ),
     defect(
+        "what is given up when its source could not be tagged is made again",
+        "purpose = TAG if outcome.is_untagged else purpose",
+        "purpose = TAG if outcome.code in {TAG_FAILED, TOO_MANY_TAGS} else purpose",
+        "test_a_source_that_could_not_be_tagged_in_the_last_of_five_failed_runs_is_only_tagged_then",
+    ),
+    defect(
         "what another has put in a page's place is found after it was paid for",
         "are_there = [self._require_place(task, key) for key in keys]",
         "are_there = (self._require_place(task, key) for key in keys)",
@@ -523,7 +529,7 @@ AGAIN = (
     ),
     defect(
         "what was paid in vain counts as free",
-        "return self.code in FREE_FAILURES and (not self.paid or self.code == TOO_MANY_TAGS)",
+        "return self.code in FREE_FAILURES and (self.is_untagged or not self.paid)",
         "return self.code in FREE_FAILURES",
         "test_answers_that_were_paid_for_and_cannot_be_stored_stop_the_run",
     ),
@@ -621,7 +627,7 @@ TAGS = (
     ),
     defect(
         "what could not be tagged is asked for again",
-        "is_stored = kind.value in DONE_EVENTS or why.code in {TAG_FAILED, TOO_MANY_TAGS}",
+        "is_stored = is_untagged or kind.value in DONE_EVENTS",
         "is_stored = kind.value in DONE_EVENTS",
         NOT_TAGGED,
     ),

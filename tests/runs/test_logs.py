@@ -90,3 +90,9 @@ def test_a_line_for_people_has_the_date_and_the_zone(run_cli: Cli, bucket: Any) 
     when, *words = run_cli(TZ="XYZ-5:30").err.splitlines()[0].split(" ")
     assert datetime.fromisoformat(when).isoformat().endswith("+05:30")
     assert words[0] == "converting"
+
+
+def test_a_zone_of_a_day_and_more_is_left_for_utc(run_cli: Cli, bucket: Any) -> None:
+    put_some(bucket, 1)
+    run = run_cli(TZ="XYZ+25")
+    assert (run.exit_code, run.err.splitlines()[0].split(" ")[0][-6:]) == (0, "+00:00")

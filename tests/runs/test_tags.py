@@ -11,7 +11,7 @@ import pytest
 from tests.runs.test_looking import starting
 from tests.runs.test_outputs_as_stored import IN_PARTS, LARGE, written
 from tests.runs.test_resume import until_next_second
-from tests.standins.conversion_api import ConversionApi
+from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.program import lose_checkpoint
 from tests.standins.promises import PNG
 from tests.standins.relay import Asked, Relay
@@ -122,6 +122,20 @@ def test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_i
     )
     assert (run_cli(*options, **there).exit_code, tags_of(bucket, "full.png")) == (0, {"0": "", **DONE})
     assert len(api.paid) == 2
+
+
+def test_a_source_that_could_not_be_tagged_in_the_last_of_five_failed_runs_is_only_tagged_then(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    bucket.put("a.png", PNG)
+    api.faults.add(Fault.status_reply(500, "internal_error", times=4))
+    relay.refuse = is_tagging
+    options, there = (*TAGGING, "--set", "api.retries=0"), {"AWS_ENDPOINT_URL_S3": relay.url}
+    codes = [next(iter(run_cli(*options, **there).summary["failed"])) for _ in range(5)]
+    assert codes == ["internal_error"] * 4 + ["gave_up"]
+    relay.refuse = lambda *_: False
+    run = run_cli(*options, "--retry-failed", "--set", "run.skip_existing=no", **there)
+    assert (run.exit_code, tags_of(bucket, "a.png"), len(api.paid)) == (0, DONE, 1)
 
 
 def test_a_source_that_has_ten_other_tags_is_tried_again_in_every_run(run_cli: Cli, bucket: Any) -> None:
