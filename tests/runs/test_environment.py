@@ -171,7 +171,9 @@ def in_a_read_only_folder(path: Path) -> None:
     path.parent.chmod(0o555)
 
 
-@pytest.mark.parametrize("made", [unreadable, in_a_closed_folder, in_a_read_only_folder])
+@pytest.mark.parametrize(
+    "made", [unreadable, pytest.param(in_a_closed_folder, marks=pytest.mark.slow), in_a_read_only_folder]
+)
 def test_a_checkpoint_that_this_user_may_not_use_is_named(
     made: Callable[[Path], None], run_cli: Cli, work: Path, api: ConversionApi
 ) -> None:

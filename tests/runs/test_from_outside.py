@@ -315,8 +315,10 @@ os.execv(sys.executable, [sys.executable, {script!r}, *sys.argv[1:]])
     "preparation",
     [
         pytest.param("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", id="disk full"),
-        pytest.param("there, here = os.pipe(); os.close(there); os.dup2(here, 1)", id="reader has left"),
-        pytest.param("os.close(1)", id="closed"),
+        pytest.param(
+            "there, here = os.pipe(); os.close(there); os.dup2(here, 1)", id="reader has left", marks=pytest.mark.slow
+        ),
+        pytest.param("os.close(1)", id="closed", marks=pytest.mark.slow),
         pytest.param("os.close(2)", id="closed stderr"),
     ],
 )

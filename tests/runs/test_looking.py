@@ -385,7 +385,16 @@ def test_an_error_leaves_stdout_without_a_document(run_cli: Cli) -> None:
     assert (run.exit_code, run.out, json.loads(run.err)["code"]) == (2, "", "checkpoint")
 
 
-@pytest.mark.parametrize("flags", [("--check",), ("--status",), ("--why", "a.png"), ("--dry-run",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--check",),
+        pytest.param(("--status",), marks=pytest.mark.slow),
+        ("--why", "a.png"),
+        pytest.param(("--dry-run",), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
 def test_an_answer_that_cannot_be_written_is_no_success(flags: tuple[str, ...], run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", picture())
     run_cli()

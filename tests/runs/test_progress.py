@@ -157,7 +157,9 @@ def test_a_message_does_not_tear_the_bar(
     assert run.wait().exit_code == 143
 
 
-@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"CI": "true"}], ids=str)
+@pytest.mark.parametrize(
+    "environment", [pytest.param({"TERM": "dumb"}, marks=pytest.mark.slow), {"CI": "true"}], ids=str
+)
 def test_a_terminal_that_is_none_gets_lines(
     *, environment: dict[str, str], start: Cli, bucket: Any, terminal: Terminal
 ) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import errno
+import gc
 import http.client
 import inspect
 import json
@@ -445,6 +446,9 @@ def serve(root: Path, port: int, certificate: str) -> NoReturn:
     tls: dict[str, object] = {"server_side": True, "certfile": certificate, "keyfile": certificate}
     spawn_proxy(eventlet.wrap_ssl(listener, **tls) if certificate else listener, etc)
     log_to_stderr()
+    # A request leaves little garbage, and Python would look through all of Swift for it again and again.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
     print(f"READY {'https' if certificate else 'http'}://{HOST}:{port}", flush=True)
     while True:
         eventlet.sleep(3600)
