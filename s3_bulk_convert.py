@@ -992,6 +992,7 @@ class Task:
     copy: bool = False  # already in the target format: a server-side copy, nothing is sent to the API
     look: bool = False  # something may lie under the output key
     holder: str = ""  # who has the output key: then this object's output can only be found there, never made
+    rival: str = ""  # who wants the output key, too, and comes first: what lies there without a mark is that one's
     pending: PendingRequest | None = None
     known: JournalState | None = None  # perhaps of another version
     crashed: int = 0  # worker processes that died with it
@@ -1000,6 +1001,11 @@ class Task:
     def known_version(self) -> JournalState | None:
         """What the journal knows of this very version."""
         return self.known if self.known and self.known.version == self.source.version else None
+
+    @property
+    def is_untagged(self) -> bool:
+        """Whether an output of this version is stored, and nothing is left to do but to tag the source."""
+        return self.known_version is not None and self.known_version.purpose == TAG
 
 
 class DecisionKind(Enum):
@@ -1452,6 +1458,12 @@ class ApiOptions:
     max_size: int = option(Read.size, "larger objects are not sent", 5 * 10**9)
     price: float | None = option(Read.price, "what one conversion costs, in your account's currency", None, none=None)
 
+    def too_large(self, size: int) -> str:
+        """Why an object of so many bytes is not sent; empty if it is."""
+        # /v1/convert takes 100 MB, in the smaller reading of MB.
+        most = min(self.max_size, 100 * 10**6 if self.jobs_above is None else self.max_size)
+        return f"{size} bytes are more than {most}; see api.max_size, api.jobs_above" if size > most else ""
+
     def read_key(self) -> tuple[str, str]:
         """The API key, from its file if that is where it is; and what is wrong with it."""
         key = self.key
@@ -1749,10 +1761,16 @@ class SettingsReader:
         for section in sorted(self.values.keys() - SECTIONS.keys()) or ["convert"]:
             own = {"prefix": s3.prefix, "output_key": s3.output_key, **self.values["convert"], **self.values[section]}
             name = "default" if section == "convert" else section.removeprefix("job ").strip()
+            if not name or name in {job.name for job in jobs.values()}:
+                told = "there is a job of this name already" if name else "a job needs a name, such as [job photos]"
+                told = f"{told}; give it another"
+                self.problems.append(f"[{section}]: {told}")
             job = jobs[section] = Job(name=name, **own)
             self.require("target", section, "convert")
             if job.min_size > job.max_size:
                 self.problems.append(f"[{section}] min_size is larger than max_size: no object can be converted")
+            if job.older_than > job.newer_than:
+                self.problems.append(f"[{section}] older_than is longer than newer_than: no object can be converted")
         for section, job in jobs.items() if s3.is_one_bucket else ():
             for other in (job, *jobs.values()):
                 constant = other.constant_prefix
@@ -1770,6 +1788,19 @@ class SettingsReader:
         with contextlib.suppress(OSError):
             return os.path.samefile(first, second) and os.path.isfile(first)
         return os.path.realpath(first) == os.path.realpath(second)
+
+    @staticmethod
+    def number_of_open_file(path: Path) -> int | None:
+        """The number under which a shell has opened a file for this process, as /dev/stdout is 1; None if it has not.
+
+        Opened by its path, such a file would be written from its beginning, over what is there. Both of /dev/stdout and
+        /dev/stderr may be one.
+        """
+        for number in range(1, 10):
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(number)):
+                    return number
+        return None
 
     @staticmethod
     def _may_be_failures(path: str) -> bool:
@@ -1795,8 +1826,9 @@ class SettingsReader:
             if first in kept:
                 is_shared = self._is_same_file(kept[first], paths[second])
             else:
-                # As paths: both of /dev/stdout and /dev/stderr may be links to one file that a shell has opened.
-                is_shared = os.path.abspath(paths[first]) == os.path.abspath(paths[second])
+                pair = (paths[first], paths[second])
+                is_link = self._is_same_file(*pair) and self.number_of_open_file(Path(pair[0])) is None
+                is_shared = is_link or os.path.abspath(pair[0]) == os.path.abspath(pair[1])
             # To try again what has failed, a run reads the file that it appends to: but not if that is a list of keys.
             is_fed = (first, second) == ("--keys-from", "failures")
             if is_shared and not (is_fed and self._may_be_failures(paths[second])):
@@ -1982,6 +2014,12 @@ class Trouble:
             raise
         except Exception as error:
             raise Trouble.unexpected(where, error, address) from error
+
+    @staticmethod
+    def little_remains(remaining: int, keep: int) -> RunError:
+        """Why nothing more is sent this month."""
+        message = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
+        return RunError(message, "run it again next month, or lower api.keep_remaining", code="quota")
 
     @staticmethod
     def require_open_files(workers: int) -> None:
@@ -2367,6 +2405,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """Append outcomes, and settle or keep their requests, in one transaction."""
         with self._transaction() as db:
             for outcome in outcomes:
+                if outcome.task.holder in self._twins(outcome.task.job):
+                    continue  # the rows under its job and key are that one's, whose request may be out
                 if row := self._log_row(outcome, now):
                     db.execute(f"INSERT INTO log VALUES (?{', ?' * 17})", row)
                 task = outcome.task
@@ -2375,6 +2415,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 else:
                     settled = (self._job_ids[task.job], task.source.key)
                     db.execute("DELETE FROM in_flight WHERE job = ? AND key = ?", settled)
+
+    def _twins(self, job: str) -> Iterator[str]:
+        """The jobs, as holders of output keys, that the journal knows as one with a job: `pages` may differ."""
+        return (f"[job {name}]" for name, number in self._job_ids.items() if number == self._job_ids[job])
 
     def _log_row(self, outcome: Outcome, now: float) -> tuple[object, ...] | None:
         """The row that the log is to have of an outcome; None if that would tell the next run nothing new."""
@@ -2416,7 +2460,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def _output_key(self, job: str, key: str, place: str | None) -> str:
         """Where an output was put: as its job has it, unless its row says otherwise."""
-        return place.partition("/")[2] if place else self._by_name[job].output_of(key)
+        # An access point's ARN has a slash as well.
+        return place.removeprefix(f"{self._output_bucket}/") if place else self._by_name[job].output_of(key)
 
     def mark_lost(self, job: str, keys: Sequence[str], now: float) -> None:
         """Take what is done for lost, because its output is not there any more. Read-only: in this process alone."""
@@ -2526,7 +2571,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         # A run that has left nothing to do has asked for all that it met.
         for found in self._records("""
             WITH last AS (SELECT * FROM (SELECT * FROM runs ORDER BY id DESC LIMIT 1) WHERE exit_code IN (0, 1))
-            SELECT id, bucket, fingerprint, name AS job, target, output_bucket, output_key,
+            SELECT id, endpoint, bucket, fingerprint, name AS job, target, output_bucket, output_key,
                 (SELECT count(*) FROM in_flight WHERE job = jobs.id) AS in_flight,
                 (SELECT min(sent_at) FROM in_flight WHERE job = jobs.id) AS oldest_sent_at,
                 (SELECT count(*) FROM in_flight AS sent, last WHERE job = jobs.id AND sent_at < started
@@ -2535,8 +2580,11 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 (SELECT count(*) FROM log WHERE job = jobs.id AND charged_twice) AS possible_double_charges FROM jobs
         """):
             # A job may have been renamed since, or have left the configuration.
-            made = tuple(found[name] for name in ("bucket", "fingerprint", "output_key"))
-            ours = (each.name for each in self._jobs if (self._sources[1], each.fingerprint, each.place) == made)
+            made = tuple(found[name] for name in ("bucket", "output_bucket", "fingerprint", "output_key"))
+            buckets = (self._sources[1], self._output_bucket)
+            # --status does not ask S3 where it is.
+            is_here = self._sources[0] in {"", found.pop("endpoint")}
+            ours = (each.name for each in self._jobs if is_here and (*buckets, each.fingerprint, each.place) == made)
             found |= {
                 "configured_as": next(ours, None),
                 "converted": 0,
@@ -2561,7 +2609,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def requests_of(self, key: str) -> list[dict[str, Any]]:
         """The unsettled requests for one object, without their URLs."""
-        query = "SELECT name, sent_at, slot, etag FROM jobs JOIN in_flight ON job = id"
+        query = "SELECT name, sent_at, output_bucket, slot, etag FROM jobs JOIN in_flight ON job = id"
         return self._records(f"{query} WHERE endpoint = ? AND bucket = ? AND key = ?", *self._sources, key)
 
     def _records(self, query: str, *values: object) -> list[dict[str, Any]]:
@@ -2991,7 +3039,8 @@ class Bucket:
         self._quiet_until, self._pause = 0.0, 0.0  # monotonic seconds; seconds
         self._storing = threading.local()  # `task`: whose output this thread is about to put
         self.pages_asked = 0  # of listings
-        self._connect(settings.s3.region)
+        self.region = settings.s3.region  # None: as boto3 finds it
+        self._connect()
         Trouble.require_certificates(self.client.meta.endpoint_url, "AWS_CA_BUNDLE")
 
     @property
@@ -3003,7 +3052,7 @@ class Bucket:
 
     # -- the client ----------------------------------------------------------------------------------------------------
 
-    def _connect(self, region: str | None) -> None:
+    def _connect(self) -> None:
         options = self._settings.s3
         config = botocore.config.Config(
             signature_version="s3v4",
@@ -3019,7 +3068,7 @@ class Bucket:
         # boto3 asks by `getpass`, which takes no other way where there is no terminal.
         vars(getpass)["fallback_getpass"] = self._refuse_prompt
         try:
-            session = boto3.session.Session(profile_name=options.profile, region_name=region)
+            session = boto3.session.Session(profile_name=options.profile, region_name=self.region)
             self._require_credentials(session)
             self.client = session.client("s3", endpoint_url=options.endpoint_url, config=config)
         except (BotoCoreError, ClientError, ValueError, OSError) as problem:
@@ -3124,7 +3173,8 @@ class Bucket:
             # A URL signed for another region is refused by Amazon, where a client's own requests are redirected.
             is_elsewhere = region and name == self.name and region != self.client.meta.region_name
             if is_elsewhere and not self._settings.s3.endpoint_url:
-                self._connect(region)
+                self.region = region
+                self._connect()
 
     def _require_bucket(self, name: str, code: str) -> None:
         """Raise RunError if a HEAD's code says that there is no such bucket, or that it is in another region."""
@@ -3327,7 +3377,7 @@ class Bucket:
             # The published recipe's outputs carry no mark. Between the sources, nothing tells them from a source.
             is_newer = "LastModified" in head and head["LastModified"].timestamp() > source.modified
             may_adopt = settings.run.skip_existing and not settings.puts_among_sources(settings.by_name[task.job])
-            if is_newer and may_adopt and not task.holder:
+            if is_newer and may_adopt and not (task.holder or task.rival):
                 return OutcomeKind.ADOPTED
             said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
             raise ObjectFailed("output_collision", said)
@@ -3336,8 +3386,7 @@ class Bucket:
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
         is_same = is_of_key and metadata["source-etag"] == source.version and fingerprint == task.fingerprint
         # What is only to be tagged is not to be made again.
-        is_untagged = task.known_version is not None and task.known_version.purpose == TAG
-        if is_same and (settings.run.skip_existing or is_untagged):
+        if is_same and (settings.run.skip_existing or task.is_untagged):
             return OutcomeKind.FOUND
         makers = (job.name for job in settings.jobs if job.fingerprint == fingerprint and job.wants(source))
         if not is_of_key or bucket != self.name:
@@ -3474,13 +3523,22 @@ class Bucket:
         if source.if_match:
             extra["CopySourceIfMatch"] = source.if_match
         self._require_place(task, key)
-        with translate_s3_errors(f"writing {printable(key)}", "store_failed", is_of_source=True):
-            parts, place = TransferConfig(use_threads=False), {"Bucket": self.name, "Key": source.key}
-            self.client.copy(cast(Any, place), self.output_name, key, ExtraArgs=extra, Config=parts)
-        # Some servers take no notice of the condition.
-        self.require_unchanged(source, seen)
+        self._copy(self.name, source.key, key, extra)
+        try:
+            self.require_unchanged(source, seen)
+        except ObjectFailed:
+            # Some servers take no notice of the condition: nobody knows of which version these bytes are.
+            extra["Metadata"]["source-etag"] = "unknown"
+            extra.pop("CopySourceIfMatch", None)
+            self._copy(self.output_name, key, key, extra)
+            raise
         head = self._head_stored(key)
         return StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", source.size))
+
+    def _copy(self, bucket: str, source_key: str, key: str, extra: dict[str, Any]) -> None:
+        with translate_s3_errors(f"writing {printable(key)}", "store_failed", is_of_source=True):
+            parts, place = TransferConfig(use_threads=False), {"Bucket": bucket, "Key": source_key}
+            self.client.copy(cast(Any, place), self.output_name, key, ExtraArgs=extra, Config=parts)
 
     def tag_source(self, source: SourceObject, seen: Head) -> None:
         """Put `s3.tag_source` on a source, beside the tags that it has; not if it has been overwritten or deleted.
@@ -3595,12 +3653,20 @@ class KeyFile:
         self.name, self._bucket, self._md5 = name, bucket, md5
 
     @staticmethod
-    def copy_stdin() -> None:
-        """Read stdin to its end, and put a copy in its place, which can be read more than once. Raises RunError."""
-        with no_space_stops_the_run():
+    def readable_twice(name: str) -> str:
+        """The name under which a file of keys can be read more than once: "-", for a copy, if it is a pipe.
+
+        Raises RunError.
+        """
+        place = Path(name)
+        is_stream = (place.is_fifo() or place.is_char_device()) and os.access(name, os.R_OK)
+        if not (is_stream or (name == "-" and sys.stdin)):
+            return name
+        with no_space_stops_the_run(), open(0 if name == "-" else name, "rb", closefd=name != "-") as pipe:
             copy: Any = temporary_file()
-            shutil.copyfileobj(sys.stdin.buffer, copy)
+            shutil.copyfileobj(pipe, copy)
             sys.stdin = io.TextIOWrapper(copy)
+        return "-"
 
     def objects(self) -> Iterator[SourceObject]:
         """The objects that the file names, whatever its form. Raises RunError."""
@@ -3753,7 +3819,7 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
 
     Of a key from a file, only now is it known whether the object is wanted, and whether it is done.
     """
-    (source, head), most = bucket.look_at_source(task.source), settings.api.max_size
+    source, head = bucket.look_at_source(task.source)
     if not task.source.version:
         # The plan took every job that lets the key in for one that wants the object: such a job may stand here for one
         # that makes the same, or have claimed the output key.
@@ -3773,8 +3839,8 @@ def look(task: Task, bucket: Bucket, settings: Settings) -> tuple[Task, Head]:
                 raise ObjectSkipped(ALREADY_DONE)
             if seen.permanent and not settings.retry_failed:
                 raise ObjectSkipped(FAILED_BEFORE)
-    if source.size > most and not task.copy:
-        raise ObjectFailed("too_large", f"{source.size} bytes are more than api.max_size = {most}", permanent=True)
+    if not task.copy and (told := settings.api.too_large(source.size)):
+        raise ObjectFailed("too_large", told, permanent=True)
     return replace(task, source=source), head
 
 
@@ -3792,6 +3858,7 @@ class Planner:
         self._unmet_prefixes = dict.fromkeys(() if settings.keys_from else (job.prefix for job in jobs))
         self._unmet_jobs = {job.name: False for job in jobs}  # name -> whether there was any key at all
         self.warnings: dict[str, str] = {}  # by kind: what a person should know
+        self.at_work: set[tuple[str, str]] = set()  # (job, key) of what is handed out and not yet in the journal
 
     def decisions(self, max_parallel: Callable[[], int]) -> Iterator[list[Decision]]:
         """Decisions for all there is, by pages; at the end for what was postponed, for the second time.
@@ -3838,7 +3905,10 @@ class Planner:
     def pages(self, max_parallel: Callable[[], int]) -> Iterator[list[SourceObject]]:
         """What there is, by pages. A prefix inside another is part of its listing. Raises RunError, StopRequested."""
         if self.settings.keys_from:
-            yield from keys_from(self.settings.keys_from, self.bucket, self._stop)
+            names = [job.name for job in self.settings.jobs]
+            for page in keys_from(self.settings.keys_from, self.bucket, self._stop):
+                # A file may name a key again while it is at work: then it must not go out a second time.
+                yield [each for each in page if self.at_work.isdisjoint((name, each.key) for name in names)]
             return
         for prefix in self.outermost(job.prefix for job in self.settings.jobs):
             with contextlib.closing(self.bucket.list_pages(prefix, max_parallel)) as pages:
@@ -3895,15 +3965,25 @@ class Planner:
                 wanting = [job for job in wanting if job in first.values()]
             if not wanting and shard.owns(source.key):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
+            # The first of those that the journal knows as one. Of a named object, only a look tells who wants it.
+            makers, may_meet = dict[tuple[str, str], Job](), len(wanting) > 1 and not self.settings.keys_from
             for job in wanting:
                 # All sources that want one output key meet in one shard: two shards would both write it.
                 if shard.count > 1 and not shard.owns(KeyParts.slot_of(job.output_of(source.key))):
                     continue
                 if job.leaves_as_it_is(source.key):
                     decisions.append(Decision(DecisionKind.SKIP, source, job.name, SAME_FORMAT))
+                elif may_meet and (maker := makers.setdefault((job.fingerprint, job.place), job)) is not job:
+                    decisions.append(self._ceded(job, maker, source))
                 else:
                     selected.append((job.name, source))
         return decisions + self._decide(selected, is_last=is_last)
+
+    def _ceded(self, job: Job, maker: Job, source: SourceObject) -> Decision:
+        """The failure of a job that would make another output of `maker`'s, say with its pages, under the same key."""
+        task = replace(self._task(job.name, source, None, None), holder=f"[job {maker.name}]")
+        said = taken_key(task.output_key, task.holder)
+        return Decision(DecisionKind.FAIL, source, job.name, "output_collision", said, task)
 
     def _note_match(self, key: str, reason: str) -> None:
         for prefix in list(filter(key.startswith, self._unmet_prefixes)):
@@ -3991,11 +4071,8 @@ class Planner:
 
     def _impossible(self, task: Task) -> tuple[str, str] | None:
         """Code and message of a failure that needs no worker to be seen."""
-        api = self.settings.api
-        # /v1/convert takes 100 MB, in the smaller reading of MB.
-        most = min(api.max_size, 100 * 10**6 if api.jobs_above is None else api.max_size)
-        if task.source.size > most and not task.copy:
-            return "too_large", f"{task.source.size} bytes are more than {most}; see api.max_size, api.jobs_above"
+        if not task.copy and (told := self.settings.api.too_large(task.source.size)):
+            return "too_large", told
         longest = [f"{task.output_key}.zip"]
         if self.settings.by_name[task.job].pages == "unpack":
             longest.append(KeyParts.page_key(task.output_key, task.target, MAX_PAGES, MAX_PAGES))
@@ -4037,7 +4114,7 @@ class Planner:
                 yield replace(task, holder=f"[job {job}]")
             elif task.pending or (task.look and not self._outputs.refusal):
                 # Of different sources, the one has the key whose output lies there: the look tells.
-                yield task
+                yield replace(task, rival=key)
             elif self._holder_looks and self.bucket.is_no_source(key):
                 # Outputs of other jobs, and of this one when it had another place, are listed as well, and have claimed
                 # what they do not want.
@@ -4054,8 +4131,9 @@ class OutputLister:
     What was seen to be empty is believed for a while: a run's own outputs are among the claims.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
-        self._bucket, self.refusal = bucket, ""  # why outputs may not be listed
+    def __init__(self, bucket: Bucket, code: str = "listing_refused") -> None:
+        """`code`: see `Bucket.read_page`."""
+        self._bucket, self._code, self.refusal = bucket, code, ""  # why outputs may not be listed
         self._empty_after: dict[str, tuple[str, float]] = {}  # prefix -> (key, monotonic seconds)
 
     def existing(self, places: Sequence[tuple[str, str]]) -> set[str]:
@@ -4081,7 +4159,7 @@ class OutputLister:
         while wanted and not (is_fresh and wanted[-1] > empty_after):
             # StartAfter leaves out the key itself: a key without its last character sorts before it.
             after = max(after, wanted[-1][:-1])
-            page = self._bucket.read_page(self._bucket.output_name, prefix, after, token)
+            page = self._bucket.read_page(self._bucket.output_name, prefix, after, token, self._code)
             # A page may be empty and not the last: then only its token leads on.
             token = page.token if not page.objects else ""
             after = page.objects[-1].key if page.objects else after
@@ -4218,7 +4296,7 @@ class Verification:
                 with contextlib.closing(listing) as pages:
                     yield from pages
             return
-        lister = OutputLister(self._bucket)
+        lister = OutputLister(self._bucket, code="")
         for expected in self._journal.expected():
             for prefix in {jobs[each.job].constant_prefix for each in expected}:
                 keys = [each.key for each in expected if jobs[each.job].constant_prefix == prefix]
@@ -4738,7 +4816,8 @@ class ConvertedFile:
     ) -> "ConvertedFile":
         """The whole body of a 200, judged; with `is_unpacked`, an archive's pages as well. Raises InvalidResponse."""
         length = answer.headers.get("Content-Length", "")
-        is_small = length.isdigit() and int(length) <= 1 << 20  # a larger one goes through a temporary file
+        # A larger one goes through a temporary file; and what is compressed, because nobody knows how large that is.
+        is_small = length.isdigit() and int(length) <= 1 << 20 and not answer.headers.get("Content-Encoding")
         with contextlib.ExitStack() as on_failure:
             body: IO[bytes] = on_failure.enter_context(io.BytesIO() if is_small else temporary_file())
             size = 0
@@ -5178,7 +5257,8 @@ class Conversation:
         if is_own:
             self._context.outage.mark_answered()
             self._context.limiter.update_limit(answer.headers, time.time())
-        if answer.status_code not in {200, 202}:
+        # A 202 is no file.
+        if answer.status_code not in ({200} if call.rules is DOWNLOAD_RULES else {200, 202}):
             with contextlib.closing(answer):
                 raise self._refusal(call, answer)
         return answer
@@ -5203,10 +5283,8 @@ class Conversation:
         if answer.status_code in {200, 202} and remaining is not None and not is_stale:
             self._remaining, keep = remaining, self._api.keep_remaining
             if remaining <= keep:
-                message = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
-                hint = "run it again next month, or lower api.keep_remaining"
                 # Here, and not where outcomes are recorded: by then this worker would have sent the next one.
-                self._stop.request(RunError(message, hint, code="quota"))
+                self._stop.request(Trouble.little_remains(remaining, keep))
         return answer
 
     def _refusal(self, call: HttpCall, answer: requests.Response) -> Exception:
@@ -5392,7 +5470,7 @@ class Feeder:
         self.planner = Planner(context.settings, context.bucket, journal, context.stop)
         # For `count_total`: the workers have more than they can do; nothing more will come.
         self.is_ahead, self._has_finished = threading.Event(), threading.Event()
-        self._has_begun = self._has_warned = False
+        self._has_begun = self._has_warned = self._has_asked = False
 
     def run(self) -> None:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
@@ -5461,8 +5539,20 @@ class Feeder:
             if decision.kind is DecisionKind.FAIL:
                 failed = Outcome(task, OutcomeKind.FAILED, code, decision.message, pending=task.pending)
                 self._tell(replace(failed, permanent=code == "too_large"))
-            else:
-                self._put(task)
+                continue
+            if decision.kind is DecisionKind.CONVERT:
+                self._require_month()
+            self.planner.at_work.add((task.job, task.source.key))
+            self._put(task)
+
+    def _require_month(self) -> None:
+        """Raise RunError where the month has no more left than is to be kept: an answer would cost one more."""
+        if (keep := self._settings.api.keep_remaining) and not self._has_asked:
+            self._has_asked, remaining = True, None
+            with contextlib.suppress(RunError):  # without it, the first answer tells
+                remaining = Usage.ask(self._settings.api).remaining
+            if remaining is not None and remaining <= keep:
+                raise Trouble.little_remains(remaining, keep)
 
     def _put(self, task: Task | None) -> None:
         """Put a task on the queue. Raises StopRequested: nobody may empty it any more, and workers see the flag."""
@@ -5570,10 +5660,11 @@ class WorkerContext:
         """Convert tasks until the end marker comes, or the run is to end and nothing is queued."""
         api = self.settings.api
         with Session(api.timeout, api.url, api.key) as session:
-            while task := self._next_task():
+            while task := self.next_task():
                 self.tell(self._convert(Conversation(self, session, task)))
 
-    def _next_task(self) -> Task | None:
+    def next_task(self) -> Task | None:
+        """The next one; None if no more will come."""
         while True:
             try:
                 return self.tasks.get(timeout=0.2)
@@ -5612,8 +5703,12 @@ class WorkerContext:
         task, head = look(conversation.task, bucket, self.settings)
         conversation.task = task
         existing, kind = bucket.look_at_output(task), OutcomeKind.CONVERTED
+        output: StoredOutput | None
         if existing:
             kind, output = existing
+        elif task.is_untagged:
+            # It was stored, and somebody has taken it away: that is no reason to make it again, as in later runs.
+            kind, output = OutcomeKind.FOUND, None
         elif task.copy:
             output = bucket.copy(task, head)
         else:
@@ -5663,10 +5758,9 @@ class ParentConnection:
 
     reason = None  # the parent knows whether the cap is reached
 
-    def __init__(self, connection: "Connection", settings: Settings, workers: int) -> None:
+    def __init__(self, connection: "Connection", workers: int) -> None:
         self._connection, self._workers, self._sending = connection, workers, threading.Lock()
-        stop = StopFlag(self._send)
-        self._context = WorkerContext(settings, stop, Bucket(settings, stop), self, queue.Queue(), self._send)
+        self._stop = StopFlag(self._send)
         self._answers = defaultdict[int, queue.SimpleQueue[bool]](queue.SimpleQueue)  # by the thread that waits
 
     @classmethod
@@ -5675,20 +5769,27 @@ class ParentConnection:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         set_up_logging(quiet=settings.quiet, verbose=is_verbose, as_json=settings.log_format == "json")
-        parent = cls(connection, settings, workers)
-        context, pool = parent._context, ThreadPoolExecutor(workers + 1)
-        try:
-            with Trouble.explained("a worker process", settings.api.url):
-                working = {pool.submit(context.guard, context.work) for _ in range(workers)}
-                pool.submit(parent._show_life, working)
-        except RunError as error:
-            context.stop.request(error)
-            parent._send(None)
+        parent = cls(connection, workers)
         # With the parent dead, nobody is left to write down what comes of it; the next run sends the same requests.
         with contextlib.suppress(EOFError, OSError):
+            try:
+                with Trouble.explained("a worker process", settings.api.url):
+                    parent._begin(settings)
+            except RunError as error:
+                parent._stop.request(error)
+                parent._send(None)
+                while True:
+                    connection.recv()
             while True:
                 parent._apply(connection.recv())
         os._exit(ExitCode.STOPPED)
+
+    def _begin(self, settings: Settings) -> None:
+        bucket = Bucket(settings, self._stop)
+        self._context = context = WorkerContext(settings, self._stop, bucket, self, queue.Queue(), self._send)
+        pool = ThreadPoolExecutor(self._workers + 1)
+        working = {pool.submit(context.guard, context.work) for _ in range(self._workers)}
+        pool.submit(self._show_life, working)
 
     def mark_sent(self, task: Task | None = None, request: PendingRequest | None = None) -> None:
         """Make a request durable before it is sent; without one, take one conversion off the cap.
@@ -5722,7 +5823,7 @@ class ParentConnection:
         elif isinstance(message, LedgerQuestion):
             self._answers[message.thread].put(message.is_done)
         elif isinstance(message, RunError):
-            self._context.stop.request(message, is_from_parent=True)
+            self._stop.request(message, is_from_parent=True)
         elif isinstance(message, Task):
             self._context.tasks.put(message)
         else:
@@ -5749,9 +5850,15 @@ class ProcessSupervisor:
             # helper of multiprocessing has to run before: to start it unblocks them again.
             multiprocessing.resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        # With the first task, and not before, the feeder has looked where the bucket is.
+        if not (first := self._context.next_task()):
+            return
+        self._held[first.job, first.source.key] = first
+        settings = self._context.settings
+        settings = replace(settings, s3=replace(settings.s3, region=self._context.bucket.region))
         while True:
             try:
-                with running_process(self._context.settings, self._workers) as (process, connection):
+                with running_process(settings, self._workers) as (process, connection):
                     self._serve(process, connection)
                     break
             except (EOFError, OSError):
@@ -5968,7 +6075,8 @@ class OutputFile:
     def append(self, text: str) -> None:
         """Add lines. Raises RunError."""
         try:
-            self._write_into(self.path, text, os.O_APPEND)
+            number = SettingsReader.number_of_open_file(self.path)
+            self._write_into(self.path if number is None else number, text, os.O_APPEND)
         except OSError as problem:
             message = f"{self._option} = {self.path} cannot be written: {problem.strerror}"
             hint = f"free some space, or set {self._option} to another path, and run it again"
@@ -5979,7 +6087,7 @@ class OutputFile:
         if self.path == Path(os.devnull):
             return
         try:
-            number = self.number_of_open_file(self.path)
+            number = SettingsReader.number_of_open_file(self.path)
             if number is not None or (self.path.exists() and not self.path.is_file()):
                 self._write_into(self.path if number is None else number, text)
             else:
@@ -6004,7 +6112,7 @@ class OutputFile:
                 raise
             self._write_into(real, text)
         finally:
-            with contextlib.suppress(PermissionError):
+            with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
 
     @staticmethod
@@ -6012,8 +6120,18 @@ class OutputFile:
         # A pipe that nobody reads is an OSError, instead of a wait until somebody does.
         how |= os.O_WRONLY | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
         number = os.dup(place) if isinstance(place, int) else os.open(place, how, 0o666)
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(text)
+        if not isinstance(place, int) and sys.platform != "win32":
+            os.set_blocking(number, True)  # its reader may be slow
+        with open(number, "wb", buffering=0) as file:
+            size, rest = os.fstat(number).st_size, text.encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                # The next line would be appended to half of one; only a file can be cut.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(number, size)
+                raise
 
     def require_writable(self) -> None:
         """Raise RunError if it cannot be appended to; make no file."""
@@ -6023,23 +6141,11 @@ class OutputFile:
             if not path.exists():
                 tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
             # To open a pipe is to wait for its reader, or to tell that reader that this was all.
-            elif not path.is_fifo() and self.number_of_open_file(path) is None:
+            elif not path.is_fifo() and SettingsReader.number_of_open_file(path) is None:
                 path.open("ab").close()
         except OSError as problem:
             message = f"{self._option} = {path} cannot be written: {problem.strerror}"
             raise usage_error(message, f"set {self._option} to another path") from None
-
-    @staticmethod
-    def number_of_open_file(path: Path) -> int | None:
-        """The number under which a shell has opened a file for this process, as /dev/stdout is 1; None if it has not.
-
-        Opened by its path, such a file would be written from its beginning, over what is there.
-        """
-        for number in range(1, 10):
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.stat(path), os.fstat(number)):
-                    return number
-        return None
 
 
 class Report:
@@ -6456,8 +6562,11 @@ class SeenSoFar(contextlib.AbstractContextManager["SeenSoFar"]):
 class Recorder:
     """Settles outcomes: failures file, then journal, then report, so that nothing is counted that is not written."""
 
-    def __init__(self, settings: Settings, stop: StopFlag, journal: Journal, progress: Progress) -> None:
-        self._run, self._bucket, self._stop = settings.run, settings.s3.bucket, stop
+    def __init__(
+        self, settings: Settings, stop: StopFlag, journal: Journal, progress: Progress, at_work: set[tuple[str, str]]
+    ) -> None:
+        """`at_work`: see Planner; what is settled is taken out of it."""
+        self._run, self._bucket, self._stop, self._at_work = settings.run, settings.s3.bucket, stop, at_work
         self._journal, self._report, self._progress = journal, progress.report, progress
         self._failures = OutputFile("run.failures", settings.run.failures)
         self._can_write = True
@@ -6543,6 +6652,7 @@ class Recorder:
                 self._failures.append("".join(lines))
             if settled and self._can_write:
                 self._journal.settle(settled, time.time())
+                self._at_work.difference_update((each.task.job, each.task.source.key) for each in settled)
         except RunError as error:
             self._can_write = False
             self._stop.request(error)
@@ -6623,7 +6733,8 @@ def run(settings: Settings, stop: StopFlag) -> Report:
                 tasks.put(None)
             raise
         # The main thread records, because it is the one that signals wake.
-        is_drained = Recorder(settings, stop, journal, progress).record(messages)
+        recorder = Recorder(settings, stop, journal, progress, feeder.planner.at_work)
+        is_drained = recorder.record(messages)
         pool.shutdown(wait=is_drained)
         # Those of workers that had to be abandoned count too.
         report.counts["requests"] = max(report.counts["requests"], context.limiter.requests)
@@ -6805,9 +6916,9 @@ class Estimate:
         cap, left, rate = found["max_conversions"], found["remaining"], found["requests_per_minute"]
         in_one_run = f", {found['conversions_in_one_run']} of them in the next run (api.max_conversions = {cap})"
         month = "" if left is None else f"; {left} are left of this month's {found['monthly_limit'] or 'quota'}"
-        yield f"conversions   {found['conversions']} to pay for at the most{in_one_run if cap else ''}{month}"
+        yield f"conversions   {found['conversions']} to pay for at the most{'' if cap is None else in_one_run}{month}"
         if found["cost"] is not None:
-            next_run = f", {human_cost(found['cost_in_one_run'])} of it in the next run" if cap else ""
+            next_run = "" if cap is None else f", {human_cost(found['cost_in_one_run'])} of it in the next run"
             at = f"at {self.settings.api.price:g} each (api.price)"
             yield f"cost          {human_cost(found['cost'])} at the most{next_run}, {at}"
         source = "as measured" if found["latency_is_measured"] else "as the API publishes"
@@ -7041,7 +7152,7 @@ class Why:
                 {
                     "job": sent["name"],
                     "sent_at": iso_time(sent["sent_at"]),
-                    "output_key": sent["slot"].partition("/")[2],
+                    "output_key": sent["slot"].removeprefix(f"{sent['output_bucket']}/"),
                     "etag": sent["etag"],
                 }
                 for sent in journal.requests_of(self._key)
@@ -7104,7 +7215,7 @@ class Why:
         """A row of the log, with the key of its output."""
         planned, made = Job(row["target"], name=row["name"], output_key=row["place"]).output_of(self._key), None
         if row["event"] not in {OutcomeKind.FAILED.value, OutcomeKind.SKIPPED.value}:
-            made = (row["output_key"] or "").partition("/")[2] or planned
+            made = (row["output_key"] or planned).removeprefix(f"{row['output_bucket']}/")
         names = ("event", "target", "etag", "output_bucket", "output_etag", "bytes_out", "seconds", "requests")
         return {
             "time": iso_time(row["time"]),
@@ -7221,7 +7332,9 @@ class Why:
         def slots(key: str) -> set[str]:
             return {KeyParts.slot_of(job.output_of(key)) for job in jobs.values()}
 
-        near = bucket.read_page(bucket.name, parts.folder + parts.stem).objects
+        near: Sequence[SourceObject] = ()
+        with contextlib.suppress(ObjectFailed):  # they may not be listed
+            near = bucket.read_page(bucket.name, parts.folder + parts.stem).objects
         rivals = [other for other in near if other.key < self._key and slots(other.key) & slots(self._key)]
         decided = [each for each in planner.plan([*rivals, source], is_last=True) if each.source.key == self._key]
         decisions = {outputs.get(each.job): planner.foresee(each) for each in decided}
@@ -7701,8 +7814,9 @@ def run_command(arguments: argparse.Namespace) -> ExitCode:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         # A command that has nothing to finish ends with one word.
         signal.signal(signal.SIGINT, lambda *_: StopFlag.exit_at_once("interrupted", ExitCode.SIGINT))
-    if settings.repair and settings.keys_from == "-" and sys.stdin:
-        KeyFile.copy_stdin()  # read once for what is missing, and once for what is to be done
+    if settings.repair and settings.keys_from:
+        # It is read once for what is missing, and once for what is to be done.
+        settings = replace(settings, keys_from=KeyFile.readable_twice(settings.keys_from))
     if not command:
         # Only a run has something to finish: from here on Ctrl-C is a reason to stop.
         stop = StopFlag()
@@ -7727,7 +7841,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout = sys.stdout or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
     sys.stderr = sys.stderr or io.TextIOWrapper(io.FileIO(os.devnull, "w"))
     # A key may have characters that the terminal has not.
-    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        cast(io.TextIOWrapper, stream).reconfigure(errors="backslashreplace")
     # What is imported is never garbage, and what a page is made of is in no cycle: to look for garbage in it again and
     # again would cost a third of reading it. A run does so by the clock.
     gc.freeze()

@@ -271,6 +271,16 @@ def test_another_bucket_or_job_has_its_own_state(journal: Journal, path: Path, o
         assert same.pending("default", ["a.png"]) == {"a.png": REQUEST}
 
 
+@pytest.mark.parametrize(("option", "endpoint"), [("s3.output_bucket=outputs", "aws"), ("", "http://elsewhere")])
+def test_the_counts_of_a_job_with_other_buckets_are_not_those_of_this_configuration(
+    journal: Journal, path: Path, option: str, endpoint: str
+) -> None:
+    journal.settle([failed(task(), "conversion_failed", permanent=True)], NOW)
+    assert [counts["configured_as"] for counts in journal.counts()] == ["default"]
+    with opened(path, *filter(None, [option]), endpoint=endpoint, read_only=True) as another:
+        assert [counts["configured_as"] for counts in another.counts()] == [None]
+
+
 @pytest.mark.parametrize(
     ("events", "is_known"),
     [
@@ -326,6 +336,16 @@ def test_an_output_key_is_held_by_a_request_and_by_an_adopted_output(
         assert other.holders(slots) == held
     with opened(path, endpoint="http://elsewhere") as other:
         assert other.holders(slots) == {}
+
+
+@pytest.mark.parametrize("name", ["outputs", "arn:aws:s3:us-east-1:123456789012:accesspoint/mine"])
+def test_an_output_s_key_is_known_again_in_a_bucket_of_any_name(path: Path, name: str) -> None:
+    with opened(path, f"s3.output_bucket={name}") as journal:
+        journal.begin_run(NOW)
+        archive = OUTPUT._replace(key="converted/a.jpg.zip")
+        journal.settle([converted(task(), output=archive), converted(task("b.png", "converted/b.jpg"))], NOW)
+        found = {key: output.key for key, (_, output) in journal.stored("default", ["a.png", "b.png"]).items()}
+    assert found == {"a.png": "converted/a.jpg.zip", "b.png": "converted/b.jpg"}
 
 
 def test_more_keys_than_sqlite_takes_variables_are_all_found(journal: Journal) -> None:

@@ -621,7 +621,7 @@ TAGS = (
     ),
     defect(
         "what could not be tagged is made again",
-        "if is_same and (settings.run.skip_existing or is_untagged):",
+        "if is_same and (settings.run.skip_existing or task.is_untagged):",
         "if is_same and settings.run.skip_existing:",
         NOT_TAGGED,
     ),
@@ -1118,8 +1118,8 @@ LOOKING = (
     ),
     defect(
         "--repair reads the keys of stdin once, and then finds nothing to do",
-        "KeyFile.copy_stdin()  # read once",
-        "pass  # read once",
+        "settings = replace(settings, keys_from=KeyFile.readable_twice(settings.keys_from))",
+        "",
         "test_what_why_says_of_a_missing_output_converts_that_object_again_and_no_other",
     ),
     defect(
@@ -1133,8 +1133,8 @@ LOOKING = (
 COPIES = (
     defect(
         "a copy is believed to be of the version that was looked at",
-        "        # Some servers take no notice of the condition.\n        self.require_unchanged(source, seen)\n",
-        "",
+        "            self.require_unchanged(source, seen)\n        except ObjectFailed:",
+        "            pass\n        except ObjectFailed:",
         "test_where_the_condition_of_a_copy_is_not_heeded_another_version_s_copy_counts_as_no_output",
     ),
 )
@@ -1424,6 +1424,166 @@ WORDS = (
     ),
 )
 
+# What was found by reading.
+READ = (
+    defect(
+        "a job that may not have a key settles the request of the one that has it",
+        "if outcome.task.holder in self._twins(outcome.task.job):",
+        "if False:",
+        "test_a_job_that_may_not_have_a_key_settles_no_request_of_the_one_that_has_it",
+    ),
+    defect(
+        "of two jobs that the journal knows as one, the other's rows say that it is done",
+        "makers.setdefault((job.fingerprint, job.place), job)) is not job:",
+        "makers.setdefault((job.fingerprint, job.place), job)) is None:",
+        "test_what_a_job_fails_with_is_no_word_on_the_one_that_has_its_key",
+    ),
+    defect(
+        "two sources adopt one output",
+        "yield replace(task, rival=key)",
+        "yield task",
+        "test_an_output_without_a_mark_is_adopted_by_one_source_and_by_no_other",
+    ),
+    defect(
+        "what is only to be tagged is made again where its output is gone",
+        "elif task.is_untagged:",
+        "elif False:",
+        "test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone",
+    ),
+    defect(
+        "another process signs for the region that is configured",
+        "settings = replace(settings, s3=replace(settings.s3, region=self._context.bucket.region))",
+        "",
+        "test_urls_are_signed_for_the_region_that_s3_tells_in_whatever_process",
+    ),
+    defect(
+        "what a process cannot begin with is a traceback",
+        "            except RunError as error:\n                parent._stop.request(error)",
+        "            except ZeroDivisionError as error:\n                parent._stop.request(error)",
+        "test_credentials_that_a_worker_process_does_not_get_are_named",
+    ),
+    defect(
+        "a download that is only accepted is the file",
+        "({200} if call.rules is DOWNLOAD_RULES else {200, 202})",
+        "{200, 202}",
+        "test_a_download_that_is_only_accepted_is_not_the_file",
+    ),
+    defect(
+        "what a small answer unpacks to is in memory",
+        ' and not answer.headers.get("Content-Encoding")',
+        "",
+        "test_what_a_small_answer_unpacks_to_is_not_in_memory",
+    ),
+    defect(
+        "a key that is named again goes out a second time",
+        "self.planner.at_work.add((task.job, task.source.key))",
+        "",
+        "test_a_key_that_is_named_again_is_paid_once_though_its_url_is_another_by_then",
+    ),
+    defect(
+        "each run spends one more than is to be kept",
+        "            if decision.kind is DecisionKind.CONVERT:\n                self._require_month()\n",
+        "",
+        "test_where_the_remainder_is_reached_the_next_runs_use_up_none_of_it",
+    ),
+    defect(
+        "a copy of nobody knows which version has the mark of one",
+        'extra["Metadata"]["source-etag"] = "unknown"',
+        "pass",
+        "test_where_the_condition_of_a_copy_is_not_heeded_another_version_s_copy_counts_as_no_output",
+    ),
+    defect(
+        "two jobs have one name",
+        "if not name or name in {job.name for job in jobs.values()}:",
+        "if False:",
+        "test_two_jobs_have_two_names_and_each_has_one",
+    ),
+    defect(
+        "a bucket's name has no slash",
+        'return place.removeprefix(f"{self._output_bucket}/") if place',
+        'return place.partition("/")[2] if place',
+        "test_an_output_s_key_is_known_again_in_a_bucket_of_any_name",
+    ),
+    defect(
+        "half a line of a failure stays",
+        "os.ftruncate(number, size)",
+        "os.ftruncate(number, os.fstat(number).st_size)",
+        "test_a_failures_file_that_fills_the_disk_midway_is_whole_lines_after_the_next_run",
+    ),
+    defect(
+        "a pipe with a slow reader is a full disk",
+        "os.set_blocking(number, True)",
+        "pass",
+        "test_a_pipe_that_is_read_late_gets_all_failures",
+    ),
+    defect(
+        "a closed stderr takes the characters of the locale alone",
+        "for stream in (sys.stdout, sys.stderr):\n        cast(",
+        "for stream in (sys.stdout,):\n        cast(",
+        "test_a_closed_stream_takes_any_character_in_any_locale",
+    ),
+    defect(
+        "a link to another file of the run's is written over",
+        "is_link = self._is_same_file(*pair) and",
+        "is_link = False and",
+        "test_a_link_to_a_file_that_is_written_as_well_is_refused",
+    ),
+    defect(
+        "failures are written over where a shell has opened their file",
+        "            self._write_into(self.path if number is None else number, text, os.O_APPEND)",
+        "            self._write_into(self.path, text, os.O_APPEND)",
+        "test_both_streams_may_lead_to_one_file_that_a_shell_has_opened",
+    ),
+    defect(
+        "a shard whose part of the cap is nothing has none",
+        "{'' if cap is None else in_one_run}",
+        "{in_one_run if cap else ''}",
+        "test_a_shard_whose_part_of_the_cap_is_nothing_says_so",
+    ),
+    defect(
+        "a draft that cannot be taken away is a file that was not written",
+        "            with contextlib.suppress(OSError):\n                draft.unlink",
+        "            with contextlib.suppress(PermissionError):\n                draft.unlink",
+        "test_files_that_are_mounted_in_a_read_only_folder_are_written_into",
+    ),
+    defect(
+        "a named object is sent that is too large without jobs",
+        "if not task.copy and (told := settings.api.too_large(source.size)):",
+        "if source.size > settings.api.max_size and (told := settings.api.too_large(source.size)):",
+        "test_a_named_object_that_is_too_large_without_jobs_is_not_sent",
+    ),
+    defect(
+        "ages that no object can have are taken",
+        "if job.older_than > job.newer_than:",
+        "if False:",
+        "test_ages_that_no_object_can_have_are_refused",
+    ),
+    defect(
+        "outputs that may not be listed are a bug",
+        'OutputLister(self._bucket, code="")',
+        "OutputLister(self._bucket)",
+        "test_outputs_that_may_not_be_listed_are_no_bug",
+    ),
+    defect(
+        "neighbours that may not be listed are a bug",
+        "with contextlib.suppress(ObjectFailed):  # they may not be listed",
+        "if True:",
+        "test_where_a_key_s_neighbours_may_not_be_listed_why_calls_it_no_bug",
+    ),
+    defect(
+        "counts of other buckets are those of this configuration",
+        "for each in self._jobs if is_here and (*buckets,",
+        "for each in self._jobs if (*buckets,",
+        "test_the_counts_of_a_job_with_other_buckets_are_not_those_of_this_configuration",
+    ),
+    defect(
+        "a pipe of keys is read once for what is missing, and then nothing is left to do",
+        "is_stream = (place.is_fifo() or place.is_char_device()) and os.access(name, os.R_OK)",
+        "is_stream = False",
+        "test_repair_reads_a_pipe_of_keys_once",
+    ),
+)
+
 DEFECTS = (
     *LISTING,
     *SOURCES,
@@ -1439,6 +1599,7 @@ DEFECTS = (
     *COPIES,
     *VERIFY,
     *WORDS,
+    *READ,
 )
 
 

@@ -474,6 +474,12 @@ def test_a_template_that_is_meant_for_another_program_is_refused(ini: Path, temp
     assert problems(ini, COMPLETE + jobs) == [f"[job a] output_key = {template}: {expected}"]
 
 
+def test_ages_that_no_object_can_have_are_refused(ini: Path) -> None:
+    (said,) = problems(ini, COMPLETE + "[job a]\nnewer_than = 1h\nolder_than = 2h\n")
+    assert (said[:8], "newer_than" in said, "older_than" in said) == ("[job a] ", True, True)
+    assert load(ini, COMPLETE + "[job a]\nnewer_than = 2h\nolder_than = 1h\n").jobs
+
+
 def test_a_prefix_under_the_outputs_is_refused_in_the_same_bucket_only(ini: Path) -> None:
     expected = (
         "--prefix ([s3] prefix) = converted/a: lies under the outputs (converted/), and outputs are never converted"
@@ -587,6 +593,19 @@ def test_a_job_that_overrides_nothing_is_a_job_all_the_same(ini: Path) -> None:
 def test_a_job_without_any_target_is_named(ini: Path) -> None:
     content = TWO_JOBS.replace("target = jpg", "")
     assert problems(ini, content) == ["[job photos] target is missing"]
+
+
+@pytest.mark.parametrize("sections", [("photos", "photos "), ("photos", " photos"), ("", "")], ids=repr)
+def test_two_jobs_have_two_names_and_each_has_one(ini: Path, sections: tuple[str, str]) -> None:
+    first, second = (f"[job {name}]" for name in sections)
+    (said,) = problems(ini, COMPLETE + "".join(f"{each}\ntarget = jpg\n" for each in sorted({first, second})))
+    again, nameless = "there is a job of this name already", "a job needs a name, such as [job photos]"
+    assert said.startswith((f"{first}: {again}", f"{second}: {again}") if any(sections) else f"{first}: {nameless}")
+
+
+def test_a_job_on_the_command_line_has_no_other_s_name(ini: Path) -> None:
+    (said,) = problems(ini, TWO_JOBS, "--set", "job photos .target=png")
+    assert "there is a job of this name already" in said
 
 
 def test_a_wrong_value_in_a_job_is_named_with_the_job(ini: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.runs.test_looking import DOCUMENTED, kill_with_one_in_flight, left_in, picture
 from tests.standins.conversion_api import ConversionApi, Fault, Request
-from tests.standins.program import script_with
+from tests.standins.program import script_with, shard_of
 
 pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
@@ -168,6 +168,17 @@ def test_the_quota_and_the_cap_bound_what_is_foreseen(run_cli: Cli, bucket: Any,
     assert "warning       2 conversions more than the month has left are billed as overage; --limit 3 keeps" in said
     found = foreseen(run_cli, "--limit", "2")
     assert (found["conversions"], found["conversions_in_one_run"], found["warnings"]) == (5, 2, [])
+
+
+def test_a_shard_whose_part_of_the_cap_is_nothing_says_so(run_cli: Cli, bucket: Any) -> None:
+    own = [name for name in map("{}.png".format, range(200)) if shard_of(f"converted/{name[:-4]}.jpg", 16) == 5]
+    put_all(bucket, *own[:2])
+    capped = ("--shard", "5/16", "--limit", "3", "--set", "api.price=1")
+    said = run_cli("--dry-run", *capped).out
+    assert "conversions   2 to pay for at the most, 0 of them in the next run (" in said
+    assert "cost          about 2.00 at the most, about 0.00 of it in the next run, " in said
+    found = foreseen(run_cli, *capped)
+    assert (found["conversions"], found["conversions_in_one_run"], found["max_conversions"]) == (2, 0, 0)
 
 
 def test_without_a_key_or_an_api_the_rest_is_foreseen(run_cli: Cli, bucket: Any) -> None:

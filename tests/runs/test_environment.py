@@ -4,6 +4,7 @@ One trouble of each kind is met by `--check` as well, which is to find it before
 """
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
@@ -313,6 +315,21 @@ def test_a_region_that_is_wrong_is_named(run_cli: Cli) -> None:
     assert_met(run_cli, "region", given=given)
 
 
+@pytest.mark.needs("regions")
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_urls_are_signed_for_the_region_that_s3_tells_in_whatever_process(
+    *, processes: str, run_cli: Cli, bucket: Any, api: ConversionApi, s3: S3Server, relay: Relay
+) -> None:
+    for number in range(4):
+        bucket.put(f"{number}.png", b"\x89PNG\r\n\x1a\n%d" % number)
+    relay.added = {"x-amz-bucket-region": s3.region}
+    given = ("--processes", processes, "--workers", "2", "--set", "api.transfer=url")
+    run = run_cli(*given, AWS_DEFAULT_REGION="eu-nowhere-9", AWS_ENDPOINT_URL_S3=relay.url)
+    urls = [request.fields["file_url"] for request in api.requests if request.is_conversion]
+    signed = {dict(parse_qsl(urlsplit(url).query))["X-Amz-Credential"].split("/")[2] for url in urls}
+    assert (run.exit_code, len(api.paid), signed) == (0, 5, {s3.region}), run.out
+
+
 def test_a_region_that_does_not_exist_at_amazon_is_named(run_cli: Cli) -> None:
     given = ("--set", "s3.region=eu-nowhere-9")
     assert_met(run_cli, "region", given=given, is_checked=False, AWS_ENDPOINT_URL_S3=None)
@@ -348,3 +365,24 @@ def test_a_setting_for_other_programs_bars_does_not_reach_this_one(
     terminal.read_until(r"1 of 1 done \|█+\| 0 failed")
     terminal.read_until(r"converted +1")
     assert run.wait().exit_code == 0
+
+
+ONCE = """#!/bin/sh
+mkdir "{work}/asked" 2>/dev/null || exit 1
+cat "{work}/keys"
+"""
+
+
+def test_credentials_that_a_worker_process_does_not_get_are_named(
+    run_cli: Cli, api: ConversionApi, s3: S3Server, work: Path
+) -> None:
+    keys = {"Version": 1, "AccessKeyId": s3.access_key, "SecretAccessKey": s3.secret_key}
+    (work / "keys").write_text(json.dumps(keys))
+    (work / "once").write_text(ONCE.format(work=work))
+    (work / "once").chmod(0o700)
+    (work / "aws.ini").write_text(f"[default]\ncredential_process = {work}/once\n")
+    named: dict[str, Any] = {"AWS_CONFIG_FILE": str(work / "aws.ini"), "AWS_ACCESS_KEY_ID": None}
+    run = run_cli("--processes", "2", "--workers", "2", **named)
+    assert_told(run, "credential")
+    assert "memory" not in run.out + run.err
+    assert api.paid == []

@@ -333,6 +333,19 @@ def test_output_that_nobody_can_read_is_no_bug_of_the_program(
     assert ("Traceback" in run.err, "bug" in run.err, run.exit_code in {0, 3}) == (False, False, True), run.err
 
 
+@pytest.mark.parametrize("closed", [1, 2])
+def test_a_closed_stream_takes_any_character_in_any_locale(
+    closed: int, run_cli: Cli, bucket: Any, api: ConversionApi, work: Path
+) -> None:
+    api.behaviour.convert = marking
+    put_pngs(bucket, "ü/a.png")
+    (work / "config.ini").write_text("[s3]\nprefix = ü/\n", encoding="utf-8")
+    command = WITHOUT_OUTPUT.format(preparation=f"os.close({closed})", script=str(SCRIPT))
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    run = run_cli(command=("-c", command), **plain)
+    assert (run.exit_code, list(bucket.outputs())) == (0, ["converted/ü/a.jpg"]), run.out + run.err
+
+
 def test_the_summary_has_exactly_the_promised_keys(run_cli: Cli, bucket: Any) -> None:
     bucket.put("a.png", photo(1, "png"))
     summary = list(run_cli().summary)

@@ -1,6 +1,7 @@
 """Full disks and servers that go away: the run stops once, says why, and the next one goes on."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,17 @@ sys.argv[0] = {str(SCRIPT)!r}
 runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
 """
 WITH_SMALL_FILES = ("-c", LIMITED)
+# For the failures file alone: the checkpoint has room.
+WITH_A_SMALL_FAILURES_FILE = script_with("""
+import resource
+append, most = program.OutputFile.append, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+def limited(*given):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, most))
+    try:
+        append(*given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+program.OutputFile.append = limited""")
 WITH_SHORT_PAGES = script_with("program.PAGE_KEYS, program.OUTAGE_SECONDS = 4, 1")
 
 
@@ -54,6 +66,21 @@ def test_a_failures_file_that_cannot_be_written_stops_the_run(run_cli: Cli, buck
     assert "run.failures = /dev/full cannot be written" in run.summary["stopped_because"]
     assert run.rows() == []
     assert run_cli().summary["failed"] == {"conversion_failed": 3}
+
+
+def test_a_failures_file_that_fills_the_disk_midway_is_whole_lines_after_the_next_run(
+    run_cli: Cli, bucket: Any, work: Path
+) -> None:
+    put_some(bucket, 12)
+    keys = {f"{number:03}.png" for number in range(12)}
+    too_large = ("--set", "api.max_size=1", "--set", "run.max_failure_rate=never")
+    (work / "conversion_failures.jsonl").write_text('{"key": "of an earlier run"}\n')
+    run = run_cli(*too_large, command=WITH_A_SMALL_FAILURES_FILE)
+    assert (run.exit_code, "run.failures = " in run.summary["stopped_because"]) == (3, True), run.out
+    assert 0 < (work / "conversion_failures.jsonl").stat().st_size <= 1_000
+    run = run_cli(*too_large)
+    assert run.summary["failed"] == {"too_large": 12}
+    assert {line["key"] for line in run.failures} == keys | {"of an earlier run"}
 
 
 @pytest.mark.needs("restart", "disk")

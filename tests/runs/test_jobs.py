@@ -5,6 +5,7 @@ import email.utils
 import json
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from tests.standins import promises
 from tests.standins.conversion_api import Answer, ConversionApi, Fault, Request, Step
-from tests.standins.converters import marking
+from tests.standins.converters import Converted, marking
 from tests.standins.program import HASTY
 
 
@@ -207,6 +208,29 @@ def test_a_429_of_a_download_host_pauses_nobody(run_cli: Cli, bucket: Any, api: 
     api.faults.add(Fault.status_reply(429, retry_after="0.1", where=is_download))
     run = run_cli(*JOBS)
     assert (run.exit_code, run.summary["throttled"], bodies(bucket)) == (0, 0, expected)
+
+
+def without_size(answer: Answer) -> Answer:
+    """What tells of a job, and not how large its result is."""
+    told = json.loads(answer.body)
+    told.get("result", {}).pop("size", None)
+    return replace(answer, body=json.dumps(told).encode())
+
+
+@pytest.mark.parametrize("target", ["csv", pytest.param("txt", marks=pytest.mark.slow)])
+def test_a_download_that_is_only_accepted_is_not_the_file(
+    target: str, run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    # Of a text, the bytes do not tell that it is another one.
+    made = Converted(b"a,b\n1,2\n", "text/plain", target)
+    api.behaviour.convert = lambda _: made
+    fill(bucket)
+    api.faults.add(Fault(Step.DELIVERY, reshape=without_size, times=None, where=is_poll))
+    accepted = Fault(status=202, body=b"Accepted", content_type="text/plain", where=is_download)
+    api.faults.add(accepted)
+    run = run_cli(*JOBS, TARGET_FORMAT=target)
+    assert (accepted.struck, run.exit_code, run.summary["converted"], len(api.paid)) == (1, 0, 1, 1)
+    assert bodies(bucket) == {f"converted/0.{target}": made.body}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,15 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.standins.conversion_api import ConversionApi
+from tests.runs.test_resume import until_next_second
+from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import marking
 from tests.standins.key_files import DATE, write
+from tests.standins.program import script_with
+from tests.standins.promises import fill
+from tests.standins.relay import Asked, Relay
 from tests.standins.samples import photo
 
 if TYPE_CHECKING:
@@ -88,6 +93,18 @@ def test_a_named_object_is_handled_as_the_job_that_wants_its_size_says(
     bucket.put("large.jpg", photo(1, "jpg"))
     run = run_cli("--keys-from", str(write(tmp_path / "keys", "large.jpg\n")))
     assert (run.exit_code, run.summary["converted"], len(api.paid)) == (0, 1, 1), run.out
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_named_object_that_is_too_large_without_jobs_is_not_sent(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, work: Path
+) -> None:
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n")
+    (work / "keys").write_text("a.png\n")
+    relay.hidden, relay.added = {"content-length"}, {"Content-Length": "100000001"}
+    options = ("--keys-from", "keys", "--set", "run.max_failure_rate=never", "--set", "api.jobs_above=never")
+    run = run_cli(*options, AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.summary["failed"], [each.path for each in api.requests if each.is_conversion]) == ({"too_large": 1}, [])
 
 
 @pytest.mark.parametrize("first", ["\n", "\ufeff\r\n" + 9 * "\n"], ids=["blank", "BOM and blanks"])
@@ -180,3 +197,68 @@ def test_a_key_that_is_gone_for_a_while_takes_nothing_from_what_is_known_of_its_
     bucket.put("a.png", b"\x89PNG\r\n\x1a\n1")
     assert run_cli().summary["already_done"] == 1
     assert len(api.paid) == 1
+
+
+NAMED_AGAIN = script_with("program.KEYS_REMEMBERED = program.PAGE_KEYS = 1")
+# Without a rate, the others would wait for the first answer.
+AGAIN = ("--keys-from", "keys", "--set", "convert.exclude=*.txt", "--set", "api.requests_per_minute=100000")
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_key_that_is_named_again_while_it_is_at_work_is_converted_once(
+    *, processes: str, start: Cli, bucket: Any, strict_api: ConversionApi, work: Path, release: threading.Event
+) -> None:
+    expected = fill(bucket, 2, name="{}")
+    # Three for two processes: one of them gets it twice. What no job wants makes the run forget what it has read.
+    (work / "keys").write_text("0.png\na.txt\n0.png\na.txt\n0.png\n1.png\n")
+    strict_api.behaviour.in_flight_retry_after = "0"
+    held = strict_api.faults.add(Fault.hang_until(release))
+    are_all_handed_out = threading.Event()
+
+    def note(request: Request) -> None:
+        if request.filename == "1.png":
+            are_all_handed_out.set()
+
+    strict_api.on("request_received", note)
+    held.where = lambda request: request.filename == "0.png"
+    options = (*AGAIN, "--set", "api.transfer=upload", "--workers", "8", "--processes", processes)
+    run = start(*options, command=NAMED_AGAIN)
+    assert held.reached.wait(10)
+    are_all_handed_out.wait(1)  # or the second waits for the first, and all else behind it
+    release.set()
+    run.wait()
+    assert "Error" not in run.out + run.err, run.err
+    assert (run.exit_code, run.summary["failed"], run.summary["left"]) == (0, {}, 0), run.out
+    assert (len(strict_api.paid), strict_api.paid_twice(), run.rows("in_flight")) == (2, [], [])
+    assert {key: bucket.read(key) for key in bucket.keys("converted/")} == expected
+
+
+def test_a_key_that_is_named_again_is_paid_once_though_its_url_is_another_by_then(
+    *, start: Cli, bucket: Any, strict_api: ConversionApi, work: Path, release: threading.Event, relay: Relay
+) -> None:
+    expected = fill(bucket, 1, name="{}")
+    (work / "keys").write_text("0.png\na.txt\n0.png\n")
+    held = strict_api.faults.add(Fault.hang_until(release))
+    looks: list[Asked] = []
+    has_sent_again = threading.Event()
+
+    def let_the_second_look_in_the_next_second(asked: Asked) -> None:
+        if asked.method == "HEAD" and asked.key == "0.png":
+            looks.append(asked)
+            if len(looks) == 2 and held.reached.wait(10):
+                until_next_second()
+
+    def note(request: Request) -> None:
+        if request.is_conversion and held.reached.is_set():
+            has_sent_again.set()
+
+    relay.instead = let_the_second_look_in_the_next_second
+    strict_api.on("request_received", note)
+    run = start(*AGAIN, "--workers", "2", command=NAMED_AGAIN, AWS_ENDPOINT_URL_S3=relay.url)
+    assert held.reached.wait(10)
+    has_sent_again.wait(1.2)  # in vain, if the second waits for the first
+    release.set()
+    run.wait()
+    assert (run.exit_code, run.summary["possible_double_charges"]) == (0, 0), run.out
+    assert (len(strict_api.paid), run.rows("in_flight")) == (1, [])
+    assert {key: bucket.read(key) for key in bucket.keys("converted/")} == expected

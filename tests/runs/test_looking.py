@@ -641,6 +641,17 @@ def test_what_the_api_has_said_breaks_no_document(run_cli: Cli, bucket: Any, api
     assert found["jobs"][0]["next"]["reason"] == "failed_before"
 
 
+def test_where_a_key_s_neighbours_may_not_be_listed_why_calls_it_no_bug(
+    run_cli: Cli, bucket: Any, relay: Relay
+) -> None:
+    bucket.put("a.png", picture())
+    relay.refuse = lambda _, path: parse_qs(urlsplit(path).query).get("prefix") == ["a"]
+    run = run_cli("--why", "a.png", AWS_ENDPOINT_URL_S3=relay.url)
+    said = run.out + run.err
+    assert ("bug" in said, "Traceback" in said, run.exit_code in {0, 2, 3}) == (False, False, True), said
+    assert last_line(run).startswith("the next run would convert it to jpg"), said
+
+
 def test_why_of_what_is_in_flight_promises_the_same_request(
     start: Cli, run_cli: Cli, bucket: Any, api: ConversionApi, release: threading.Event
 ) -> None:

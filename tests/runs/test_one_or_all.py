@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.runs.test_resume import until_next_second
-from tests.standins.conversion_api import ConversionApi, Fault, Request
+from tests.standins.conversion_api import USAGE, ConversionApi, Fault, Request
 from tests.standins.program import HASTY
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 
@@ -234,6 +235,52 @@ def test_the_remainder_is_kept_though_the_api_may_have_done_what_is_sent_again(
     assert "api.keep_remaining is 95" in run.summary["stopped_because"]
     assert run.summary["converted"] + run.summary["left"] == 14
     assert_all_promises_are_kept(run_cli(command=HASTY), api, bucket, expected)
+
+
+KEPT = ("--workers", "1", "--set", "api.keep_remaining=95")
+
+
+def is_about_the_usage(request: Request) -> bool:
+    """Whether it asks how much of the month is left."""
+    return request.path == USAGE
+
+
+def test_where_the_remainder_is_reached_the_next_runs_use_up_none_of_it(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    expected = fill(bucket, 30)
+    api.behaviour.month_quota = 100
+    for number in range(3):
+        run = run_cli(*KEPT)
+        assert (run.exit_code, run.summary["stopped_code"]) == (3, "quota")
+        assert (run.summary["converted"], len(api.paid)) == (0 if number else 5, 5)
+    assert "95 conversions remain" in run.summary["stopped_because"]
+    # Nobody else is asked for it.
+    api.forget_counts()
+    assert run_cli().summary["converted"] == 25
+    assert not [request for request in api.requests if is_about_the_usage(request)]
+    assert {key: bucket.read(key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(partial(Fault.status_reply, 500, "internal_error"), id="500"),
+        pytest.param(partial(Fault.status_reply, 404, "not_found"), id="404"),
+        pytest.param(Fault.html_page, id="a page", marks=pytest.mark.slow),
+        pytest.param(Fault.cut_before_work, id="cut", marks=pytest.mark.slow),
+    ],
+)
+def test_where_nobody_says_what_remains_the_answers_to_conversions_do(
+    fault: Callable[..., Fault], run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 12)
+    api.behaviour.month_quota = 100
+    silent = api.faults.add(fault(times=None)).at(is_about_the_usage)
+    run = run_cli(*KEPT, command=HASTY)
+    assert (run.exit_code, run.summary["stopped_code"], len(api.paid)) == (3, "quota", 5)
+    # It is asked before anything is sent that costs something.
+    assert (silent.struck > 0, api.requests[0].path) == (True, USAGE)
 
 
 def remaining(*told: str) -> Fault:

@@ -124,6 +124,26 @@ def test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_i
     assert len(api.paid) == 2
 
 
+def test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    bucket.put("a.png", PNG)
+    relay.refuse = is_tagging
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    assert run_cli(*TAGGING, **there).summary["failed"] == {"tag_failed": 1}
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
+    # Not while the tag is refused, and not when it is put.
+    assert run_cli(*TAGGING, **there).summary["failed"] == {"tag_failed": 1}
+    relay.refuse = lambda *_: False
+    run = run_cli(*TAGGING, **there)
+    assert (run.exit_code, run.summary["already_done"], run.summary["converted"]) == (0, 1, 0)
+    assert (tags_of(bucket, "a.png"), len(api.paid)) == (DONE, 1)
+    relay.asked.clear()
+    run = run_cli(*TAGGING, **there)
+    assert (run.exit_code, run.summary["already_done"], len(api.paid)) == (0, 1, 1)
+    assert not [asked for asked in relay.asked if "tagging" in asked.query]
+
+
 def test_a_source_that_could_not_be_tagged_in_the_last_of_five_failed_runs_is_only_tagged_then(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:

@@ -1,14 +1,18 @@
 """Two jobs that want one output key for the same source: the one that has it keeps it, and one output is paid for."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.standins.conversion_api import ConversionApi
+from tests.runs.test_processes import has_paid, wait_until
+from tests.runs.test_resume import until_next_second
+from tests.standins.conversion_api import ConversionApi, Fault
 from tests.standins.converters import Conversion, Converted, wrapped
+from tests.standins.program import script_with
 from tests.standins.samples import photo
 
 Cli = Callable[..., Any]
@@ -150,3 +154,61 @@ def test_a_job_that_copies_is_not_left_out_for_one_that_skips(copier: str, run_j
 
 def test_check_does_not_warn_of_two_jobs_that_make_the_very_same_output(run_jobs: Cli) -> None:
     assert "OK   output keys: " in run_jobs("[job a]", "[job b]", "include = in/0.png", options=("--check",)).out
+
+
+JPG = "in/b.jpg"
+# A job that may not have a key looks when the request of the one that has it is on its way.
+LOSER_COMES_LATER = script_with("""
+import os, time
+look = program.look
+def look_later(task, *given):
+    while task.holder and not os.path.exists("sent"):
+        time.sleep(0.01)
+    return look(task, *given)
+program.look = look_later""")
+# Jobs whose outputs have the same target, quality and place: only what becomes of the answer or the source differs.
+ALIKE = {
+    "pages": ("[job a]", f"include = {KEYS[0]}", "[job b]", f"include = {KEYS[0]}", "pages = unpack"),
+    "same_format": (
+        *("[job a]", f"include = {JPG}", "same_format = convert"),
+        *("[job b]", f"include = {JPG}", "same_format = copy"),
+    ),
+}
+
+
+@pytest.mark.parametrize("option", ALIKE)
+def test_a_job_that_may_not_have_a_key_settles_no_request_of_the_one_that_has_it(
+    *, option: str, start: Cli, bucket: Any, api: ConversionApi, release: threading.Event, work: Path
+) -> None:
+    bucket.put(JPG, photo(1, "jpg"))
+    held = api.faults.add(Fault.hang_until(release))
+    api.on("request_received", lambda _: (work / "sent").touch())
+    (work / "jobs.ini").write_text("\n".join(ALIKE[option]), encoding="utf-8")
+    options = ("-c", "jobs.ini", "--workers", "2", "--set", "run.max_failure_rate=never")
+    run = start(*options, command=LOSER_COMES_LATER)
+    wait_until(lambda: held.reached.is_set() and run.failures)
+    assert [(line["job"], line["code"]) for line in run.failures] == [("b", "output_collision")]
+    (row,) = run.rows("in_flight")
+    assert row["key"] in {KEYS[0], JPG}
+    run.process.kill()
+    release.set()
+    wait_until(lambda: has_paid(api, 1))
+    until_next_second()  # in which a presigned URL is another one
+    again = start(*options).wait()
+    assert (again.exit_code, again.summary["failed"]) == (1, {"output_collision": 1})
+    assert (again.summary["replays"], again.summary["possible_double_charges"], len(api.paid)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("skip_existing", ["yes", "no"])
+@pytest.mark.parametrize("option", ALIKE)
+def test_what_a_job_fails_with_is_no_word_on_the_one_that_has_its_key(
+    *, option: str, skip_existing: str, run_jobs: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put(JPG, photo(1, "jpg"))
+    options = ("--workers", "1", "--set", f"run.skip_existing={skip_existing}")
+    for number in range(3):
+        run = run_jobs(*ALIKE[option], options=options)
+        assert (run.exit_code, run.summary["failed"]) == (1, {"output_collision": 1})
+        assert (run.failures[-1]["job"], len(run.failures)) == ("b", number + 1)
+        assert (run.summary["converted"], run.summary["already_done"]) == ((0, 1) if number else (1, 0))
+    assert len(api.paid) == 1

@@ -1,6 +1,7 @@
 """--verify and --repair: what lies in the output bucket is told apart from what was stored, and made again if asked."""
 
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -248,6 +249,39 @@ def test_a_source_that_is_left_as_it_is_hides_nothing_that_lies_where_its_output
     counts, found = verified(run_cli)[1:]
     assert counts == {"orphans": 1, "unknown": 1}
     assert found == {"orphans": ["converted/a.jpg"], "unknown": ["converted/b.jpg"]}
+
+
+@pytest.mark.parametrize("keys", ["/dev/stdin", "fifo"])
+def test_repair_reads_a_pipe_of_keys_once(keys: str, start: Cli, run_cli: Cli, bucket: Any, work: Path) -> None:
+    put_pictures(bucket, 2)
+    assert run_cli().exit_code == 0
+    for key in bucket.keys("converted/"):
+        bucket.client.delete_object(Bucket=bucket.name, Key=key)
+    os.mkfifo(work / "fifo")
+    reading, writing = os.pipe()
+    os.write(writing, b"in/001.png\n")
+    os.close(writing)
+    # Whoever opens the FIFO to write waits for its first reader; a second one would wait for another writer.
+    threading.Thread(target=lambda: (work / "fifo").write_text("in/001.png\n"), daemon=True).start()
+    run = start("--repair", "--keys-from", keys, stdin=reading)
+    os.close(reading)
+    assert (run.wait(10).exit_code, run.summary["converted"]) == (0, 1), run.out
+    assert bucket.keys("converted/") == ["converted/in/001.jpg"]
+
+
+@pytest.mark.parametrize("status", [403, pytest.param(501, marks=pytest.mark.slow)])
+def test_outputs_that_may_not_be_listed_are_no_bug(status: int, run_cli: Cli, bucket: Any, relay: Relay) -> None:
+    put_pictures(bucket, 2)
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    keys = run_cli(**there).workdir / "keys"
+    keys.write_text("in/000.png\nin/001.png\n")
+    relay.refuse = lambda method, path: method == "GET" and "prefix=converted" in path
+    relay.refusal_status = status
+    for command in ("--verify", "--repair"):
+        run = run_cli(command, "--keys-from", "keys", **there)
+        said = run.out + run.err
+        assert ("bug" in said, "Traceback" in said, run.exit_code in {0, 2, 3}) == (False, False, True), said
+        assert run.exit_code == 0 or "S3 refused the listing of " in said or status != 403
 
 
 def test_repair_keeps_to_the_cap_and_goes_on_after_a_kill(

@@ -62,6 +62,25 @@ def test_of_two_configurations_that_want_one_key_the_first_keeps_it_whatever_cha
     assert bucket.read("converted/invoice.jpg") == marked(PNG + b"another version of x")
 
 
+def test_an_output_without_a_mark_is_adopted_by_one_source_and_by_no_other(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    sources = ("a.heic", "a.png")
+    for key in sources:
+        bucket.put(key, PNG + key.encode())
+    until_next_second()  # an output is newer than its source
+    bucket.put("converted/a.jpg", b"\xff\xd8\xff of another program")
+    options = ("--set", "s3.tag_source=converted=yes", "--set", "run.max_failure_rate=never")
+    for number in range(2):
+        run = run_cli(*options)
+        assert (run.exit_code, run.summary["failed"]) == (1, {"output_collision": 1})
+        assert (run.summary["adopted"], run.summary["already_done"]) == ((0, 1) if number else (1, 0))
+    assert api.requests == []
+    (other,) = {line["key"] for line in run.failures}
+    tags = {key: bucket.client.get_object_tagging(Bucket=bucket.name, Key=key).get("TagSet", []) for key in sources}
+    assert [key for key in sources if not tags[key]] == [other]
+
+
 @pytest.mark.parametrize("skips", [pytest.param("yes", marks=pytest.mark.slow), "no"])
 def test_an_output_that_somebody_has_replaced_is_theirs_until_it_is_gone(
     skips: str, run_cli: Cli, bucket: Any, api: ConversionApi
@@ -280,8 +299,9 @@ def test_nothing_is_copied_of_a_source_that_is_not_what_was_looked_at(
     assert [body for body, *_ in bucket.outputs().values()] == [b"version 2"] * (change == "overwritten")
 
 
+@pytest.mark.parametrize("last", [b"version 2", b"version 1"], ids=["overwritten", "overwritten and put back"])
 def test_where_the_condition_of_a_copy_is_not_heeded_another_version_s_copy_counts_as_no_output(
-    run_cli: Cli, bucket: Any, relay: Relay
+    *, last: bytes, run_cli: Cli, bucket: Any, relay: Relay
 ) -> None:
     bucket.put("a.jpg", b"version 1")
     copied = threading.Event()
@@ -305,9 +325,11 @@ def test_where_the_condition_of_a_copy_is_not_heeded_another_version_s_copy_coun
     options = ("--set", "convert.same_format=copy")
     run = run_cli(*options, AWS_ENDPOINT_URL_S3=relay.url)
     assert (copied.is_set(), run.exit_code, run.summary["failed"]) == (True, 1, {"source_changed": 1})
-    assert run_cli(*options, AWS_ENDPOINT_URL_S3=relay.url).summary["converted"] == 1
+    bucket.put("a.jpg", last)
+    again = run_cli(*options, AWS_ENDPOINT_URL_S3=relay.url)
+    assert (again.exit_code, again.summary["failed"]) == (0, {})
     assert [(body, of["source-etag"]) for body, _, of in bucket.outputs().values()] == [
-        (b"version 2", hashlib.md5(b"version 2").hexdigest())
+        (last, hashlib.md5(last).hexdigest())
     ]
 
 

@@ -1,13 +1,17 @@
 """The summary and the metrics where they are no ordinary files: devices, links, mounts, pipes, closed folders."""
 
+import fcntl
 import itertools
 import json
 import os
 import stat
+import sys
+import termios
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -17,9 +21,20 @@ from tests.standins.program import IS_ROOT, SCRIPT, UNPRIVILEGED
 Cli = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("cheap_object")
 # In a mount namespace of its own, so that no other process sees it; `mounted` lies over itself there.
-MOUNTING = 'mount --bind mounted mounted && exec "$0" -m s3_bulk_convert "$@"'
-UNSHARED = ["unshare", *(["-m"] if IS_ROOT else ["-rm"]), "sh", "-c", MOUNTING]
-WITH_A_MOUNT = ("-c", f"import os, sys; os.execvp('unshare', [*{UNSHARED}, sys.executable, *sys.argv[1:]])")
+MOUNTING = "mount --bind mounted mounted"
+MOUNTING_IN_A_READ_ONLY_FOLDER = (
+    "mount --bind closed closed && mount -o remount,bind,ro closed && mount --bind mounted closed/kept.sum"
+)
+
+
+def mounted(mounting: str) -> tuple[str, str]:
+    """The command of a run that sees these mounts."""
+    shell = ["sh", "-c", f'{mounting} && exec "$0" -m s3_bulk_convert "$@"']
+    unshared = ["unshare", *(["-m"] if IS_ROOT else ["-rm"]), *shell]
+    return "-c", f"import os, sys; os.execvp('unshare', [*{unshared}, sys.executable, *sys.argv[1:]])"
+
+
+WITH_A_MOUNT, WITH_A_MOUNT_IN_A_READ_ONLY_FOLDER = map(mounted, (MOUNTING, MOUNTING_IN_A_READ_ONLY_FOLDER))
 
 
 def written(path: str) -> tuple[str, ...]:
@@ -87,6 +102,15 @@ def test_what_is_read_and_what_the_checkpoint_is_made_of_is_not_written_over(
     assert ((work / "config.ini").read_text(), (work / "key").read_text()) == (ini, api.api_key)
 
 
+@pytest.mark.parametrize(("link", "other"), [("summary", "failures"), ("metrics", "failures"), ("summary", "metrics")])
+def test_a_link_to_a_file_that_is_written_as_well_is_refused(link: str, other: str, run_cli: Cli, work: Path) -> None:
+    (work / "kept").write_text('{"key": "a.png"}\n')
+    (work / "link").symlink_to("kept")
+    run = run_cli("--set", f"run.{link}=link", "--set", f"run.{other}=kept")
+    assert (run.exit_code, (work / "kept").read_text()) == (2, '{"key": "a.png"}\n'), run.err
+    assert "file as well; give it another path" in run.err
+
+
 def test_files_in_a_folder_where_no_file_may_be_made_are_written_into(run_cli: Cli, work: Path) -> None:
     (work / "closed").mkdir()
     for end in (".sum", ".prom"):
@@ -105,6 +129,16 @@ def test_mounted_files_are_written_into(run_cli: Cli, work: Path) -> None:
     # Seen from outside the mount, it is the same file.
     assert json.loads((work / "mounted").read_text())["converted"] == 1
     assert list(work.glob("mounted.*")) == []
+
+
+def test_files_that_are_mounted_in_a_read_only_folder_are_written_into(run_cli: Cli, work: Path) -> None:
+    (work / "closed").mkdir()
+    for name in ("mounted", "closed/kept.sum"):
+        (work / name).touch()
+    run = run_cli("--set", "run.summary=closed/kept.sum", command=WITH_A_MOUNT_IN_A_READ_ONLY_FOLDER)
+    assert (run.exit_code, run.err.count("cannot be written")) == (0, 0), run.err
+    assert json.loads((work / "mounted").read_text())["converted"] == 1
+    assert list(work.glob("**/*.tmp")) == []
 
 
 def test_pipes_are_written_into_and_are_pipes_still(start: Cli, work: Path) -> None:
@@ -126,6 +160,45 @@ def test_pipes_are_written_into_and_are_pipes_still(start: Cli, work: Path) -> N
     assert (read["pipe.sum"][:1], read["pipe.prom"][:7]) == ("{", "# HELP ")
     assert stat.S_ISFIFO((work / "pipe.sum").stat().st_mode)
     assert stat.S_ISFIFO((work / "pipe.prom").stat().st_mode)
+
+
+def waiting_in(pipe: IO[str]) -> int:
+    """How many bytes of a pipe nobody has read yet."""
+    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_failures_wait_for_a_slow_reader_of_a_stream(stream: str, start: Cli, bucket: Any) -> None:
+    for number in range(40):
+        bucket.put(f"{number:02}.png", b"\x89PNG\r\n\x1a\n")
+    too_large = ("--set", "api.max_size=1", "--set", "run.max_failure_rate=never", "--log-format", "json")
+    run = start("-q", *too_large, "--set", f"run.failures=/dev/{stream}")
+    pipe = getattr(run.process, stream)
+    size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+    # Nothing is read before it has no room left for three more lines.
+    while waiting_in(pipe) < size - 1_000 and run.process.poll() is None:
+        time.sleep(0.01)
+    assert run.wait().exit_code == 1, run.out + run.err
+    said = [json.loads(line) for line in (run.out if stream == "stdout" else run.err).splitlines() if line[:1] == "{"]
+    keys = [line["key"] for line in said if "key" in line and "event" not in line]
+    assert sorted(keys) == [*(f"{number:02}.png" for number in range(40)), "a.png"]
+
+
+def test_a_pipe_that_is_read_late_gets_all_failures(start: Cli, work: Path, bucket: Any) -> None:
+    for number in range(40):
+        bucket.put(f"{number:02}.png", b"\x89PNG\r\n\x1a\n")
+    os.mkfifo(work / "pipe")
+    # Open for both, so that it does not end between two pages of failures.
+    with os.fdopen(os.open(work / "pipe", os.O_RDWR), "r") as pipe:
+        size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+        named = ("--set", "api.max_size=1", "--set", "run.max_failure_rate=never", "--set", "run.failures=pipe")
+        run = start("-q", *named)
+        while waiting_in(pipe) < size - 1_000 and run.process.poll() is None:
+            time.sleep(0.01)
+        assert run.process.poll() is None, run.wait()
+        keys = [json.loads(pipe.readline())["key"] for _ in range(41)]
+    assert sorted(keys) == [*(f"{number:02}.png" for number in range(40)), "a.png"]
+    assert run.wait().exit_code == 1
 
 
 def test_pipes_that_nobody_reads_hold_up_nothing(start: Cli, work: Path, bucket: Any) -> None:
@@ -175,3 +248,16 @@ def test_the_standard_output_that_is_a_file_keeps_all_that_was_written(start: Cl
     assert told.startswith("before\n")
     assert '"converted": 1,' in told
     assert "\nconverted     1" in told
+
+
+@pytest.mark.parametrize("mode", ["ab", "wb"], ids=["appended to", "written anew"])
+def test_both_streams_may_lead_to_one_file_that_a_shell_has_opened(
+    mode: str, start: Cli, work: Path, bucket: Any
+) -> None:
+    bucket.put("a.heic", b"\x89PNG\r\n\x1a\n")
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        (work / name).symlink_to(f"/proc/self/fd/{number}")
+    with (work / "out").open(mode) as out:
+        run = start("--set", "run.summary=stdout", "--set", "run.failures=stderr", terminal=out.fileno()).wait()
+    told = (work / "out").read_text()
+    assert (run.exit_code, '"converted": 1,' in told, '"code": "output_collision"' in told) == (1, True, True), told
