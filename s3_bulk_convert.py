@@ -1790,13 +1790,13 @@ class SettingsReader:
         return os.path.realpath(first) == os.path.realpath(second)
 
     @staticmethod
-    def number_of_open_file(path: Path) -> int | None:
+    def number_of_open_file(path: Path, most: int = 9) -> int | None:
         """The number under which a shell has opened a file for this process, as /dev/stdout is 1; None if it has not.
 
         Opened by its path, such a file would be written from its beginning, over what is there. Both of /dev/stdout and
         /dev/stderr may be one.
         """
-        for number in range(1, 10):
+        for number in range(1, most + 1):
             with contextlib.suppress(OSError):
                 if os.path.samestat(os.stat(path), os.fstat(number)):
                     return number
@@ -6075,7 +6075,8 @@ class OutputFile:
     def append(self, text: str) -> None:
         """Add lines. Raises RunError."""
         try:
-            number = SettingsReader.number_of_open_file(self.path)
+            # Of streams alone: this program may have opened the same file, to read from it what is to be tried again.
+            number = SettingsReader.number_of_open_file(self.path, 2)
             self._write_into(self.path if number is None else number, text, os.O_APPEND)
         except OSError as problem:
             message = f"{self._option} = {self.path} cannot be written: {problem.strerror}"
