@@ -2412,7 +2412,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                 task = outcome.task
                 if outcome.pending:
                     self._replace_request(db, task, outcome.pending)
-                else:
+                elif outcome.code != NOT_MATCHED:  # a job has sent nothing of what it does not want, but its twin may
                     settled = (self._job_ids[task.job], task.source.key)
                     db.execute("DELETE FROM in_flight WHERE job = ? AND key = ?", settled)
 
@@ -3343,6 +3343,9 @@ class Bucket:
                 output = StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", 0), pages)
                 if self._has_its_pages(task, output):
                     return kind, output
+        if task.is_untagged and not task.look and not self._settings.repair:
+            # It was stored, and somebody has taken it away: no later run makes it again, and neither does this one.
+            return OutcomeKind.FOUND, StoredOutput(task.output_key, "", 0)
         if task.holder:
             raise ObjectFailed("output_collision", taken_key(task.output_key, task.holder))
         return None
@@ -3530,7 +3533,8 @@ class Bucket:
             # Some servers take no notice of the condition: nobody knows of which version these bytes are.
             extra["Metadata"]["source-etag"] = "unknown"
             extra.pop("CopySourceIfMatch", None)
-            self._copy(self.output_name, key, key, extra)
+            with contextlib.suppress(ObjectFailed, ObjectSkipped):
+                self._copy(self.output_name, key, key, extra)
             raise
         head = self._head_stored(key)
         return StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", source.size))
@@ -3954,6 +3958,7 @@ class Planner:
         """
         jobs, shard, decisions = self.settings.jobs, self.settings.shard, list[Decision]()
         selected: list[tuple[str, SourceObject]] = []
+        is_listed = not self.settings.keys_from
         for source in page:
             reason = self._is_own(source.key) if source.key.startswith(self._own_prefixes) else source.skip_reason
             if self._unmet_prefixes or self._unmet_jobs:
@@ -3965,15 +3970,19 @@ class Planner:
                 wanting = [job for job in wanting if job in first.values()]
             if not wanting and shard.owns(source.key):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
-            # The first of those that the journal knows as one. Of a named object, only a look tells who wants it.
-            makers, may_meet = dict[tuple[str, str], Job](), len(wanting) > 1 and not self.settings.keys_from
+            makers: dict[tuple[str, str], Job] = {}  # the first of those that the journal knows as one
             for job in wanting:
                 # All sources that want one output key meet in one shard: two shards would both write it.
                 if shard.count > 1 and not shard.owns(KeyParts.slot_of(job.output_of(source.key))):
                     continue
                 if job.leaves_as_it_is(source.key):
                     decisions.append(Decision(DecisionKind.SKIP, source, job.name, SAME_FORMAT))
-                elif may_meet and (maker := makers.setdefault((job.fingerprint, job.place), job)) is not job:
+                # Of a named object, only a look tells who wants it.
+                elif (
+                    len(wanting) > 1
+                    and is_listed
+                    and (maker := makers.setdefault((job.fingerprint, job.place), job)) is not job
+                ):
                     decisions.append(self._ceded(job, maker, source))
                 else:
                     selected.append((job.name, source))
@@ -5214,7 +5223,7 @@ class Conversation:
         # One that follows is another conversion, unless the API has said of the one before that it made nothing.
         is_another = not request.row.first_sent and any(before.may_be_charged for before in self.requests[-2:-1])
         if is_another or not (self._asked_at or self.task.pending):
-            ledger.reserve()
+            ledger.reserve(self.task)
         if is_forgotten:
             # The URL has died with the key.
             url = request.row.url and self._context.bucket.presign(self.task.source.key)
@@ -5470,7 +5479,7 @@ class Feeder:
         self.planner = Planner(context.settings, context.bucket, journal, context.stop)
         # For `count_total`: the workers have more than they can do; nothing more will come.
         self.is_ahead, self._has_finished = threading.Event(), threading.Event()
-        self._has_begun = self._has_warned = self._has_asked = False
+        self._has_begun = self._has_warned = False
 
     def run(self) -> None:
         """Feed until everything is handed out or the run is to end; then send the workers home."""
@@ -5539,20 +5548,9 @@ class Feeder:
             if decision.kind is DecisionKind.FAIL:
                 failed = Outcome(task, OutcomeKind.FAILED, code, decision.message, pending=task.pending)
                 self._tell(replace(failed, permanent=code == "too_large"))
-                continue
-            if decision.kind is DecisionKind.CONVERT:
-                self._require_month()
-            self.planner.at_work.add((task.job, task.source.key))
-            self._put(task)
-
-    def _require_month(self) -> None:
-        """Raise RunError where the month has no more left than is to be kept: an answer would cost one more."""
-        if (keep := self._settings.api.keep_remaining) and not self._has_asked:
-            self._has_asked, remaining = True, None
-            with contextlib.suppress(RunError):  # without it, the first answer tells
-                remaining = Usage.ask(self._settings.api).remaining
-            if remaining is not None and remaining <= keep:
-                raise Trouble.little_remains(remaining, keep)
+            else:
+                self.planner.at_work.add((task.job, task.source.key))
+                self._put(task)
 
     def _put(self, task: Task | None) -> None:
         """Put a task on the queue. Raises StopRequested: nobody may empty it any more, and workers see the flag."""
@@ -5612,19 +5610,32 @@ class Ledger:
     def __init__(self, journal: Journal, settings: Settings) -> None:
         # Makes a request durable before it is sent. Raises RunError.
         self.mark_sent = journal.mark_sent
-        self._cap, self._shard = settings.api.max_conversions, settings.shard
-        self._lock, self._reserved = threading.Lock(), 0
-        self.reason: RunError | None = None  # one more than the cap was wanted: then work is left for sure
+        self._api, self._cap, self._shard = settings.api, settings.api.max_conversions, settings.shard
+        self._lock, self._reserved, self._has_asked = threading.Lock(), 0, False
+        self.reason: RunError | None = None  # one more was wanted than may be had: then work is left for sure
 
-    def reserve(self) -> None:
+    def reserve(self, task: Task) -> None:
         """Take one conversion off the cap. Raises StopRequested where none is left; what has one goes on."""
         with self._lock:
+            if not task.pending:
+                self._require_month()
             if self._reserved == self._cap:
                 message = f"the cap of {pluralize(self._reserved, 'conversion')}{self._shard.named} is reached"
                 more = "raise api.max_conversions (--limit); failed ones count, for they may be charged"
                 self.reason = RunError(message, f"run it again to go on, or {more}", code="cap")
                 raise StopRequested
             self._reserved += 1
+
+    def _require_month(self) -> None:
+        """Raise StopRequested where the month has no more than is to be kept: an answer would cost one to say so."""
+        if (keep := self._api.keep_remaining) and not self._has_asked:
+            self._has_asked, remaining = True, None
+            with contextlib.suppress(RunError):  # then the first answer tells
+                remaining = Usage.ask(self._api).remaining
+            if remaining is not None and remaining <= keep:
+                self.reason = Trouble.little_remains(remaining, keep)
+        if self.reason and self.reason.code == "quota":
+            raise StopRequested
 
 
 @dataclass
@@ -5698,17 +5709,13 @@ class WorkerContext:
             raise StopRequested
         if conversation.task.pending:
             # Before the looks, which new objects need less of: under a cap, what may be paid already comes first.
-            self.ledger.reserve()
+            self.ledger.reserve(conversation.task)
         bucket = self.bucket
         task, head = look(conversation.task, bucket, self.settings)
         conversation.task = task
         existing, kind = bucket.look_at_output(task), OutcomeKind.CONVERTED
-        output: StoredOutput | None
         if existing:
             kind, output = existing
-        elif task.is_untagged:
-            # It was stored, and somebody has taken it away: that is no reason to make it again, as in later runs.
-            kind, output = OutcomeKind.FOUND, None
         elif task.copy:
             output = bucket.copy(task, head)
         else:
@@ -5856,7 +5863,7 @@ class ProcessSupervisor:
         self._held[first.job, first.source.key] = first
         settings = self._context.settings
         settings = replace(settings, s3=replace(settings.s3, region=self._context.bucket.region))
-        while True:
+        while not self._context.stop.is_set:
             try:
                 with running_process(settings, self._workers) as (process, connection):
                     self._serve(process, connection)
@@ -5864,8 +5871,6 @@ class ProcessSupervisor:
             except (EOFError, OSError):
                 log.warning("a worker process died with %d objects in its hands", len(self._held))
             self._requeue_after_crash()
-            if self._context.stop.is_set:
-                break
         # What no process is there for is left to the next run.
         for task in self._held.values():
             self._tell(Outcome(task, OutcomeKind.LEFT, pending=task.pending))
@@ -5926,9 +5931,9 @@ class ProcessSupervisor:
 
     def _write_down(self, question: LedgerQuestion) -> bool:
         try:
-            if question.task is None or question.request is None:
-                self._context.ledger.reserve()
-            else:
+            if question.task and not question.request:
+                self._context.ledger.reserve(question.task)
+            elif question.task and question.request:
                 # Before it is written, and it is sent only after that: what is held is never less than what is sent.
                 key = (question.task.job, question.task.source.key)
                 self._held[key] = replace(self._held[key], pending=question.request, look=True)
@@ -6124,15 +6129,22 @@ class OutputFile:
         if not isinstance(place, int) and sys.platform != "win32":
             os.set_blocking(number, True)  # its reader may be slow
         with open(number, "wb", buffering=0) as file:
-            size, rest = os.fstat(number).st_size, text.encode()
+            size = os.fstat(number).st_size
             try:
-                while rest:
-                    rest = rest[file.write(rest) :]
+                OutputFile._write_whole(file, text.encode())
             except OSError:
                 # The next line would be appended to half of one; only a file can be cut.
                 with contextlib.suppress(OSError):
                     os.ftruncate(number, size)
+                    os.lseek(number, size, os.SEEK_SET)
                 raise
+
+    @staticmethod
+    def _write_whole(file: io.FileIO, rest: bytes) -> None:
+        while rest:
+            if (written := file.write(rest)) is None:
+                raise BlockingIOError(errno.EAGAIN, "nobody reads it")
+            rest = rest[written:]
 
     def require_writable(self) -> None:
         """Raise RunError if it cannot be appended to; make no file."""
@@ -7216,7 +7228,7 @@ class Why:
         """A row of the log, with the key of its output."""
         planned, made = Job(row["target"], name=row["name"], output_key=row["place"]).output_of(self._key), None
         if row["event"] not in {OutcomeKind.FAILED.value, OutcomeKind.SKIPPED.value}:
-            made = (row["output_key"] or planned).removeprefix(f"{row['output_bucket']}/")
+            made = row["output_key"].removeprefix(f"{row['output_bucket']}/") if row["output_key"] else planned
         names = ("event", "target", "etag", "output_bucket", "output_etag", "bytes_out", "seconds", "requests")
         return {
             "time": iso_time(row["time"]),

@@ -348,6 +348,12 @@ def test_an_output_s_key_is_known_again_in_a_bucket_of_any_name(path: Path, name
     assert found == {"a.png": "converted/a.jpg.zip", "b.png": "converted/b.jpg"}
 
 
+def test_what_a_job_does_not_want_is_no_word_on_a_request_for_it(journal: Journal) -> None:
+    journal.mark_sent(task(), REQUEST)
+    journal.settle([program.Outcome(task(), program.OutcomeKind.SKIPPED, program.NOT_MATCHED)], NOW)
+    assert list(journal.pending("default", ["a.png"])) == ["a.png"]
+
+
 def test_more_keys_than_sqlite_takes_variables_are_all_found(journal: Journal) -> None:
     tasks = [task(f"{number}.png", f"{number}.jpg") for number in range(2000)]
     journal.settle([failed(done, pending=REQUEST) for done in tasks], NOW)

@@ -137,6 +137,7 @@ def test_an_empty_file_names_nothing(source: program.Bucket, tmp_path: Path) -> 
     assert list(keys_from(write(tmp_path / "none.csv.gz", ""), source)) == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_file(
     source: program.Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,17 +61,19 @@ def test_each_object_is_counted_by_its_newest_row(tmp_path: Path) -> None:
         assert found["failed_for_now"] == {code: n for (_, lasts, code), n in states.items() if code and not lasts}
 
 
-def test_why_knows_the_outputs_of_an_access_point(tmp_path: Path) -> None:
-    point = "arn:aws:s3:us-east-1:123456789012:accesspoint/mine"
+@pytest.mark.parametrize("place", ["arn:aws:s3:us-east-1:123456789012:accesspoint/mine", "out"])
+def test_why_knows_the_outputs_in_a_bucket_of_any_name(place: str, tmp_path: Path) -> None:
     # Without credentials, what S3 would say is left out.
     without_s3 = ("s3.profile=nobody", f"run.checkpoint={tmp_path}/checkpoint")
-    wanted = settings(f"s3.output_bucket={point}", *without_s3)
+    outputs = (f"s3.output_bucket={place}", "s3.output_key=out/{stem}.{target}")
+    wanted = settings(*outputs, *without_s3)
     task = Task("default", wanted.jobs[0].fingerprint, SourceObject("a.png", "e1", 1), "jpg", None, "out/a.jpg")
     request = PendingRequest("e2", "id", "/v1/convert", "https://signed", 1.0, "job-7", 2, 1)
     with Journal(Path(wanted.run.checkpoint), "aws", wanted) as journal:
         journal.begin_run(1.0)
-        journal.settle([Outcome(task, OutcomeKind.CONVERTED, output=StoredOutput("out/a.jpg.zip", "e3", 5))], 1.0)
+        for seconds, key in enumerate(("out/a.jpg", "out/a.jpg.zip")):
+            journal.settle([Outcome(task, OutcomeKind.CONVERTED, output=StoredOutput(key, "e3", 5))], seconds)
         journal.settle([Outcome(task, OutcomeKind.FAILED, "network", pending=request)], 2.0)
     found = program.Why(wanted, "a.png").document()
-    assert [row["output_key"] for row in found["history"]] == [None, "out/a.jpg.zip"]
+    assert [row["output_key"] for row in found["history"]] == [None, "out/a.jpg.zip", "out/a.jpg"]
     assert [sent["output_key"] for sent in found["in_flight"]] == ["out/a.jpg"]

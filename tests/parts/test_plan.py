@@ -481,6 +481,7 @@ def test_blocked_workers_keep_the_listing_from_being_read(path: Path) -> None:
     assert fed.ended == [FeederUpdate()]
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_bucket(path: Path) -> None:
     wanted, held = settings(), list[int]()
     pages = ([source(f"{page:06}/{number:06}.png") for number in range(200)] for page in range(60))
@@ -578,11 +579,12 @@ def test_the_cap_ends_the_listing_only_when_one_more_is_wanted(path: Path, *, is
     with Journal(path, "aws", wanted) as journal:
         feeding = feeder(bucket, journal, wanted, tasks, fed)
         ledger = feeding.context.ledger
-        ledger.reserve()
-        ledger.reserve()
+        task = Task("default", "f", source("a.png"), "jpg", None, "converted/a.jpg")
+        ledger.reserve(task)
+        ledger.reserve(task)
         if is_exhausted:
             with pytest.raises(program.StopRequested):
-                ledger.reserve()
+                ledger.reserve(task)
         feeding.run()
     fed.take(tasks)
     assert (bucket.pages_read, fed.end_markers) == (1 if is_exhausted else 3, 2)

@@ -1434,8 +1434,8 @@ READ = (
     ),
     defect(
         "of two jobs that the journal knows as one, the other's rows say that it is done",
-        "makers.setdefault((job.fingerprint, job.place), job)) is not job:",
-        "makers.setdefault((job.fingerprint, job.place), job)) is None:",
+        "makers.setdefault((job.fingerprint, job.place), job)) is not job",
+        "makers.setdefault((job.fingerprint, job.place), job)) is None",
         "test_what_a_job_fails_with_is_no_word_on_the_one_that_has_its_key",
     ),
     defect(
@@ -1446,8 +1446,8 @@ READ = (
     ),
     defect(
         "what is only to be tagged is made again where its output is gone",
-        "elif task.is_untagged:",
-        "elif False:",
+        "if task.is_untagged and not task.look and not self._settings.repair:",
+        "if False:",
         "test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone",
     ),
     defect(
@@ -1482,7 +1482,7 @@ READ = (
     ),
     defect(
         "each run spends one more than is to be kept",
-        "            if decision.kind is DecisionKind.CONVERT:\n                self._require_month()\n",
+        "            if not task.pending:\n                self._require_month()\n",
         "",
         "test_where_the_remainder_is_reached_the_next_runs_use_up_none_of_it",
     ),
@@ -1581,6 +1581,30 @@ READ = (
         "is_stream = (place.is_fifo() or place.is_char_device()) and os.access(name, os.R_OK)",
         "is_stream = False",
         "test_repair_reads_a_pipe_of_keys_once",
+    ),
+    defect(
+        "what is only to be tagged is not made where a repair asks for it",
+        "if task.is_untagged and not task.look and not self._settings.repair:",
+        "if task.is_untagged and not task.look:",
+        "test_what_is_only_to_be_tagged_is_made_again_where_that_is_asked_for[repaired]",
+    ),
+    defect(
+        "another output counts as that of what is only to be tagged",
+        "if task.is_untagged and not task.look and not self._settings.repair:",
+        "if task.is_untagged and not self._settings.repair:",
+        "test_what_is_only_to_be_tagged_is_made_again_where_that_is_asked_for[another output lies there]",
+    ),
+    defect(
+        "what a job does not want settles the request of its twin",
+        "elif outcome.code != NOT_MATCHED:",
+        "else:",
+        "test_what_a_job_does_not_want_is_no_word_on_a_request_for_it",
+    ),
+    defect(
+        "a planned key loses its beginning where that is the bucket's name",
+        'if row["output_key"] else planned',
+        'if row["output_key"] else planned.removeprefix(f"{row[\'output_bucket\']}/")',
+        "test_why_knows_the_outputs_in_a_bucket_of_any_name",
     ),
 )
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import USAGE, ConversionApi, Fault, Request
-from tests.standins.program import HASTY
+from tests.standins.program import HASTY, lose_checkpoint
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
 
 pytestmark = pytest.mark.usefixtures("cheap")
@@ -260,6 +260,21 @@ def test_where_the_remainder_is_reached_the_next_runs_use_up_none_of_it(
     assert run_cli().summary["converted"] == 25
     assert not [request for request in api.requests if is_about_the_usage(request)]
     assert {key: bucket.read(key) for key in expected} == expected
+
+
+def test_a_run_that_has_nothing_to_pay_for_does_not_mind_what_remains(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 5)
+    api.behaviour.month_quota = 100
+    first = run_cli(*KEPT)
+    assert len(api.paid) == 5
+    (first.workdir / "keys").write_text("".join(f"{number:03}.png\n" for number in range(5)))
+    named = run_cli(*KEPT, "--keys-from", "keys")
+    assert (named.exit_code, named.summary["already_done"]) == (0, 5)
+    lose_checkpoint(first.workdir)
+    found = run_cli(*KEPT)
+    assert (found.exit_code, found.summary["already_done"], len(api.paid)) == (0, 5, 5)
 
 
 @pytest.mark.parametrize(

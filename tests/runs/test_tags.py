@@ -144,6 +144,27 @@ def test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone(
     assert not [asked for asked in relay.asked if "tagging" in asked.query]
 
 
+@pytest.mark.parametrize("how", ["another output lies there", "repaired"])
+def test_what_is_only_to_be_tagged_is_made_again_where_that_is_asked_for(
+    how: str, run_cli: Cli, bucket: Any, relay: Relay
+) -> None:
+    bucket.put("a.png", PNG)
+    relay.refuse = is_tagging
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    options: tuple[str, ...] = (*TAGGING, "--set", "convert.quality=80")
+    assert run_cli(*options, **there).summary["failed"] == {"tag_failed": 1}
+    relay.refuse = lambda *_: False
+    if how == "repaired":
+        bucket.client.delete_object(Bucket=bucket.name, Key="converted/a.jpg")
+        options = (*options, "--repair")
+    else:
+        assert run_cli(*TAGGING, "--set", "convert.quality=90", **there).summary["converted"] == 1
+    run = run_cli(*options, **there)
+    ((_, _, made),) = bucket.outputs().values()
+    assert (run.exit_code, run.summary["converted"], tags_of(bucket, "a.png")) == (0, 1, DONE)
+    assert made["job-fingerprint"] == run.rows("jobs")[0]["fingerprint"]
+
+
 def test_a_source_that_could_not_be_tagged_in_the_last_of_five_failed_runs_is_only_tagged_then(
     run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:

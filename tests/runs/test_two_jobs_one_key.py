@@ -176,7 +176,7 @@ ALIKE = {
 }
 
 
-@pytest.mark.parametrize("option", ALIKE)
+@pytest.mark.parametrize("option", ["pages", pytest.param("same_format", marks=pytest.mark.slow)])
 def test_a_job_that_may_not_have_a_key_settles_no_request_of_the_one_that_has_it(
     *, option: str, start: Cli, bucket: Any, api: ConversionApi, release: threading.Event, work: Path
 ) -> None:
@@ -200,7 +200,7 @@ def test_a_job_that_may_not_have_a_key_settles_no_request_of_the_one_that_has_it
 
 
 @pytest.mark.parametrize("skip_existing", ["yes", "no"])
-@pytest.mark.parametrize("option", ALIKE)
+@pytest.mark.parametrize("option", ["pages", pytest.param("same_format", marks=pytest.mark.slow)])
 def test_what_a_job_fails_with_is_no_word_on_the_one_that_has_its_key(
     *, option: str, skip_existing: str, run_jobs: Cli, bucket: Any, api: ConversionApi
 ) -> None:

@@ -251,7 +251,7 @@ def test_a_source_that_is_left_as_it_is_hides_nothing_that_lies_where_its_output
     assert found == {"orphans": ["converted/a.jpg"], "unknown": ["converted/b.jpg"]}
 
 
-@pytest.mark.parametrize("keys", ["/dev/stdin", "fifo"])
+@pytest.mark.parametrize("keys", [pytest.param("/dev/stdin", marks=pytest.mark.slow), "fifo"])
 def test_repair_reads_a_pipe_of_keys_once(keys: str, start: Cli, run_cli: Cli, bucket: Any, work: Path) -> None:
     put_pictures(bucket, 2)
     assert run_cli().exit_code == 0

@@ -102,7 +102,14 @@ def test_what_is_read_and_what_the_checkpoint_is_made_of_is_not_written_over(
     assert ((work / "config.ini").read_text(), (work / "key").read_text()) == (ini, api.api_key)
 
 
-@pytest.mark.parametrize(("link", "other"), [("summary", "failures"), ("metrics", "failures"), ("summary", "metrics")])
+@pytest.mark.parametrize(
+    ("link", "other"),
+    [
+        ("summary", "failures"),
+        pytest.param("metrics", "failures", marks=pytest.mark.slow),
+        pytest.param("summary", "metrics", marks=pytest.mark.slow),
+    ],
+)
 def test_a_link_to_a_file_that_is_written_as_well_is_refused(link: str, other: str, run_cli: Cli, work: Path) -> None:
     (work / "kept").write_text('{"key": "a.png"}\n')
     (work / "link").symlink_to("kept")
@@ -167,7 +174,7 @@ def waiting_in(pipe: IO[str]) -> int:
     return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("stream", ["stdout", pytest.param("stderr", marks=pytest.mark.slow)])
 def test_failures_wait_for_a_slow_reader_of_a_stream(stream: str, start: Cli, bucket: Any) -> None:
     for number in range(40):
         bucket.put(f"{number:02}.png", b"\x89PNG\r\n\x1a\n")
@@ -250,7 +257,9 @@ def test_the_standard_output_that_is_a_file_keeps_all_that_was_written(start: Cl
     assert "\nconverted     1" in told
 
 
-@pytest.mark.parametrize("mode", ["ab", "wb"], ids=["appended to", "written anew"])
+@pytest.mark.parametrize(
+    "mode", [pytest.param("ab", id="appended to", marks=pytest.mark.slow), pytest.param("wb", id="written anew")]
+)
 def test_both_streams_may_lead_to_one_file_that_a_shell_has_opened(
     mode: str, start: Cli, work: Path, bucket: Any
 ) -> None:
