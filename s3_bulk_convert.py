@@ -2405,14 +2405,16 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """Append outcomes, and settle or keep their requests, in one transaction."""
         with self._transaction() as db:
             for outcome in outcomes:
-                if outcome.task.holder in self._twins(outcome.task.job):
-                    continue  # the rows under its job and key are that one's, whose request may be out
+                # The rows under its job and key may be those of one that the journal does not tell from it, whose
+                # request may be out: what is not wanted, or whose key the other one has, was not sent.
+                if outcome.code == NOT_MATCHED or outcome.task.holder in self._twins(outcome.task.job):
+                    continue
                 if row := self._log_row(outcome, now):
                     db.execute(f"INSERT INTO log VALUES (?{', ?' * 17})", row)
                 task = outcome.task
                 if outcome.pending:
                     self._replace_request(db, task, outcome.pending)
-                elif outcome.code != NOT_MATCHED:  # a job has sent nothing of what it does not want, but its twin may
+                else:
                     settled = (self._job_ids[task.job], task.source.key)
                     db.execute("DELETE FROM in_flight WHERE job = ? AND key = ?", settled)
 
@@ -3335,19 +3337,21 @@ class Bucket:
         The task has its source as it was seen. Raises ObjectFailed if the key is another object's, or if S3 does not
         say what lies there; RunError.
         """
+        is_there = False
         for key in (task.output_key, f"{task.output_key}.zip") if task.look else ():
             head = self.head(self.output_name, key)
+            is_there |= head is not None
             if head is not None and (kind := self._judge(task, key, head)):
                 told = head["Metadata"].get("pages", "") if kind is OutcomeKind.FOUND else ""
                 pages = min(int(told), MAX_PAGES) if told.isdecimal() else 0
                 output = StoredOutput(key, bare_etag(head.get("ETag")), head.get("ContentLength", 0), pages)
                 if self._has_its_pages(task, output):
                     return kind, output
-        if task.is_untagged and not task.look and not self._settings.repair:
-            # It was stored, and somebody has taken it away: no later run makes it again, and neither does this one.
-            return OutcomeKind.FOUND, StoredOutput(task.output_key, "", 0)
         if task.holder:
             raise ObjectFailed("output_collision", taken_key(task.output_key, task.holder))
+        if task.is_untagged and not (is_there or task.pending or self._settings.repair):
+            # It was stored, and somebody has taken it away: no later run makes it again, and neither does this one.
+            return OutcomeKind.FOUND, StoredOutput(task.output_key, "", 0)
         return None
 
     def _has_its_pages(self, task: Task, output: StoredOutput) -> bool:
@@ -3925,7 +3929,7 @@ class Planner:
             # An archive of pages between the sources is no source, and only its metadata say so.
             is_among = self.settings.puts_among_sources(self.settings.by_name[task.job])
             may_be_own = is_among and task.source.key.endswith(".zip")
-            return bool(task.look or task.holder or self.settings.keys_from or may_be_own)
+            return bool(task.look or task.holder or task.is_untagged or self.settings.keys_from or may_be_own)
 
         with ThreadPoolExecutor(LIST_THREADS) as pool:
             for page in self.decisions(lambda: LIST_THREADS):

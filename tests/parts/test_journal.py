@@ -352,6 +352,10 @@ def test_what_a_job_does_not_want_is_no_word_on_a_request_for_it(journal: Journa
     journal.mark_sent(task(), REQUEST)
     journal.settle([program.Outcome(task(), program.OutcomeKind.SKIPPED, program.NOT_MATCHED)], NOW)
     assert list(journal.pending("default", ["a.png"])) == ["a.png"]
+    # And it brings no request back that has been settled since.
+    journal.settle([converted(task())], NOW)
+    journal.settle([program.Outcome(task(), program.OutcomeKind.SKIPPED, program.NOT_MATCHED, pending=REQUEST)], NOW)
+    assert list(journal.pending("default", ["a.png"])) == []
 
 
 def test_more_keys_than_sqlite_takes_variables_are_all_found(journal: Journal) -> None:

@@ -1428,8 +1428,8 @@ WORDS = (
 READ = (
     defect(
         "a job that may not have a key settles the request of the one that has it",
-        "if outcome.task.holder in self._twins(outcome.task.job):",
-        "if False:",
+        "if outcome.code == NOT_MATCHED or outcome.task.holder in self._twins(outcome.task.job):",
+        "if outcome.code == NOT_MATCHED:",
         "test_a_job_that_may_not_have_a_key_settles_no_request_of_the_one_that_has_it",
     ),
     defect(
@@ -1446,7 +1446,7 @@ READ = (
     ),
     defect(
         "what is only to be tagged is made again where its output is gone",
-        "if task.is_untagged and not task.look and not self._settings.repair:",
+        "if task.is_untagged and not (is_there or task.pending or self._settings.repair):",
         "if False:",
         "test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone",
     ),
@@ -1584,20 +1584,20 @@ READ = (
     ),
     defect(
         "what is only to be tagged is not made where a repair asks for it",
-        "if task.is_untagged and not task.look and not self._settings.repair:",
-        "if task.is_untagged and not task.look:",
+        "if task.is_untagged and not (is_there or task.pending or self._settings.repair):",
+        "if task.is_untagged and not (is_there or task.pending):",
         "test_what_is_only_to_be_tagged_is_made_again_where_that_is_asked_for[repaired]",
     ),
     defect(
         "another output counts as that of what is only to be tagged",
-        "if task.is_untagged and not task.look and not self._settings.repair:",
-        "if task.is_untagged and not self._settings.repair:",
+        "if task.is_untagged and not (is_there or task.pending or self._settings.repair):",
+        "if task.is_untagged and not (task.pending or self._settings.repair):",
         "test_what_is_only_to_be_tagged_is_made_again_where_that_is_asked_for[another output lies there]",
     ),
     defect(
         "what a job does not want settles the request of its twin",
-        "elif outcome.code != NOT_MATCHED:",
-        "else:",
+        "if outcome.code == NOT_MATCHED or outcome.task.holder in",
+        "if outcome.task.holder in",
         "test_what_a_job_does_not_want_is_no_word_on_a_request_for_it",
     ),
     defect(
@@ -1605,6 +1605,12 @@ READ = (
         'if row["output_key"] else planned',
         'if row["output_key"] else planned.removeprefix(f"{row[\'output_bucket\']}/")',
         "test_why_knows_the_outputs_in_a_bucket_of_any_name",
+    ),
+    defect(
+        "what is only to be tagged is foreseen to be made",
+        "bool(task.look or task.holder or task.is_untagged or",
+        "bool(task.look or task.holder or",
+        "test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone",
     ),
 )
 

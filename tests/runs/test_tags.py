@@ -124,8 +124,9 @@ def test_a_source_that_may_not_be_tagged_is_tagged_by_the_next_run_and_nothing_i
     assert len(api.paid) == 2
 
 
+@pytest.mark.parametrize("may_be_listed", ["outputs may be listed", "outputs may not be listed"])
 def test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone(
-    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+    may_be_listed: str, run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
 ) -> None:
     bucket.put("a.png", PNG)
     relay.refuse = is_tagging
@@ -135,6 +136,9 @@ def test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone(
     # Not while the tag is refused, and not when it is put.
     assert run_cli(*TAGGING, **there).summary["failed"] == {"tag_failed": 1}
     relay.refuse = lambda *_: False
+    assert "0 to pay for" in run_cli(*TAGGING, "--dry-run", **there).out
+    if may_be_listed == "outputs may not be listed":
+        relay.refuse = lambda _, path: "prefix=converted" in path
     run = run_cli(*TAGGING, **there)
     assert (run.exit_code, run.summary["already_done"], run.summary["converted"]) == (0, 1, 0)
     assert (tags_of(bucket, "a.png"), len(api.paid)) == (DONE, 1)
@@ -163,6 +167,21 @@ def test_what_is_only_to_be_tagged_is_made_again_where_that_is_asked_for(
     ((_, _, made),) = bucket.outputs().values()
     assert (run.exit_code, run.summary["converted"], tags_of(bucket, "a.png")) == (0, 1, DONE)
     assert made["job-fingerprint"] == run.rows("jobs")[0]["fingerprint"]
+
+
+def test_what_is_only_to_be_tagged_is_not_done_where_another_has_its_key_by_now(
+    run_cli: Cli, bucket: Any, relay: Relay
+) -> None:
+    bucket.put("b.png", PNG)
+    relay.refuse = is_tagging
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    assert run_cli(*TAGGING, **there).summary["failed"] == {"tag_failed": 1}
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/b.jpg")
+    bucket.put("b.heic", PNG)
+    relay.refuse = lambda *_: False
+    run = run_cli(*TAGGING, **there)
+    assert (run.summary["converted"], run.summary["failed"]) == (1, {"output_collision": 1})
+    assert (tags_of(bucket, "b.png"), tags_of(bucket, "b.heic")) == ({}, DONE)
 
 
 def test_a_source_that_could_not_be_tagged_in_the_last_of_five_failed_runs_is_only_tagged_then(
