@@ -81,6 +81,7 @@ import threading
 import time
 import traceback
 import urllib.parse
+import urllib.request
 import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
@@ -110,6 +111,7 @@ try:
         BotoCoreError,
         ClientError,
         ConnectTimeoutError,
+        CredentialRetrievalError,
         EndpointConnectionError,
         HTTPClientError,
         ParamValidationError,
@@ -218,13 +220,15 @@ ZIP_BASED = frozenset(
     {
         *("zip", "docx", "xlsx", "pptx", "odt", "ods", "odp", "epub", "jar", "apk", "cbz", "kmz", "xps", "oxps", "3mf"),
         *("docm", "dotx", "dotm", "xlsm", "xlsb", "xltx", "xltm", "pptm", "ppsx", "ppsm", "potx", "potm", "vsdx"),
-        *("odg", "odf", "ott", "ots", "otp", "otg", "pages", "numbers", "key", "idml", "usdz"),
+        *("odg", "odf", "ott", "ots", "otp", "otg", "odm", "odb", "odc", "sxw", "sxc", "sxi", "stw", "ora", "hwpx"),
+        *("pages", "numbers", "key", "idml", "usdz", "htmlz", "txtz", "fbz", "mxl", "npz", "dwfx"),
+        *("vsdm", "vstx", "xlam", "ppam", "sldx"),
     }
 )
 # What a file of a format begins with: (offset, bytes). A format that is not here is judged by its media type alone.
 SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     **dict.fromkeys(ZIP_BASED, ((0, b"PK\3\4"), (0, b"PK\5\6"))),
-    **dict.fromkeys(("jpg", "jfif"), ((0, b"\xff\xd8\xff"),)),
+    **dict.fromkeys(("jpg", "jfif", "jif", "jfi", "pjpeg", "pjp"), ((0, b"\xff\xd8\xff"),)),
     **dict.fromkeys(("png", "apng"), ((0, b"\x89PNG\r\n\x1a\n"),)),
     **dict.fromkeys(("avif", "heic", "mp4", "m4a"), ((4, b"ftyp"),)),
     **dict.fromkeys(("webm", "mkv"), ((0, b"\x1a\x45\xdf\xa3"),)),
@@ -233,7 +237,7 @@ SIGNATURES: Mapping[str, Sequence[tuple[int, bytes]]] = {
     "tiff": [(0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")],
     "gif": [(0, b"GIF87a"), (0, b"GIF89a")],
     "ai": [(0, b"%PDF-"), (0, b"%!PS")],
-    "pdf": [(0, b"%PDF-")],
+    **dict.fromkeys(("pdf", "pdfa"), ((0, b"%PDF-"),)),
     "rtf": [(0, b"{\\rtf")],
     "bmp": [(0, b"BM")],
     "ico": [(0, b"\0\0\1\0")],
@@ -322,10 +326,16 @@ def redact(message: str) -> str:
     # What libraries quote: an address that holds a file itself, and a header that cannot be sent.
     message = re.sub(r"(?i)(['\"])data:.*?(\1|$)", r"\1data:...\2", message)
     message = re.sub(r"(?i)(header (?:value|part)\b[: (]*b?['\"]).*", r"\1...", message)
-    message = re.sub(r"(?i)(Signature|Credential)=[^\s&\"'<>,]*", r"\1=...", message)
-    token = r"((?:security|session)[-_]?token['\"]?\s*[=:>]\s*b?['\"]?)[^\s&\"'<>,]+"
+    # In a URL within another one, the sign is written as %3D.
+    message = re.sub(r"(?i)((?:Signature|Credential)(?:=|%3D))[^\s&\"'<>,]*", r"\1...", message)
+    token = r"((?:security|session)[-_]?token['\"]?\s*(?:[=:>]|%3D)\s*b?['\"]?)[^\s&\"'<>,]+"
     message = re.sub(f"(?i){token}", r"\1...", message)
-    return re.sub(r"ctf_[A-Za-z]+_[A-Za-z0-9_-]+", "ctf_...", message)
+    for address in filter(lambda address: "@" in address, urllib.request.getproxies_environment().values()):
+        # Of one that is not written as a URL wants it, libraries quote what they take for a host.
+        password = address.rpartition("@")[0].rpartition("://")[2].partition(":")[2]
+        for part in (password, *re.split(r"[/?#:]", password)):
+            message = message.replace(part, "...") if len(part) > 2 else message
+    return re.sub(r"ctf_([a-z]k|live|test)_[A-Za-z0-9_-]+", "ctf_...", message)
 
 
 def without_secrets(value: Any, hide: Callable[[str], str] = redact) -> Any:
@@ -474,7 +484,7 @@ class StopFlag:
         self._lock, self._event = threading.RLock(), threading.Event()
         self._on_request = on_request  # a worker process tells its parent
         self.reason: RunError | None = None
-        self.signalled_at = math.inf  # monotonic seconds
+        self.signalled_at = self._requested_at = math.inf  # monotonic seconds
         self.in_flight: Callable[[], int] = lambda: 0  # how many requests a second signal would cut off
 
     @property
@@ -487,16 +497,23 @@ class StopFlag:
         with self._lock:
             if self.reason and (self.reason.is_by_signal or not reason.is_by_signal):
                 return
-            self.reason, self.signalled_at = reason, time.monotonic() if reason.is_by_signal else math.inf
+            self._requested_at = time.monotonic()
+            self.reason, self.signalled_at = reason, self._requested_at if reason.is_by_signal else math.inf
             self._event.set()
         # An echo could fill both pipes, and neither process would read.
         if not is_from_parent:
             self._on_request(reason)
 
-    def sleep(self, seconds: float) -> None:
-        """Wait. Raises StopRequested as soon as the run is to end."""
-        if self._event.wait(max(0.0, seconds)):
-            raise StopRequested
+    def sleep(self, seconds: float, patience: float = 0.0) -> None:
+        """Wait. Raises StopRequested as soon as the run is to end; by a signal, or `patience` (seconds) later."""
+        ends_at = time.monotonic() + max(0.0, seconds)
+        if not self._event.wait(max(0.0, seconds)):
+            return
+        while (now := time.monotonic()) < min(self._requested_at + patience, self.signalled_at):
+            if now >= ends_at:
+                return
+            time.sleep(min(0.1, ends_at - now))
+        raise StopRequested
 
     def install(self) -> None:
         """Handle SIGINT, SIGTERM and SIGHUP; a second one ends the process at once, but for the first one's echo."""
@@ -672,6 +689,8 @@ class FileType:
             return ""
         if plain in {"application/json", "application/problem+json", "text/json"}:
             return "json"
+        if plain == "application/x-zip-compressed":
+            return "zip"
         known = (kind for kind, named in EXTRA_MEDIA_TYPES.items() if named == plain)
         return next(known, None) or FileType.canonical((mimetypes.guess_extension(plain) or "").lstrip("."))
 
@@ -1366,7 +1385,11 @@ class Shard:
     def file(self, path: str) -> str:
         """The shard's own name for a file: `a.json` is `a.0-of-8.json`. A device is no file and keeps its name."""
         stem, ending = os.path.splitext(path)
-        return path if self.count == 1 or path.startswith("/dev/") else f"{stem}.{self.index}-of-{self.count}{ending}"
+        return (
+            path
+            if self.count == 1 or path.startswith(("/dev/", "/proc/"))
+            else f"{stem}.{self.index}-of-{self.count}{ending}"
+        )
 
 
 @dataclass(frozen=True)
@@ -1922,7 +1945,8 @@ class Trouble:
     @staticmethod
     def host_of(address: str) -> str:
         """Host and port, without a password, which is nobody's to read; of what may be no address at all."""
-        return re.sub(r"[/?#].*", "", address.rpartition("://")[2]).rpartition("@")[2]
+        # A password may have been written as it is, with a slash in it.
+        return re.sub(r"[/?#].*", "", address.rpartition("://")[2].rpartition("@")[2])
 
     @staticmethod
     def cause_of(error: Any) -> Any:
@@ -2047,7 +2071,7 @@ class Trouble:
             ssl.create_default_context(cafile=None if is_folder else bundle, capath=bundle if is_folder else None)
         except OSError as problem:
             told = ", ".join(f"{name} = {path}" for name, path in named.items())
-            hint = f"set {' or '.join(named)} to a file that is there and can be used, or to nothing"
+            hint = f"set {' or '.join(named)} to a file that is there and can be used, or unset it"
             raise usage_error(f"TLS cannot be set up with {told}: {problem.strerror or problem}", hint) from None
 
 
@@ -3001,7 +3025,10 @@ def s3_unreachable(error: Exception, doing: str) -> RunError:
         return usage_error(f"S3, {doing}: {wrong[0]}", "correct s3.bucket, s3.output_bucket or FILE")
     untrusted = Trouble.certificate_problem(error)
     if untrusted:
-        hint = "for a private CA, set AWS_CA_BUNDLE to its file; else check s3.endpoint_url and this machine's clock"
+        hint = (
+            "for a private CA, set AWS_CA_BUNDLE to its file, and to the system's if REQUESTS_CA_BUNDLE is set for the "
+        )
+        hint += "API alone; else check s3.endpoint_url and this machine's clock"
         return RunError(f"S3's certificate is not trusted: {untrusted}", hint, code="s3")
     # Of a failed connection, boto3 says where to, and keeps why to itself.
     cause = getattr(error, "kwargs", {}).get("error")
@@ -3019,8 +3046,12 @@ def misconfigured(problem: Exception) -> RunError:
     """What to say of an AWS configuration that leads nowhere."""
     file = getattr(problem, "filename", None)
     if variable := next((name for name, value in os.environ.items() if file and value == file), None):
-        hint = f"set {variable} to a file that is there and can be used, or to nothing"
+        hint = f"set {variable} to a file that is there and can be used, or unset it"
         return usage_error(f"{variable} = {file} cannot be used: {getattr(problem, 'strerror', problem)}", hint)
+    if isinstance(problem, CredentialRetrievalError) and problem.kwargs.get("provider") != "custom-process":
+        # What a role's service does not give now, it may give the next run.
+        hint = "run it again; if it stays so, look at the role of this machine, container or task"
+        return RunError(f"there are no AWS credentials: {problem}", hint, code="s3")
     return usage_error(f"the AWS configuration cannot be used: {problem}", "correct it, or [s3] profile, region")
 
 
@@ -3119,6 +3150,8 @@ class Bucket:
         self, stop: StopFlag, caught_exception: Exception | None, attempts: int, response: Any = None, **_: Any
     ) -> Any:
         """Have boto3 try again, beyond its own few attempts, while S3 is away or asks for fewer requests."""
+        if stop.is_set:
+            return None  # what is in flight is finished, by boto3's own few attempts
         pause = min(backoff(attempts - 1, None, random.random()), OUTAGE_PAUSE_SECONDS)
         if caught_exception is None:
             self._outage.mark_answered()
@@ -3523,7 +3556,9 @@ class Bucket:
         said = {name: value for name in names if (value := seen.get(name)) and value.isascii()}
         if FileType.plain_type(said.get("ContentType", "")) in GENERIC_TYPES:
             said["ContentType"] = FileType.media_type_of(task.target)
-        own = {name: value for name, value in seen["Metadata"].items() if value and value.isascii()}
+        # "pages" would be read as what this program says of an archive.
+        metadata = {name: value for name, value in seen["Metadata"].items() if name not in {"page", "pages"}}
+        own = {name: value for name, value in metadata.items() if value and value.isascii()}
         # Tags of a source are none of its copy's: a rule that deletes tagged sources would delete the copy as well.
         replaced = {"MetadataDirective": "REPLACE", "TaggingDirective": "REPLACE"}
         extra = {**said, **extra, **replaced, "Metadata": {**own, **extra["Metadata"]}}
@@ -3972,7 +4007,8 @@ class Planner:
                 # Of jobs that would make the very same output, the first is enough.
                 first = {job.result_of(source.key): job for job in reversed(wanting)}
                 wanting = [job for job in wanting if job in first.values()]
-            if not wanting and shard.owns(source.key):
+            # Counted by one shard: the one that would have its output, and may have stored that.
+            if not wanting and (shard.count == 1 or shard.owns(KeyParts.slot_of(jobs[0].output_of(source.key)))):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
             makers: dict[tuple[str, str], Job] = {}  # the first of those that the journal knows as one
             for job in wanting:
@@ -4110,11 +4146,13 @@ class Planner:
             is_there = task.output_key in there
             bucket, key = held.get(slot, (here, task.source.key))
             holder = key if bucket == here else f"s3://{bucket}/{key}"
-            # An object that was deleted while it was in flight, and has left no output, holds nobody up.
             is_itself = (bucket, key) == (here, task.source.key)
-            if is_itself or (not is_there and bucket == here and self.bucket.is_no_source(key)):
-                holder = ""
-            placed.append((slot, replace(task, holder=holder, look=is_there or task.pending is not None)))
+            # An object that was deleted while it was in flight holds nobody up; whether it has left an output, a look
+            # tells: what lies there may be this one's own by now.
+            is_gone = not is_itself and bucket == here and self.bucket.is_no_source(key) is True
+            holder, rival = ("", key if is_gone else "") if is_itself or is_gone else (holder, "")
+            look = is_there or task.pending is not None
+            placed.append((slot, replace(task, holder=holder, rival=rival, look=look)))
         # A request in flight comes before what is new; what somebody else holds is claimed by nobody here.
         free = sorted((each for each in placed if not each[1].holder), key=lambda each: each[1].pending is None)
         claims = self.journal.claim([(slot, task.job, task.source.key) for slot, task in free])
@@ -4599,8 +4637,8 @@ class RateLimiter:
         self._taken: deque[float] = deque(maxlen=10_000)
         self.requests = 0  # slots that were taken, each for one request
 
-    def acquire(self, stop: StopFlag) -> None:
-        """Wait for the next slot and take it. Raises StopRequested when the run is to end.
+    def acquire(self, stop: StopFlag, patience: float = 0.0) -> None:
+        """Wait for the next slot and take it. Raises StopRequested when the run is to end; `patience`: as in `sleep`.
 
         Where the user sets no rate, the second slot comes after the first answer, which says what the API allows.
         """
@@ -4619,7 +4657,7 @@ class RateLimiter:
                 if not self._interval:
                     self._taken.append(slot)
                 self._next = slot + self._interval + self._extra_at(now)
-            stop.sleep(slot - now)
+            stop.sleep(slot - now, patience)
             # A 429 that came meanwhile is for this one, too; after it, slots are as evenly spaced as before.
             if self.paused_until <= time.monotonic():
                 break
@@ -4651,7 +4689,8 @@ class RateLimiter:
                 else:
                     # As many as there were within a minute were too many; the next time, the guess has become so.
                     recent = sum(taken > now - 60 for taken in self._taken)
-                    self._extra = extra * 1.375 or 1.1 * 60 / max(recent, self.MIN_LIMIT / self._parts)
+                    slowest = 1.1 * 60 * self._parts / self.MIN_LIMIT
+                    self._extra = min(extra * 1.375 or 1.1 * 60 / max(recent, 1), slowest)
                 self._slowed_at = now + seconds
             self.pause_until(now + seconds)
         self.has_answer = True
@@ -5254,13 +5293,17 @@ class Conversation:
             policy = policy.after(again, call.deadline)
             if again.status == 429 and self._session.is_own(call.address):
                 self._context.limiter.pause(policy.wait_seconds)
-            self._stop.sleep(policy.wait_seconds)
+            self._stop.sleep(policy.wait_seconds, self._patience(call))
+
+    def _patience(self, call: HttpCall) -> float:
+        """How long after the run was asked to end a call is made, in seconds: what is paid is waited for."""
+        return 0.0 if call.open_body else self._api.timeout
 
     def _send(self, call: HttpCall) -> requests.Response:
         """A good answer, unread. Raises TryAgain or ObjectFailed for an error reply, RunError, NETWORK_ERRORS."""
         is_own = self._session.is_own(call.address)
         if is_own:
-            self._context.limiter.acquire(self._stop)
+            self._context.limiter.acquire(self._stop, self._patience(call))
         self._exchanges += 1
         if call.open_body:
             with contextlib.closing(call.open_body()) as body:
@@ -5388,7 +5431,7 @@ class Conversation:
         # Five polls are half a minute: a new job may not be known everywhere at once.
         polls_left, results_left = 5, 3
         for pause in itertools.chain(JOB_POLL_SECONDS, itertools.repeat(JOB_POLL_SECONDS[-1])):
-            self._stop.sleep(pause)
+            self._stop.sleep(pause, self._api.timeout)
             try:
                 if file := self._poll_job(deadline):
                     return file
@@ -7483,7 +7526,7 @@ class Diagnostics:
                 with self._prove(f"run.{name}", f"{path} can be written"):
                     OutputFile(f"run.{name}", path).require_writable()
         # CTF_API_KEY comes before the file, which need not be there then.
-        key_file = Path(settings.api.key_file).expanduser()
+        key_file = Path(os.path.expanduser(settings.api.key_file))
         if settings.api.key_file and not settings.key_problem:
             with self._prove("api.key_file", f"others cannot read {key_file}"):
                 mode = stat.S_IMODE(key_file.stat().st_mode) if key_file.exists() else 0
@@ -7592,7 +7635,8 @@ class Diagnostics:
             return True
 
         # What a run would skip may be unreadable for good reasons: an archived object, a folder of another tool.
-        readable = (each for each in sources if not (each.skip_reason or KeyParts.of(each.key).has_dot_segments))
+        wanted = (each for each in sources if any(job.wants(each) for job in self.settings.jobs))
+        readable = (each for each in wanted if not (each.skip_reason or KeyParts.of(each.key).has_dot_segments))
         source = next(filter(is_there, itertools.islice(readable, 16)), None)
         if source is None:
             self._report("WARN", "read", "nothing was listed that could be read", "try again when there is something")
@@ -7803,6 +7847,8 @@ def finish(report: Report, settings: Settings) -> ExitCode:
             key, said = report.examples[code].task.source.key, report.examples[code].message
             message, remedy = f"{count} failed: {code}", hint_for(code)
             log_event("failures", message, code=code, count=count, key=key, said=said, remedy=remedy)
+        if (reason := report.reason) and reason is not report.announced:
+            log_event("stop", reason.message, because=reason.message, hint=reason.hint, exit_code=int(report.exit_code))
         log_event("summary", report.line(), level=logging.INFO, **report.summary())
         text = settings.json(report.summary())
     elif settings.quiet and report.exit_code is ExitCode.DONE:

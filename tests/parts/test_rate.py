@@ -28,7 +28,7 @@ class Waiting(StopFlag):
         super().__init__()
         self._clock = clock
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, patience: float = 0.0) -> None:
         """Let the time pass."""
         self._clock.now += seconds
 
@@ -102,6 +102,16 @@ def test_many_workers_that_meet_one_limit_slow_down_once(clock: Clock) -> None:
     for _ in range(20):
         many.pause(10)
     assert gaps(many, clock, 1) == pytest.approx(gaps(alone, clock, 1), rel=0.02)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_429s_without_end_do_not_bring_a_guess_to_a_stand(parts: int, clock: Clock) -> None:
+    limiter = answered(RateLimiter(None, parts), clock)
+    for _ in range(100):
+        limiter.pause(1)
+        gaps(limiter, clock, 1)
+    # As slow as the smallest plan, and a tenth more.
+    assert gaps(limiter, clock, 1)[0] <= 1.1 * 60 * parts / program.RateLimiter.MIN_LIMIT
 
 
 def test_429s_without_end_do_not_bring_it_to_a_stand(clock: Clock) -> None:

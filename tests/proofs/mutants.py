@@ -97,7 +97,7 @@ LISTING = (
         "keys named twice in a file are taken twice",
         "yield [named for key, named in page.items() if key not in recent]",
         "yield list(page.values())",
-        "test_a_key_that_a_file_names_again_and_again_is_taken_once",
+        "test_a_key_is_not_named_again_while_it_may_be_at_work",
     ),
     defect(
         "an existing output at the very end of a page is missed",
@@ -771,8 +771,8 @@ REQUESTS = (
     ),
     defect(
         "no look before a resumed request",
-        "look=is_there or task.pending is not None",
-        "look=is_there and task.pending is None",
+        "look = is_there or task.pending is not None",
+        "look = is_there and task.pending is None",
         "test_what_was_stored_before_a_kill_is_found_and_not_sent_again",
     ),
     defect(
@@ -1138,7 +1138,7 @@ COPIES = (
         "test_where_the_condition_of_a_copy_is_not_heeded_another_version_s_copy_counts_as_no_output",
     ),
 )
-FOUND_BY_VERIFY = "test_verify_names_what_is_wrong_and_repair_makes_again_what_is_missing_and_nothing_else"
+FOUND_BY_VERIFY = "test_verify_names_what_is_wrong_and_repair_makes_again_what_is_missing_and_nothing_else[20]"
 PAGES_PROVED = "test_pages_are_proved_and_made_again_with_their_archive"
 LEFT_OUT = "test_an_archived_source_and_one_that_a_glob_leaves_out_by_now_have_outputs_to_be_proved"
 EACH_ITS_OWN = "test_each_job_and_each_shard_verifies_its_own_outputs_and_a_file_of_keys_those_of_its_keys"
@@ -1611,6 +1611,60 @@ READ = (
         "bool(task.look or task.holder or task.is_untagged or",
         "bool(task.look or task.holder or",
         "test_what_is_only_to_be_tagged_is_not_made_again_where_its_output_is_gone",
+    ),
+    defect(
+        "a guess of the rate comes to a stand",
+        "self._extra = min(extra * 1.375 or 1.1 * 60 / max(recent, 1), slowest)",
+        "self._extra = extra * 1.375 or 1.1 * 60 / max(recent, 1)",
+        "test_429s_without_end_do_not_bring_a_guess_to_a_stand",
+    ),
+    defect(
+        "a job that is paid is left when the run is to end",
+        "return 0.0 if call.open_body else self._api.timeout",
+        "return 0.0",
+        "test_jobs_that_are_accepted_when_the_remainder_is_reached_are_waited_for",
+    ),
+    defect(
+        "an answer that is here is dropped where S3 is busy and the run is to end",
+        "        if stop.is_set:\n            return None  # what is in flight",
+        "        if False:\n            return None  # what is in flight",
+        "test_an_answer_that_is_here_when_the_run_is_to_end_is_stored_though_s3_is_busy",
+    ),
+    defect(
+        "--check reads what no job wants",
+        "if any(job.wants(each) for job in self.settings.jobs))",
+        "if True)",
+        "test_check_reads_what_some_job_wants",
+    ),
+    defect(
+        "a reason that no flag has is told without its remedy in JSON",
+        "if (reason := report.reason) and reason is not report.announced:",
+        "if False and (reason := report.reason):",
+        "test_a_cap_that_is_reached_is_told_with_its_remedy",
+    ),
+    defect(
+        "what is left out by now is another shard's than its output",
+        "shard.owns(KeyParts.slot_of(jobs[0].output_of(source.key)))):",
+        "shard.owns(source.key)):",
+        "test_what_is_left_out_by_now_is_proved_by_the_shard_that_has_stored_it",
+    ),
+    defect(
+        "a part of a proxy's password is taken for its host",
+        'return re.sub(r"[/?#].*", "", address.rpartition("://")[2].rpartition("@")[2])',
+        'return re.sub(r"[/?#].*", "", address.rpartition("://")[2]).rpartition("@")[2]',
+        "test_a_proxy_s_password_is_taken_out_though_it_is_written_as_no_url_wants_it",
+    ),
+    defect(
+        "what was deleted in flight has a place for ever",
+        "is_gone = not is_itself and bucket == here and self.bucket.is_no_source(key) is True",
+        "is_gone = not is_itself and bucket == here and not is_there and self.bucket.is_no_source(key) is True",
+        "test_what_took_the_place_of_an_object_that_was_deleted_in_flight_keeps_it",
+    ),
+    defect(
+        "a copy says what its source says of pages",
+        'if name not in {"page", "pages"}}',
+        "}",
+        "test_a_copy_does_not_say_what_its_source_says_of_pages",
     ),
 )
 

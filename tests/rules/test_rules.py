@@ -370,7 +370,7 @@ def test_a_job_wants_what_passes_all_its_filters(options: dict[str, Any], *, exp
 # Beginnings of files as programs write them, written down apart from the program's own table.
 HEADS: dict[str, list[bytes]] = {
     "jpg": [b"\xff\xd8\xff\xe0\x00\x10JFIF", b"\xff\xd8\xff\xe1\x00\x10Exif", b"\xff\xd8\xff\xdb"],
-    "jfif": [b"\xff\xd8\xff\xe0\x00\x10JFIF"],
+    **{kind: [b"\xff\xd8\xff\xe0\x00\x10JFIF"] for kind in ("jfif", "jif", "jfi", "pjpeg", "pjp")},
     "png": [b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"],
     "apng": [b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"],
     "ai": [b"%PDF-1.6\n", b"%!PS-Adobe-3.0\n"],
@@ -387,7 +387,7 @@ HEADS: dict[str, list[bytes]] = {
     "tiff": [b"II*\x00\x08\x00", b"MM\x00*\x00\x00", b"II+\x00\x08\x00", b"MM\x00+\x00\x08"],
     "bmp": [b"BM\x36\x00\x0c\x00"],
     "ico": [b"\x00\x00\x01\x00\x01\x00\x10\x10"],
-    "pdf": [b"%PDF-1.7\n%\xe2\xe3"],
+    **{kind: [b"%PDF-1.7\n%\xe2\xe3"] for kind in ("pdf", "pdfa")},
     "zip": [b"PK\x03\x04\x14\x00", b"PK\x05\x06" + bytes(18)],
     "gz": [b"\x1f\x8b\x08\x00\x00"],
     "mp4": [b"\x00\x00\x00\x20ftypisom\x00\x00", b"\x00\x00\x00\x18ftypmp42"],
@@ -570,6 +570,7 @@ def test_an_archive_of_pages_is_stored_as_a_zip(target: str, media_type: str, di
         pytest.param("txt", "text/json", b"{}", "json_answer", id="json as text for txt"),
         pytest.param("geojson", "application/json", JSON_ERROR, "json_answer", id="json error for geojson"),
         pytest.param("xyz", "application/x-xyz", ZIP, "wrong_type", id="zip for a format that nobody knows"),
+        pytest.param("sxw", "application/vnd.sun.xml.writer", PNG, "wrong_type", id="png for an old Writer's format"),
         pytest.param("csv", "application/problem+json", JSON_ERROR, "json_answer", id="problem json for csv"),
         pytest.param("csv", "text/plain", JSON_ERROR, "json_answer", id="json error that says it is text"),
         pytest.param("md", "", JSON_ERROR, "json_answer", id="json error without a type"),
@@ -819,6 +820,8 @@ SIGNED = f"https://b.s3.amazonaws.com/a%20b.png?X-Amz-Credential=AKIA%2F1&X-Amz-
         pytest.param("nothing to hide", "nothing to hide", id="plain"),
         pytest.param("key ctf_sk_live_a-B_9 refused", "key ctf_... refused", id="api key"),
         pytest.param("Bearer ctf_sk_abc", "Bearer ctf_...", id="bearer"),
+        pytest.param("ctf_photos_2024/a.png", "ctf_photos_2024/a.png", id="a key that begins as an api key does"),
+        pytest.param("at h%3FX-Amz-Signature%3Dab%26x", "at h%3FX-Amz-Signature%3D...", id="a URL in a URL"),
         pytest.param(f"GET {SIGNED} failed", f"GET {HIDDEN} failed", id="presigned"),
         pytest.param(f'{{"url": "{SIGNED}"}}', f'{{"url": "{HIDDEN}"}}', id="in json"),
         pytest.param(f"{SIGNED} {SIGNED}", f"{HIDDEN} {HIDDEN}", id="two"),
@@ -843,6 +846,15 @@ SIGNED = f"https://b.s3.amazonaws.com/a%20b.png?X-Amz-Credential=AKIA%2F1&X-Amz-
 )
 def test_secrets_are_taken_out_of_a_message(message: str, expected: str) -> None:
     assert program.redact(message) == expected
+
+
+def test_a_proxy_s_password_is_taken_out_though_it_is_written_as_no_url_wants_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:SES/AME#x?y@proxy:3128")
+    assert program.Trouble.proxy_for("https://api") == "proxy:3128"
+    told = program.redact("Failed to parse: 'me:SES' is no host; http://me:SES/AME#x?y@proxy:3128")
+    assert ("SES" in told, "AME" in told) == (False, False)
 
 
 @given(st.text(max_size=30), st.text(alphabet="abc/%20-.", max_size=20), st.sampled_from(["https://h", "HTTP://h", ""]))

@@ -85,6 +85,13 @@ def test_a_stop_is_told_with_its_reason(start: Cli, bucket: Any, api: Conversion
     assert json.loads(run.wait().out)["stopped_because"] == "interrupted by SIGTERM"
 
 
+def test_a_cap_that_is_reached_is_told_with_its_remedy(run_cli: Cli, bucket: Any) -> None:
+    put_some(bucket, 3)
+    (stop,) = records(run_cli("--log-format", "json", "--limit", "1").err)["stop"]
+    assert (stop["exit_code"], stop["because"]) == (3, "the cap of 1 conversion is reached")
+    assert "raise api.max_conversions" in stop["hint"]
+
+
 def test_a_line_for_people_has_the_date_and_the_zone(run_cli: Cli, bucket: Any) -> None:
     put_some(bucket, 1)
     when, *words = run_cli(TZ="XYZ-5:30").err.splitlines()[0].split(" ")

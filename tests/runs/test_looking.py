@@ -105,6 +105,20 @@ def test_check_reads_nothing_that_an_archive_keeps(run_cli: Cli, bucket: Any, re
     assert (run.exit_code, starting("WARN", run)) == (0, ["read"])
 
 
+def test_check_reads_what_some_job_wants(run_cli: Cli, bucket: Any, relay: Relay) -> None:
+    bucket.put("a.txt", b"nobody's")
+    bucket.put("b.png", picture())
+    relay.refuse = lambda _, path: urlsplit(path).path.endswith("/a.txt")
+    run = run_cli("--check", "--set", "convert.include=*.png", AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, "b.png" in run.out, "a.txt" in run.out) == (0, True, False)
+
+
+def test_check_names_a_key_file_of_nobody_s(run_cli: Cli) -> None:
+    run = run_cli("--check", "--set", "api.key_file=~nobody-here/key", CTF_API_KEY=None)
+    assert (run.exit_code, "bug" in run.out + run.err) == (2, False)
+    assert "key_file = ~nobody-here/key: No such file" in run.out
+
+
 def test_check_proves_everything_and_leaves_nothing_behind(run_cli: Cli, bucket: Any, api: ConversionApi) -> None:
     bucket.put("a.png", picture())
     run = run_cli("--check")

@@ -11,6 +11,7 @@ from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import USAGE, ConversionApi, Fault, Request
 from tests.standins.program import HASTY, lose_checkpoint
 from tests.standins.promises import PNG, assert_all_promises_are_kept, fill
+from tests.standins.relay import Relay
 
 pytestmark = pytest.mark.usefixtures("cheap")
 Cli = Callable[..., Any]
@@ -260,6 +261,28 @@ def test_where_the_remainder_is_reached_the_next_runs_use_up_none_of_it(
     assert run_cli().summary["converted"] == 25
     assert not [request for request in api.requests if is_about_the_usage(request)]
     assert {key: bucket.read(key) for key in expected} == expected
+
+
+def test_jobs_that_are_accepted_when_the_remainder_is_reached_are_waited_for(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    fill(bucket, 12)
+    api.behaviour.month_quota = 100
+    run = run_cli(*KEPT, "--set", "api.jobs_above=1", command=HASTY)
+    assert (run.exit_code, run.summary["stopped_code"]) == (3, "quota")
+    assert (run.summary["converted"], len(api.paid), run.rows("in_flight")) == (5, 5, [])
+
+
+def test_an_answer_that_is_here_when_the_run_is_to_end_is_stored_though_s3_is_busy(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    fill(bucket, 1)
+    api.behaviour.month_quota = 96
+    busy = iter([True])
+    relay.refuse = lambda method, _: method == "PUT" and next(busy, False)
+    relay.refusal_status = 503
+    run = run_cli(*KEPT, AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.summary["converted"], run.rows("in_flight"), next(busy, None)) == (1, [], None)
 
 
 def test_a_run_that_has_nothing_to_pay_for_does_not_mind_what_remains(

@@ -266,3 +266,15 @@ def test_another_program_s_output_that_is_not_newer_than_its_source_is_not_taken
     run = run_cli(**there)
     assert (run.exit_code, run.summary["failed"], api.requests) == (1, {"output_collision": 1}, [])
     assert bucket.read("converted/a.jpg") == PRECIOUS
+
+
+def test_what_took_the_place_of_an_object_that_was_deleted_in_flight_keeps_it(
+    run_cli: Cli, start: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", PNG)
+    killed_when_paid(start, api)
+    bucket.client.delete_object(Bucket=bucket.name, Key="a.png")
+    bucket.put("a.heic", PNG + b"another")
+    assert run_cli().summary["converted"] == 1
+    run = run_cli("--set", "convert.quality=50")
+    assert (run.exit_code, run.summary["converted"]) == (0, 1)

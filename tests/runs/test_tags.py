@@ -62,6 +62,13 @@ def test_outputs_have_the_tags_that_are_set_however_they_are_written(run_cli: Cl
     assert begun == ["a=b%20c&d="] * 2
 
 
+def test_a_copy_does_not_say_what_its_source_says_of_pages(run_cli: Cli, bucket: Any) -> None:
+    bucket.client.put_object(Bucket=bucket.name, Key="a.jpg", Body=PNG, Metadata={"pages": "12", "by": "me"})
+    assert run_cli(*COPYING).exit_code == 0
+    ((_, _, metadata),) = bucket.outputs().values()
+    assert ("pages" in metadata, metadata["by"]) == (False, "me")
+
+
 def test_a_copy_has_no_tags_of_its_source(run_cli: Cli, bucket: Any) -> None:
     put_tagged(bucket, "b.jpg", "converted=yes")
     assert run_cli(*COPYING).exit_code == 0

@@ -251,6 +251,17 @@ def test_a_source_that_is_left_as_it_is_hides_nothing_that_lies_where_its_output
     assert found == {"orphans": ["converted/a.jpg"], "unknown": ["converted/b.jpg"]}
 
 
+def test_what_is_left_out_by_now_is_proved_by_the_shard_that_has_stored_it(run_cli: Cli, bucket: Any) -> None:
+    put_pictures(bucket, 8)
+    for index in (0, 1):
+        assert run_cli("--shard", f"{index}/2").exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/in/003.jpg")
+    left_out = ("--set", "convert.exclude=*.png")
+    shards = [verified(run_cli, *left_out, "--shard", f"{index}/2") for index in (0, 1)]
+    assert sum(counts.get("verified", 0) for _, counts, _ in shards) == 7
+    assert [found for _, _, found in shards if found] == [{"missing": ["converted/in/003.jpg"]}]
+
+
 @pytest.mark.parametrize("keys", [pytest.param("/dev/stdin", marks=pytest.mark.slow), "fifo"])
 def test_repair_reads_a_pipe_of_keys_once(keys: str, start: Cli, run_cli: Cli, bucket: Any, work: Path) -> None:
     put_pictures(bucket, 2)
