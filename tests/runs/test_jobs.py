@@ -24,6 +24,8 @@ def _marks(api: ConversionApi) -> None:
 
 Cli = Callable[..., Any]
 JOBS = ("--set", "api.jobs_above=1")
+# A job that is accepted is waited for as long as an answer.
+SOON_OVER = ("--set", "run.max_runtime=1s", "--set", "api.timeout=1s")
 UPLOAD = ("--set", "api.transfer=upload")
 fill = partial(promises.fill, count=1, name="{}", repeated=1)
 
@@ -155,7 +157,7 @@ def test_a_job_of_yesterday_is_asked_for_before_anything_is_sent(
     api.behaviour.keep_memory = 0
     api.faults.add(Fault(status=200, body=b'{"status": "queued"}', times=None, where=is_poll))
     for _ in range(2):
-        run = run_cli(*JOBS, "--set", "run.max_runtime=2s")
+        run = run_cli(*JOBS, *SOON_OVER)
         assert (run.exit_code, len(run.rows("in_flight")), len(api.paid)) == (3, 1, 1)
         make_a_day_older(run)
     api.faults.clear()
@@ -362,7 +364,7 @@ def test_a_job_of_an_earlier_run_that_failed_is_treated_no_worse(
     expected = fill(bucket)
     api.behaviour.job_states = ("failed",)
     api.faults.add(Fault(status=200, body=b'{"status": "queued"}', times=None, where=is_poll))
-    assert run_cli(*JOBS, "--set", "run.max_runtime=2s").exit_code == 3
+    assert run_cli(*JOBS, *SOON_OVER).exit_code == 3
     api.faults.clear()
     # The known job, and what the API says of it when its request is sent again.
     let_jobs_fail(api, 1 if code == "fetch_failed" else 2, code)
