@@ -320,6 +320,12 @@ def local_date(moment: str) -> str:
 
 def redact(message: str) -> str:
     """A text without keys and tokens, and without a URL's password and what stands behind its `?`, as a signature."""
+    for address in filter(lambda address: "@" in address, urllib.request.getproxies_environment().values()):
+        # Of one that is not written as a URL wants it, libraries quote what they take for a host.
+        login = address.rpartition("@")[0].rpartition("://")[2]
+        host, _, rest = re.sub(r"[/?#]", "\0", login, count=1).partition("\0")
+        for part in (f"{login}@", f"{rest}@", host):
+            message = message.replace(part, "...") if len(part) > 3 and part != login else message
     # S3's and the API's own messages may repeat the URL that they were asked for; s3://, which is ours, has no query.
     message = re.sub(r"((?<!s3)://(?:(?!://)[^\s\"'<>?])*)\?[^\s\"'<>]*", r"\1?...", message)
     message = re.sub(r"(://)[^\s\"'<>/?#]*@", r"\1...@", message)
@@ -330,11 +336,6 @@ def redact(message: str) -> str:
     message = re.sub(r"(?i)((?:Signature|Credential)(?:=|%3D))[^\s&\"'<>,]*", r"\1...", message)
     token = r"((?:security|session)[-_]?token['\"]?\s*(?:[=:>]|%3D)\s*b?['\"]?)[^\s&\"'<>,]+"
     message = re.sub(f"(?i){token}", r"\1...", message)
-    for address in filter(lambda address: "@" in address, urllib.request.getproxies_environment().values()):
-        # Of one that is not written as a URL wants it, libraries quote what they take for a host.
-        password = address.rpartition("@")[0].rpartition("://")[2].partition(":")[2]
-        for part in (password, *re.split(r"[/?#:]", password)):
-            message = message.replace(part, "...") if len(part) > 2 else message
     return re.sub(r"ctf_([a-z]k|live|test)_[A-Za-z0-9_-]+", "ctf_...", message)
 
 
@@ -1369,7 +1370,7 @@ class Shard:
         return f" for shard {self}" if self.count > 1 else ""
 
     def owner_of(self, text: str) -> "Shard":
-        """The shard that a text belongs to: the slot of a planned output, or the key of what no job wants."""
+        """The shard that a text belongs to: the slot of a planned output, of what no job wants of the first job's."""
         # Not `hash`, which differs from process to process. A key may hold anything: half a surrogate pair as well.
         digested = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return Shard(int.from_bytes(digested, "big") % self.count, self.count)
@@ -3150,8 +3151,6 @@ class Bucket:
         self, stop: StopFlag, caught_exception: Exception | None, attempts: int, response: Any = None, **_: Any
     ) -> Any:
         """Have boto3 try again, beyond its own few attempts, while S3 is away or asks for fewer requests."""
-        if stop.is_set:
-            return None  # what is in flight is finished, by boto3's own few attempts
         pause = min(backoff(attempts - 1, None, random.random()), OUTAGE_PAUSE_SECONDS)
         if caught_exception is None:
             self._outage.mark_answered()
@@ -3159,7 +3158,12 @@ class Bucket:
             self._quiet_until, self._pause = max(self._quiet_until, time.monotonic() + pause), pause
         elif not isinstance(caught_exception, NO_CONNECTION) or not self._outage.should_wait():
             return None
-        stop.sleep(pause)
+        try:
+            stop.sleep(pause)
+        except StopRequested:
+            if attempts >= S3_ATTEMPTS:
+                raise
+            return None  # what is in flight is finished, by boto3's own few attempts
         return 0
 
     def _wait_while_quiet(self, stop: StopFlag, **_: Any) -> None:
@@ -4149,7 +4153,9 @@ class Planner:
             is_itself = (bucket, key) == (here, task.source.key)
             # An object that was deleted while it was in flight holds nobody up; whether it has left an output, a look
             # tells: what lies there may be this one's own by now.
-            is_gone = not is_itself and bucket == here and self.bucket.is_no_source(key) is True
+            may_look = not is_itself and bucket == here and (not is_there or self._holder_looks > 0)
+            is_gone = may_look and self.bucket.is_no_source(key) is True
+            self._holder_looks -= is_there and may_look and not is_gone
             holder, rival = ("", key if is_gone else "") if is_itself or is_gone else (holder, "")
             look = is_there or task.pending is not None
             placed.append((slot, replace(task, holder=holder, rival=rival, look=look)))
@@ -7408,7 +7414,9 @@ class Why:
         if not job.wants(source):
             return DecisionKind.SKIP.value, NOT_MATCHED, ""
         if decision is None:
-            owner = self._settings.shard.owner_of(KeyParts.slot_of(job.output_of(self._key)))
+            is_skipped = source.skip_reason or self._key.startswith(self._settings.own_prefixes)
+            maker = self._settings.jobs[0] if is_skipped else job
+            owner = self._settings.shard.owner_of(KeyParts.slot_of(maker.output_of(self._key)))
             return DecisionKind.SKIP.value, "other_shard", f"it belongs to shard {owner}"
         return decision.kind.value, decision.reason, decision.message
 
@@ -7635,7 +7643,7 @@ class Diagnostics:
             return True
 
         # What a run would skip may be unreadable for good reasons: an archived object, a folder of another tool.
-        wanted = (each for each in sources if any(job.wants(each) for job in self.settings.jobs))
+        wanted = [each for each in sources if any(job.wants(each) for job in self.settings.jobs)] or sources
         readable = (each for each in wanted if not (each.skip_reason or KeyParts.of(each.key).has_dot_segments))
         source = next(filter(is_there, itertools.islice(readable, 16)), None)
         if source is None:

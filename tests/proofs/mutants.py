@@ -1626,14 +1626,14 @@ READ = (
     ),
     defect(
         "an answer that is here is dropped where S3 is busy and the run is to end",
-        "        if stop.is_set:\n            return None  # what is in flight",
-        "        if False:\n            return None  # what is in flight",
+        "            if attempts >= S3_ATTEMPTS:\n                raise",
+        "            if True:\n                raise",
         "test_an_answer_that_is_here_when_the_run_is_to_end_is_stored_though_s3_is_busy",
     ),
     defect(
         "--check reads what no job wants",
-        "if any(job.wants(each) for job in self.settings.jobs))",
-        "if True)",
+        "if any(job.wants(each) for job in self.settings.jobs)] or sources",
+        "if True]",
         "test_check_reads_what_some_job_wants",
     ),
     defect(
@@ -1656,8 +1656,8 @@ READ = (
     ),
     defect(
         "what was deleted in flight has a place for ever",
-        "is_gone = not is_itself and bucket == here and self.bucket.is_no_source(key) is True",
-        "is_gone = not is_itself and bucket == here and not is_there and self.bucket.is_no_source(key) is True",
+        "is_gone = may_look and self.bucket.is_no_source(key) is True",
+        "is_gone = may_look and not is_there and self.bucket.is_no_source(key) is True",
         "test_what_took_the_place_of_an_object_that_was_deleted_in_flight_keeps_it",
     ),
     defect(

@@ -855,6 +855,9 @@ def test_a_proxy_s_password_is_taken_out_though_it_is_written_as_no_url_wants_it
     assert program.Trouble.proxy_for("https://api") == "proxy:3128"
     told = program.redact("Failed to parse: 'me:SES' is no host; http://me:SES/AME#x?y@proxy:3128")
     assert ("SES" in told, "AME" in told) == (False, False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://me:Winter#2026@proxy:3128")
+    assert program.redact("2026-11-29T00:00:00 in/2026/a") == "2026-11-29T00:00:00 in/2026/a"
+    assert "2026" not in program.redact("cannot connect to http://me:Winter#2026@proxy:3128")
 
 
 @given(st.text(max_size=30), st.text(alphabet="abc/%20-.", max_size=20), st.sampled_from(["https://h", "HTTP://h", ""]))
