@@ -3424,7 +3424,7 @@ class Bucket:
             if is_newer and may_adopt and not (task.holder or task.rival):
                 return OutcomeKind.ADOPTED
             said = f"{key} exists and is no output of this object; put outputs under a prefix of their own"
-            raise ObjectFailed("output_collision", said)
+            raise ObjectFailed("output_collision", taken_key(key, task.rival) if task.rival else said)
         bucket, fingerprint = urllib.parse.unquote(metadata.get("source-bucket", "?")), metadata.get("job-fingerprint")
         is_of_key = source_key_metadata(source.key).items() <= metadata.items()
         # The same bytes with the same options, also where the bucket was copied to another name with its outputs.
@@ -4148,15 +4148,7 @@ class Planner:
         placed: list[tuple[str, Task]] = []
         for slot, task in zip(slots, tasks, strict=True):
             is_there = task.output_key in there
-            bucket, key = held.get(slot, (here, task.source.key))
-            holder = key if bucket == here else f"s3://{bucket}/{key}"
-            is_itself = (bucket, key) == (here, task.source.key)
-            # An object that was deleted while it was in flight holds nobody up; whether it has left an output, a look
-            # tells: what lies there may be this one's own by now.
-            may_look = not is_itself and bucket == here and (not is_there or self._holder_looks > 0)
-            is_gone = may_look and self.bucket.is_no_source(key) is True
-            self._holder_looks -= is_there and may_look and not is_gone
-            holder, rival = ("", key if is_gone else "") if is_itself or is_gone else (holder, "")
+            holder, rival = self._whose(task, *held.get(slot, (here, task.source.key)), is_there=is_there)
             look = is_there or task.pending is not None
             placed.append((slot, replace(task, holder=holder, rival=rival, look=look)))
         # A request in flight comes before what is new; what somebody else holds is claimed by nobody here.
@@ -4180,6 +4172,18 @@ class Planner:
             else:
                 self._holder_looks = max(0, self._holder_looks - 1)
                 yield replace(task, holder=key)
+
+    def _whose(self, task: Task, bucket: str, key: str, *, is_there: bool) -> tuple[str, str]:
+        """Who has a task's output key, and who else may: of these, what lies there tells."""
+        here = self.bucket.name
+        holder = key if bucket == here else f"s3://{bucket}/{key}"
+        if (bucket, key) == (here, task.source.key):
+            return "", ""
+        if is_there and not self._outputs.refusal:
+            return "", holder
+        # An object that was deleted while it was in flight, and has left no output, holds nobody up.
+        is_gone = bucket == here and self.bucket.is_no_source(key)
+        return ("" if is_gone else holder), ""
 
 
 class OutputLister:

@@ -84,6 +84,7 @@ class Model:
     due: set[Version] = field(default_factory=set)
     maybe_due: set[Version] = field(default_factory=set)
     unsettled: set[Version] = field(default_factory=set)  # sent by a run that was killed
+    in_flight: set[str] = field(default_factory=set)  # sources of which the checkpoint has a request
     exposed: Counter[Version] = field(default_factory=Counter)  # how often more than once it may be paid, and why
     had_other_options: bool = False
     was_lost: bool = False
@@ -106,13 +107,16 @@ class Model:
         A source that was deleted before it left an output among those `stored` gives its claim up.
         """
         plan = Plan()
-        self.owners = {key: owner for key, owner in self.owners.items() if owner in self.live or key in stored}
+        given_up = {key: owner for key, owner in self.owners.items() if not (owner in self.live or key in stored)}
+        self.owners = {key: owner for key, owner in self.owners.items() if key not in given_up}
         for key in sorted(self.live, key=str.encode):
             source, work = self.live[key], self.work(key)
             if self.owners.setdefault(output_key(key, self.target), key) != key:
                 plan.collide.append(key)
             else:
                 (plan.done if self.done.get(work) == source else plan.convert).append(key)
+        # What is in flight of it makes its claim good again when it is put back, unless another has taken the key.
+        self.owners = {**{key: owner for key, owner in given_up.items() if owner in self.in_flight}, **self.owners}
         return plan
 
     def killed(self, plan: Plan, held: Container[str]) -> None:
@@ -310,6 +314,7 @@ class Resuming(RuleBasedStateMachine):
             self._compare_summary(plan, run)
             self.model.completed(plan)
             assert self._charges_too_many() - extra_before <= run.summary["possible_double_charges"]
+        self.model.in_flight = {row["key"] for row in run.rows("in_flight")}
         self._compare_paid()
         self._compare_stored()
         self.is_broken = False
