@@ -4001,7 +4001,6 @@ class Planner:
         """
         jobs, shard, decisions = self.settings.jobs, self.settings.shard, list[Decision]()
         selected: list[tuple[str, SourceObject]] = []
-        is_listed = not self.settings.keys_from
         for source in page:
             reason = self._is_own(source.key) if source.key.startswith(self._own_prefixes) else source.skip_reason
             if self._unmet_prefixes or self._unmet_jobs:
@@ -4010,33 +4009,32 @@ class Planner:
             if len(wanting) > 1:
                 # Of jobs that would make the very same output, the first is enough.
                 first = {job.result_of(source.key): job for job in reversed(wanting)}
-                wanting = [job for job in wanting if job in first.values()]
+                wanting = self._told_apart([job for job in wanting if job in first.values()], source, decisions)
             # Counted by one shard: the one that would have its output, and may have stored that.
             if not wanting and (shard.count == 1 or shard.owns(KeyParts.slot_of(jobs[0].output_of(source.key)))):
                 decisions.append(Decision(DecisionKind.SKIP, source, "", reason or NOT_MATCHED))
-            makers: dict[tuple[str, str], Job] = {}  # the first of those that the journal knows as one
             for job in wanting:
                 # All sources that want one output key meet in one shard: two shards would both write it.
                 if shard.count > 1 and not shard.owns(KeyParts.slot_of(job.output_of(source.key))):
                     continue
                 if job.leaves_as_it_is(source.key):
                     decisions.append(Decision(DecisionKind.SKIP, source, job.name, SAME_FORMAT))
-                # Of a named object, only a look tells who wants it.
-                elif (
-                    len(wanting) > 1
-                    and is_listed
-                    and (maker := makers.setdefault((job.fingerprint, job.place), job)) is not job
-                ):
-                    decisions.append(self._ceded(job, maker, source))
                 else:
                     selected.append((job.name, source))
         return decisions + self._decide(selected, is_last=is_last)
 
-    def _ceded(self, job: Job, maker: Job, source: SourceObject) -> Decision:
-        """The failure of a job that would make another output of `maker`'s, say with its pages, under the same key."""
-        task = replace(self._task(job.name, source, None, None), holder=f"[job {maker.name}]")
-        said = taken_key(task.output_key, task.holder)
-        return Decision(DecisionKind.FAIL, source, job.name, "output_collision", said, task)
+    def _told_apart(self, jobs: list[Job], source: SourceObject, decisions: list[Decision]) -> list[Job]:
+        """The jobs without those that the journal does not tell from one before them, say by `pages`: they fail."""
+        if self.settings.keys_from:
+            return jobs  # of a named object, only a look tells who wants it
+        makers: dict[tuple[str, str], Job] = {}
+        for job in [job for job in jobs if not job.leaves_as_it_is(source.key)]:
+            maker = makers.setdefault((job.fingerprint, job.place), job)
+            if maker is not job and self.settings.shard.owns(KeyParts.slot_of(job.output_of(source.key))):
+                task = replace(self._task(job.name, source, None, None), holder=f"[job {maker.name}]")
+                said = taken_key(task.output_key, task.holder)
+                decisions.append(Decision(DecisionKind.FAIL, source, job.name, "output_collision", said, task))
+        return [job for job in jobs if job in makers.values() or job.leaves_as_it_is(source.key)]
 
     def _note_match(self, key: str, reason: str) -> None:
         for prefix in list(filter(key.startswith, self._unmet_prefixes)):

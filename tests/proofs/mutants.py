@@ -1434,8 +1434,8 @@ READ = (
     ),
     defect(
         "of two jobs that the journal knows as one, the other's rows say that it is done",
-        "makers.setdefault((job.fingerprint, job.place), job)) is not job",
-        "makers.setdefault((job.fingerprint, job.place), job)) is None",
+        "        if self.settings.keys_from:\n            return jobs  # of a named",
+        "        if True:\n            return jobs  # of a named",
         "test_what_a_job_fails_with_is_no_word_on_the_one_that_has_its_key",
     ),
     defect(
