@@ -91,6 +91,7 @@ def test_the_shares_add_up_and_differ_by_one_at_most(total: int, count: int) -> 
         ("a.b.c", "a.b.0-of-8.c"),
         (".hidden", ".hidden.0-of-8"),
         ("/dev/null", "/dev/null"),
+        ("/proc/self/fd/1", "/proc/self/fd/1"),
     ],
 )
 def test_each_shard_has_a_file_of_its_own(path: str, expected: str) -> None:

@@ -386,3 +386,13 @@ def test_credentials_that_a_worker_process_does_not_get_are_named(
     assert_told(run, "credential")
     assert "memory" not in run.out + run.err
     assert api.paid == []
+
+
+@pytest.mark.slow
+def test_credentials_that_a_role_s_service_does_not_give_now_may_be_there_for_the_next_run(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("a.png", b"\x89PNG\r\n\x1a\n")
+    run = run_cli(AWS_ACCESS_KEY_ID=None, AWS_CONTAINER_CREDENTIALS_FULL_URI=f"{api.url}/nothing")
+    assert (run.exit_code, "Traceback" in run.err) == (3, False), run.err
+    assert "look at the role of this machine, container or task" in run.err
