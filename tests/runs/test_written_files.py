@@ -169,9 +169,12 @@ def test_pipes_are_written_into_and_are_pipes_still(start: Cli, work: Path) -> N
     assert stat.S_ISFIFO((work / "pipe.prom").stat().st_mode)
 
 
-def waiting_in(pipe: IO[str]) -> int:
-    """How many bytes of a pipe nobody has read yet."""
-    return int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
+def wait_until_full(pipe: IO[str], run: Any) -> None:
+    """Wait until a pipe has no room left for three more lines of a run's, or the run has ended."""
+    size, unread = fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ), 0
+    while unread < size - 1_000 and run.process.poll() is None:
+        time.sleep(0.01)
+        unread = int.from_bytes(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 @pytest.mark.parametrize("stream", ["stdout", pytest.param("stderr", marks=pytest.mark.slow)])
@@ -181,10 +184,8 @@ def test_failures_wait_for_a_slow_reader_of_a_stream(stream: str, start: Cli, bu
     too_large = ("--set", "api.max_size=1", "--set", "run.max_failure_rate=never", "--log-format", "json")
     run = start("-q", *too_large, "--set", f"run.failures=/dev/{stream}")
     pipe = getattr(run.process, stream)
-    size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
-    # Nothing is read before it has no room left for three more lines.
-    while waiting_in(pipe) < size - 1_000 and run.process.poll() is None:
-        time.sleep(0.01)
+    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+    wait_until_full(pipe, run)
     assert run.wait().exit_code == 1, run.out + run.err
     said = [json.loads(line) for line in (run.out if stream == "stdout" else run.err).splitlines() if line[:1] == "{"]
     keys = [line["key"] for line in said if "key" in line and "event" not in line]
@@ -197,11 +198,10 @@ def test_a_pipe_that_is_read_late_gets_all_failures(start: Cli, work: Path, buck
     os.mkfifo(work / "pipe")
     # Open for both, so that it does not end between two pages of failures.
     with os.fdopen(os.open(work / "pipe", os.O_RDWR), "r") as pipe:
-        size = fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
         named = ("--set", "api.max_size=1", "--set", "run.max_failure_rate=never", "--set", "run.failures=pipe")
         run = start("-q", *named)
-        while waiting_in(pipe) < size - 1_000 and run.process.poll() is None:
-            time.sleep(0.01)
+        wait_until_full(pipe, run)
         assert run.process.poll() is None, run.wait()
         keys = [json.loads(pipe.readline())["key"] for _ in range(41)]
     assert sorted(keys) == [*(f"{number:02}.png" for number in range(40)), "a.png"]
