@@ -54,6 +54,7 @@ import getpass
 import gzip
 import hashlib
 import http.client
+import http.cookiejar
 import io
 import itertools
 import json
@@ -196,6 +197,12 @@ LOST = "lost"  # in the journal: an output that was stored is not there any more
 TAG = "tag"  # there, too: an output is stored, and its source is to be tagged
 ARCHIVE_CLASSES = frozenset({"GLACIER", "DEEP_ARCHIVE"})  # storage classes that cannot be read before a restore
 NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+# Of the server or of a proxy: nothing can be sent there.
+NO_ADDRESS = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidSchema,
+    urllib3.exceptions.LocationParseError,
+)
 # How globs are written for other programs -> what to write here. A key may hold a comma, a brace or a backslash.
 GLOB_MISTAKES = {
     r".*[,;|]|.*[,;|]\*.*": "separate globs by spaces alone",
@@ -303,7 +310,7 @@ def human_seconds(seconds: float) -> str:
 def iso_time(seconds: float) -> str:
     """A time (Unix seconds) in ISO 8601, in the local zone, with its offset."""
     moment = datetime.fromtimestamp(seconds, timezone.utc)
-    with contextlib.suppress(ValueError):  # TZ says a day or more; Python knows no such zone
+    with contextlib.suppress(ValueError, OverflowError):  # TZ says a day or more; or the year is 0 or 10,000 there
         moment = moment.astimezone()
     return moment.isoformat(timespec="seconds")
 
@@ -1023,6 +1030,11 @@ class Task:
         return self.known if self.known and self.known.version == self.source.version else None
 
     @property
+    def is_lost(self) -> bool:
+        """Whether an output of this version was stored, and a run has found that it is not there any more."""
+        return self.known_version is not None and self.known_version.lost_in is not None
+
+    @property
     def is_untagged(self) -> bool:
         """Whether an output of this version is stored, and nothing is left to do but to tag the source."""
         return self.known_version is not None and self.known_version.purpose == TAG
@@ -1058,8 +1070,8 @@ class StoredOutput(NamedTuple):
     """What S3 has taken."""
 
     key: str
-    etag: str
-    size: int  # bytes
+    etag: str  # empty: not known
+    size: int  # bytes; 0: not known, for each output has some
     pages: int = 0  # that were stored beside it, if it is an archive of pages
 
 
@@ -1270,6 +1282,7 @@ class Read:
         with contextlib.suppress(ValueError):
             parts = urllib.parse.urlsplit(given)
             is_server = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+            str(parts.hostname).encode("idna")  # raises ValueError for two dots in a row, or too long a part
             if is_server and not (parts.query or parts.fragment or re.search(r"\s", given)):
                 return given.rstrip("/")
         raise ValueError("expected an address such as https://changethisfile.com")
@@ -1789,6 +1802,10 @@ class SettingsReader:
                 told = "there is a job of this name already" if name else "a job needs a name, such as [job photos]"
                 told = f"{told}; give it another"
                 self.problems.append(f"[{section}]: {told}")
+            try:
+                Read.key(name)
+            except ValueError as expected:
+                self.problems.append(f"[{section}]: {expected}")
             job = jobs[section] = Job(name=name, **own)
             self.require("target", section, "convert")
             if job.min_size > job.max_size:
@@ -1845,6 +1862,10 @@ class SettingsReader:
         checkpoint = os.path.realpath(paths.pop("checkpoint", ""))
         # SQLite and the lock have files of their own beside it.
         kept = {f"checkpoint{end}": checkpoint + end for end in ("", "-wal", "-shm", "-journal", ".lock")}
+        for name in read:
+            if any(self._is_same_file(read[name], own) for own in kept.values()):
+                told = f"is the {name} file as well; give it another path"
+                self.problems.append(f"[run] checkpoint = {run.checkpoint}: {told}")
         kept.update(read)
         for first, second in (*itertools.product(kept, paths), *itertools.combinations(paths, 2)):
             if first in kept:
@@ -1967,7 +1988,7 @@ class Trouble:
     @staticmethod
     def failed_to_connect(error: Any) -> bool:
         """Whether no connection was made, so that the server cannot have seen the request."""
-        if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
+        if isinstance(error, NO_ADDRESS):
             return True  # of the proxy, or of the address itself
         # A proxy's error may have come after the request was sent as well.
         cause = Trouble.cause_of(getattr(error, "reason", error))
@@ -2018,8 +2039,8 @@ class Trouble:
                 "set fewer run.workers or run.processes, or raise the limit (ulimit -u, a container's pids and memory)"
             )
             return RunError(f"the system {what}", hint)
-        if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
-            return Trouble.api_unreachable(address, error)
+        if isinstance(error, NO_ADDRESS):
+            return Trouble.api_unreachable(address, error) if address else usage_error(redact(str(error)), PROXY_HINT)
         if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
             file = f": {error.filename}" if error.filename else ""
             message = redact(f"the system refuses what the program needs: {error.strerror or error}{file}")
@@ -2044,7 +2065,8 @@ class Trouble:
     def little_remains(remaining: int, keep: int) -> RunError:
         """Why nothing more is sent this month."""
         message = f"{remaining} conversions remain this month, and api.keep_remaining is {keep}"
-        return RunError(message, "run it again next month, or lower api.keep_remaining", code="quota")
+        sooner = "lower api.keep_remaining" if keep else "after an upgrade of the plan"
+        return RunError(message, f"run it again next month, or {sooner}", code="quota")
 
     @staticmethod
     def require_open_files(workers: int) -> None:
@@ -2156,7 +2178,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     IS_DONE = f"event IN ({', '.join(map(repr, sorted(DONE_EVENTS)))})"
     # A server without ETags has sizes alone; of pages, nothing is known but that they are to be there.
     IS_SAME = "(expected.etag = there.etag OR '' IN (expected.etag, there.etag)) AND "
-    IS_SAME += "coalesce(expected.size = there.size, TRUE)"
+    IS_SAME += "coalesce(nullif(expected.size, 0) = there.size, TRUE)"
 
     def __init__(self, path: Path, endpoint: str, settings: Settings, *, read_only: bool = False) -> None:
         self.path, self._read_only = real_file(path), read_only
@@ -2356,9 +2378,18 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def states(self, job: str, keys: Sequence[str]) -> dict[str, JournalState]:
         """What the log says last about those of the keys that it knows, and about some that lie between them.
 
-        What is done, but whose output was replaced since by that of another job, is not known.
+        What is done, but whose output was replaced since by that of another job, is not known. Where it may have been
+        replaced, the version is none that an object has.
         """
         states: dict[str, JournalState] = self._newest("permanent, runs_failed, code, purpose", job, keys)
+        # A run that was killed may have put the result of its request in the place of what was done before.
+        own, *rivals = self._job_ids[job], *self._rivals[job]
+        query = f"SELECT key, etag, job FROM in_flight WHERE job IN ({','.join(map(str, (own, *rivals)))})"
+        limits = (min(keys, default=""), max(keys, default=""))
+        for key, version, sender in self._ask(f"{query} AND key BETWEEN ? AND ?", *limits):
+            state = states.get(key)
+            if state and state[2] in DONE_EVENTS and (sender != own or version != state[1]):
+                states[key] = JournalState(*state)._replace(version="@")
         # What a dry run takes for lost is written down nowhere.
         if self._has_lost:
             query = "SELECT key FROM lost WHERE job = ? AND key IN ({})"
@@ -3349,8 +3380,9 @@ class Bucket:
         seen = SourceObject(listed.key, etag or f"{size}@{unix_seconds(modified):.0f}", size, modified)
         if listed.version and not seen.is_version_of(listed):
             raise ObjectFailed(*SOURCE_CHANGES["412"])
-        # A gateway may hide the ETag that the listing has: the version keeps its name.
-        seen = seen._replace(version=etag or listed.version or seen.version)
+        # A gateway may hide the ETag that a listing has: the version keeps its name.
+        version = etag or listed.version or self._listed_version(seen)
+        seen = seen._replace(version=version)
         # Intelligent-Tiering says in a header of its own that an object cannot be read before it is restored.
         is_archived = head.get("StorageClass") in ARCHIVE_CLASSES or head.get("ArchiveStatus")
         if is_archived and 'ongoing-request="false"' not in head.get("Restore", ""):
@@ -3360,6 +3392,14 @@ class Bucket:
         if not size:
             raise ObjectSkipped(EMPTY)
         return seen, head
+
+    def _listed_version(self, seen: SourceObject) -> str:
+        """What a listing calls a version that was seen without an ETag."""
+        with contextlib.suppress(ObjectFailed):
+            first = self.read_page(self.name, seen.key).objects[:1]
+            if first and first[0].key == seen.key and seen.is_version_of(first[0]):
+                return first[0].version
+        return seen.version
 
     def require_unchanged(self, source: SourceObject, seen: Head) -> None:
         """Raise ObjectFailed if a source is not what it was at the first look, or was put there anew."""
@@ -3376,7 +3416,7 @@ class Bucket:
         """
         is_there = False
         for key in (task.output_key, f"{task.output_key}.zip") if task.look else ():
-            head = self.head(self.output_name, key)
+            head = self._look_at_place(task, key)
             is_there |= head is not None
             if head is not None and (kind := self._judge(task, key, head)):
                 told = head["Metadata"].get("pages", "") if kind is OutcomeKind.FOUND else ""
@@ -3392,9 +3432,12 @@ class Bucket:
         return None
 
     def _has_its_pages(self, task: Task, output: StoredOutput) -> bool:
-        """Whether the pages are there that an archive proves; asked in a repair, and of what one has found lost."""
-        is_lost = self._settings.repair or (task.known_version is not None and task.known_version.lost_in is not None)
-        is_asked = is_lost and self._settings.by_name[task.job].pages == "unpack"
+        """Whether the pages are there that an archive proves.
+
+        Asked in a repair, of what one has found lost, and where a failure may have left pages of another version.
+        """
+        is_doubtful = task.is_lost or (task.known is not None and task.known_version is None)
+        is_asked = (self._settings.repair or is_doubtful) and self._settings.by_name[task.job].pages == "unpack"
         numbers = range(1, output.pages + 1) if is_asked else ()
         keys = (KeyParts.page_key(task.output_key, task.target, number, output.pages) for number in numbers)
         # All of them, before anything is paid: one that is another's is in the way of the next archive, too.
@@ -3402,17 +3445,31 @@ class Bucket:
         return all(are_there)
 
     def _require_place(self, task: Task, key: str) -> bool:
-        """Whether an output of this object lies there. Raises ObjectFailed if another's does, RunError."""
+        """Whether the output of this version lies there. Raises ObjectFailed if another's does, RunError."""
         self._storing.task = task
-        try:
-            there = self.head(self.output_name, key)
-        except ObjectFailed:
-            if task.look:
-                raise
-            return False  # to who may list one prefix alone, S3 refuses what does not exist: there was nothing
-        if there and self._judge(task, key, there) is OutcomeKind.ADOPTED:
+        there = self._look_at_place(task, key)
+        kind = self._judge(task, key, there) if there else None
+        if kind is OutcomeKind.ADOPTED:
             raise ObjectFailed("output_collision", f"{key}: another object lies there, which is no output of this one")
-        return there is not None
+        return kind is OutcomeKind.FOUND
+
+    def _look_at_place(self, task: Task, key: str) -> Head | None:
+        """What lies under an output's key; None if nothing does. Raises ObjectFailed if S3 does not say, RunError."""
+        try:
+            return self.head(self.output_name, key)
+        except ObjectFailed:
+            # To who may list one prefix alone, S3 refuses a HEAD of what does not exist, too: a listing tells.
+            if not self._is_free(self._settings.by_name[task.job].constant_prefix, key):
+                raise
+            return None
+
+    def _is_free(self, prefix: str, key: str) -> bool:
+        """Whether a listing shows that nothing lies there."""
+        with contextlib.suppress(ObjectFailed):
+            page = self.read_page(self.output_name, prefix if key.startswith(prefix) else key, key[:-1])
+            listed = [each.key for each in page.objects]
+            return key not in listed and (page.is_last or listed[-1:] > [key])
+        return False
 
     def _judge(self, task: Task, key: str, head: Head) -> OutcomeKind | None:
         """What an object counts as for a task; None if the task may replace it. Raises ObjectFailed if it must not."""
@@ -3512,7 +3569,7 @@ class Bucket:
             raise usage_error(f"{url} names no object", "give FILE as s3://BUCKET/KEY")
         # A copy, because S3 hangs up on a stream that is read no faster than objects are converted.
         with temporary_file() as copy:
-            with translate_s3_errors(f"reading {url}"):
+            with no_space_stops_the_run(), translate_s3_errors(f"reading {url}"):
                 shutil.copyfileobj(self.client.get_object(Bucket=name, Key=key, **self._payer)["Body"], copy)
             copy.seek(0)
             yield copy
@@ -3809,7 +3866,7 @@ class KeyFile:
             content = json.loads(manifest)
             source, file_format = content["sourceBucket"], content["fileFormat"]
             columns = [column.strip() for column in content["fileSchema"].split(",")]
-            files = [(file["key"], file.get("MD5checksum", "")) for file in content["files"]]
+            files = [(file["key"].split("/"), file.get("MD5checksum", "")) for file in content["files"]]
             destination = content["destinationBucket"].rpartition(":")[2]
         except (ValueError, LookupError, TypeError, AttributeError):
             raise usage_error(f"{name} is no whole manifest.json of S3 Inventory", again) from None
@@ -3822,11 +3879,10 @@ class KeyFile:
             raise usage_error(f"{name} has no columns Bucket and Key", "give the manifest as S3 Inventory wrote it")
         # A copy begins at any folder of the bucket: the files lie in a folder beside the manifest's, or below it.
         here = Path(name).absolute().parent
-        for key, md5 in files:
-            parts = key.split("/")
+        for parts, md5 in files:
             ends = filter(None, ("/".join(parts[start:]) for start in range(len(parts))))
             places = (folder / end for folder, end in itertools.product((here, here.parent), ends))
-            place = next((str(place) for place in places if place.is_file()), f"s3://{destination}/{key}")
+            place = next((str(place) for place in places if place.is_file()), f"s3://{destination}/{'/'.join(parts)}")
             part = KeyFile(place, bucket, md5)
             yield from part._row_objects(part._lines(), columns)
 
@@ -4147,7 +4203,8 @@ class Planner:
         for slot, task in zip(slots, tasks, strict=True):
             is_there = task.output_key in there
             holder, rival = self._whose(task, *held.get(slot, (here, task.source.key)), is_there=is_there)
-            look = is_there or task.pending is not None
+            # Before an output is made again, it is looked for: a listing may be late.
+            look = is_there or task.pending is not None or task.is_lost
             placed.append((slot, replace(task, holder=holder, rival=rival, look=look)))
         # A request in flight comes before what is new; what somebody else holds is claimed by nobody here.
         free = sorted((each for each in placed if not each[1].holder), key=lambda each: each[1].pending is None)
@@ -4548,6 +4605,8 @@ class Session(requests.Session):
         self._own, self._key, self._timeout = address, key, (CONNECT_TIMEOUT_SECONDS, seconds)
         self._settings: dict[tuple[str, str], Any] = {}
         self.headers.update({"User-Agent": f"s3_bulk_convert/{__version__}", "Accept-Encoding": "identity"})
+        # The API knows its customers by their key; cookies would be kept for each link.
+        self.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         # Without one, requests would take credentials for the host from ~/.netrc.
         self.auth = self._authorize
         for scheme in ("https://", "http://"):
@@ -4592,7 +4651,7 @@ def http_get(address: str, key: str = "", **request: Any) -> Iterator[requests.R
     try:
         with Session(LOOK_SECONDS, address, key) as session, session.ask("GET", address, **request) as answer:
             yield answer
-    except OSError as error:
+    except (OSError, *NO_ADDRESS) as error:
         host, proxy = Trouble.host_of(address), Trouble.proxy_for(address)
         why = Trouble.certificate_problem(error) or Trouble.connection_problem(error)
         if proxy:
@@ -5107,7 +5166,7 @@ class Conversation:
         why, hide = why or ObjectFailed("", ""), self._context.settings.hide
         is_untagged = why.code in {TAG_FAILED, TOO_MANY_TAGS}
         is_stored = is_untagged or kind.value in DONE_EVENTS
-        is_settled = is_stored or (why.permanent and why.code not in {"not_stored", "bad_pages"})
+        is_settled = is_stored or (why.permanent and why.code not in {"not_stored", "bad_pages", "too_large"})
         # The API may have the result or, after 429, may remember the body.
         kept = ({RequestState.ANSWERED, RequestState.UNKNOWN}, {RequestState.PUT_OFF})
         sent = [request for request in reversed(self.requests) if request.row.first_sent and not is_settled]
@@ -5405,7 +5464,7 @@ class Conversation:
             return again
         # A proxy that says no, or cannot be used at all, will not say yes to the next object.
         is_refused = "Tunnel connection failed: 4" in str(error)
-        is_refused |= isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema)
+        is_refused |= isinstance(error, NO_ADDRESS)
         if is_refused or outage.has_answered or not policy.total:
             raise Trouble.api_unreachable(self._api.url, error)
         return again
@@ -5672,7 +5731,7 @@ class Ledger:
     def reserve(self, task: Task) -> None:
         """Take one conversion off the cap. Raises StopRequested where none is left; what has one goes on."""
         with self._lock:
-            if not task.pending:
+            if not task.pending or time.time() - task.pending.first_sent > IDEMPOTENCY_WINDOW_SECONDS:
                 self._require_month()
             if self._reserved == self._cap:
                 message = f"the cap of {pluralize(self._reserved, 'conversion')}{self._shard.named} is reached"
@@ -5776,8 +5835,9 @@ class WorkerContext:
         else:
             file = conversation.convert(head)
             with contextlib.closing(file.body):
-                if conversation.current.row.url:
-                    # By URL, the API has read whatever lay there: nobody knows which version, if it has changed.
+                if conversation.current.row.url or not task.source.if_match:
+                    # By URL, the API has read whatever lay there: nobody knows which version, if it has changed. Nor
+                    # does anybody where bytes are read without an ETag.
                     bucket.require_unchanged(task.source, head)
                 output = bucket.store(task, file)
         # Before it is written down: what is known as done is not visited again.
@@ -6946,13 +7006,13 @@ class Estimate:
         if left is None:
             unknown = f"what the month has left is not known ({self.usage_problem})"
             yield f"{unknown}, and plans may bill what is beyond it: see --limit"
+        elif keep and in_one_run > left - keep:
+            yield f"the run would stop when{of_all} {keep} conversions are left (api.keep_remaining)"
         elif in_one_run > left:
             refuses = self.usage.bills_overage is False
             what = "are refused, and the run stops there" if refuses else "are billed as overage"
             more = f"{in_one_run - left} conversions more than the month has left{of_all} {what}"
-            yield f"{more}; --limit {left} keeps within it"
-        elif keep and in_one_run > left - keep:
-            yield f"the run would stop when{of_all} {keep} conversions are left (api.keep_remaining)"
+            yield f"{more}; --limit {left} keeps within it" if left else more
         if anew := sum(job["anew"] for job in self._jobs.values()):
             yield f"{anew} of the objects to convert {ANEW}"
         by_code = itertools.chain.from_iterable(job["failed"].items() for job in self._jobs.values())

@@ -34,3 +34,13 @@ def test_what_a_small_answer_unpacks_to_is_not_in_memory(coding: str, api: Conve
         assert peak < LARGE / 3, f"{peak / 1e6:.0f} MB"
         assert file.size == len(made)
         assert file.body.read() == made
+
+
+def test_no_cookie_is_kept(api: ConversionApi) -> None:
+    answered = Fault(status=200, body=b"{}", content_type="text/plain", headers={"Set-Cookie": "a=b"}, times=None)
+    api.faults.add(answered.at(lambda _: True))
+    with program.Session(10) as session:
+        for number in range(2):
+            with session.ask("GET", f"{api.url}/download/{number}/a.jpg") as answer:
+                assert answer.headers["Set-Cookie"] == "a=b"
+        assert not session.cookies

@@ -28,6 +28,7 @@ def line(made: Estimate, name: str) -> str:
         (Usage(remaining=5, bills_overage=False), [], "5 conversions more than the month has left are refused"),
         (Usage(remaining=5), ["api.max_conversions=5"], ""),
         (Usage(remaining=12), ["api.keep_remaining=3"], "the run would stop when 3 conversions are left"),
+        (Usage(remaining=5), ["api.keep_remaining=3"], "the run would stop when 3 conversions are left"),
         (Usage(remaining=10), [], ""),
     ],
 )

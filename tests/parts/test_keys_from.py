@@ -252,6 +252,7 @@ def test_an_inventory_that_is_not_there_ends_the_run(source: program.Bucket, tmp
         ({"fileSchema": f"{SCHEMA}, More"}, "line 1 has fewer columns than Bucket, Key, .*More"),
         ({"files": None}, "is no whole manifest.json"),
         ({"files": ["a"]}, "is no whole manifest.json"),
+        ({"files": [{"key": 5}]}, "is no whole manifest.json"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(

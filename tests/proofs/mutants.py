@@ -1427,6 +1427,90 @@ WORDS = (
 # What was found by reading.
 READ = (
     defect(
+        "a place that a HEAD does not show is free",
+        "            return key not in listed and (page.is_last or listed[-1:] > [key])\n        return False",
+        "            return True\n        return True",
+        "test_a_page_s_place_is_not_written_before_s3_has_said_what_lies_there",
+    ),
+    defect(
+        "an archive proves the pages of another version",
+        "        return kind is OutcomeKind.FOUND\n\n    def _is_free",
+        "        return there is not None\n\n    def _is_free",
+        "test_an_archive_proves_no_pages_where_those_of_another_version_came_after_it",
+    ),
+    defect(
+        "of an archive that comes back, no pages are asked for",
+        "(self._settings.repair or is_doubtful)",
+        "(self._settings.repair or task.is_lost)",
+        "test_an_archive_proves_no_pages_where_those_of_another_version_came_after_it",
+    ),
+    defect(
+        "what a killed run may have replaced is done",
+        "and (sender != own or version != state[1]):",
+        "and False:",
+        "test_a_version_that_comes_back_after_a_kill_has_its_own_output",
+    ),
+    defect(
+        "what a killed run may have replaced with other options is done",
+        "own, *rivals = self._job_ids[job], *self._rivals[job]",
+        "own, *rivals = [self._job_ids[job]]",
+        "test_options_that_come_back_after_a_kill_have_their_own_output",
+    ),
+    defect(
+        "a named object has another version than the listed one where looks show no ETag",
+        "listed.version or self._listed_version(seen)",
+        "listed.version or seen.version",
+        "test_a_named_object_has_the_version_that_a_listing_shows_where_looks_show_none",
+    ),
+    defect(
+        "bytes without an ETag are those that were seen",
+        "if conversation.current.row.url or not task.source.if_match:",
+        "if conversation.current.row.url:",
+        "test_a_source_without_an_etag_that_is_overwritten_before_it_is_read_is_not_stored_as_what_was_seen",
+    ),
+    defect(
+        "a repair looks for nothing",
+        "look = is_there or task.pending is not None or task.is_lost",
+        "look = is_there or task.pending is not None",
+        "test_a_repair_looks_for_an_output_that_a_listing_does_not_show",
+    ),
+    defect(
+        "an output of unknown length is altered",
+        "coalesce(nullif(expected.size, 0) = there.size, TRUE)",
+        "coalesce(expected.size = there.size, TRUE)",
+        "test_an_output_whose_length_s3_does_not_say_is_as_it_was_stored",
+    ),
+    defect(
+        "what is too large by now was never sent",
+        '"bad_pages", "too_large"})',
+        '"bad_pages"})',
+        "test_what_is_too_large_by_now_forgets_no_request_that_was_paid",
+    ),
+    defect(
+        "what is a day old is a replay, whatever is to remain",
+        "if not task.pending or time.time() - task.pending.first_sent > IDEMPOTENCY_WINDOW_SECONDS:",
+        "if not task.pending:",
+        "test_what_is_too_old_to_be_a_replay_is_asked_about_like_what_is_new",
+    ),
+    defect(
+        "cookies are kept",
+        "self.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))",
+        "pass",
+        "test_no_cookie_is_kept",
+    ),
+    defect(
+        "a checkpoint may be made of a file that is read",
+        "if any(self._is_same_file(read[name], own) for own in kept.values()):",
+        "if False:",
+        "test_no_checkpoint_is_made_of_a_file_that_is_read",
+    ),
+    defect(
+        "a list in S3 is blamed for a full disk",
+        'with no_space_stops_the_run(), translate_s3_errors(f"reading {url}"):',
+        'with translate_s3_errors(f"reading {url}"):',
+        "test_a_list_in_s3_for_which_the_disk_has_no_room_is_not_blamed",
+    ),
+    defect(
         "a job that may not have a key settles the request of the one that has it",
         "if outcome.code == NOT_MATCHED or outcome.task.holder in self._twins(outcome.task.job):",
         "if outcome.code == NOT_MATCHED:",

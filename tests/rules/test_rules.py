@@ -775,6 +775,21 @@ def test_a_date_without_a_zone_is_read_as_gmt_on_every_server(monkeypatch: pytes
     assert asked == 90.0
 
 
+@pytest.mark.parametrize(("moment", "zone"), [("0001-01-01T00", "America/New_York"), ("9999-12-31T23", "Asia/Tokyo")])
+def test_a_time_that_is_in_no_year_of_python_s_here_is_told_in_utc(
+    moment: str, zone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        told = program.iso_time(program.unix_seconds(f"{moment}:00:00Z"))
+        assert program.local_date(told).startswith(moment.replace("T", " "))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert told == f"{moment}:00:00+00:00"
+
+
 @given(st.text(max_size=30) | st.floats().map(str) | st.integers().map(str))
 def test_whatever_retry_after_says_the_wait_is_within_bounds(header: str) -> None:
     asked = program.ApiReply.retry_after_seconds(header, NOW)

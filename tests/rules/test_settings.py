@@ -165,6 +165,8 @@ FIT_TAGS += "letters, digits, spaces and + - = . _ : / @, URL-encoded, or none"
         ("api.url", "https://[::1", "expected an address such as https://changethisfile.com"),
         ("api.url", "https://example.com:99999", "expected an address such as https://changethisfile.com"),
         ("api.url", "https://ex ample.com", "expected an address such as https://changethisfile.com"),
+        ("api.url", "https://changethisfile..com", "expected an address such as https://changethisfile.com"),
+        ("api.url", f"https://{64 * 'x'}.com", "expected an address such as https://changethisfile.com"),
         ("api.transfer", "ftp", "expected one of auto, url, upload"),
         ("api.requests_per_minute", "0", "expected a whole number of 1 or more, or auto"),
         ("api.max_conversions", "-3", "expected a whole number of 1 or more, or none"),
@@ -512,6 +514,16 @@ def test_a_bucket_that_is_taken_away_is_missing(ini: Path, flags: tuple[str, str
 def test_a_checkpoint_is_a_file(ini: Path, name: str) -> None:
     expected = f"--set run.checkpoint = {name}: expected the path of a file"
     assert problems(ini, COMPLETE, "--set", f"run.checkpoint={name}") == [expected]
+
+
+def test_no_checkpoint_is_made_of_a_file_that_is_read(ini: Path) -> None:
+    (said,) = problems(ini, COMPLETE, "--set", f"run.checkpoint={ini}")
+    assert said.endswith("is the configuration file as well; give it another path")
+
+
+def test_a_job_s_name_is_text(ini: Path) -> None:
+    (said,) = problems(ini, COMPLETE, "--set", "job \udcff.target=jpg")
+    assert said.endswith("expected UTF-8, for S3 has no other keys; check the terminal's locale")
 
 
 @pytest.mark.parametrize("option", ["run.failures", "run.summary", "run.metrics"])

@@ -13,6 +13,7 @@ from tests.runs.test_outputs_as_stored import IN_PARTS, LARGE
 from tests.runs.test_pages import PDF, UNPACK, bodies, paged, stored
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault
+from tests.standins.converters import Conversion, Converted, wrapped
 from tests.standins.crashing import EFFECTS, HALF_READ, crashing
 from tests.standins.program import HASTY
 from tests.standins.promises import PNG, assert_all_promises_are_kept, converted, fill
@@ -233,3 +234,35 @@ def test_a_url_that_died_with_its_credentials_condemns_no_object(
     # That the API says so of the URL proves that it has nothing of it: it would have repeated its answer.
     assert second.summary["possible_double_charges"] == 0
     assert_all_promises_are_kept(start(*mode).wait(), strict_api, bucket, expected)
+
+
+@pytest.mark.usefixtures("strict_api")
+def test_a_version_that_comes_back_after_a_kill_has_its_own_output(start: Cli, bucket: Any) -> None:
+    bucket.put("a.png", PNG + b"one")
+    assert start().wait().exit_code == 0
+    first = bodies(bucket)
+    until_next_second()
+    bucket.put("a.png", PNG + b"two")
+    # What lies there is made of the second version, and only the request for it says so.
+    die_at(start, "outcomes-committed", "before", 1)
+    assert bodies(bucket) != first
+    until_next_second()
+    bucket.put("a.png", PNG + b"one")
+    assert start().wait().exit_code == 0
+    assert bodies(bucket) == first
+
+
+def test_options_that_come_back_after_a_kill_have_their_own_output(
+    start: Cli, bucket: Any, strict_api: ConversionApi
+) -> None:
+    def convert(asked: Conversion) -> Converted:
+        return Converted(wrapped(asked.source + str(asked.quality).encode(), "jpg"), "image/jpeg", "jpg")
+
+    strict_api.behaviour.convert = convert
+    bucket.put("a.png", PNG)
+    assert start().wait().exit_code == 0
+    first = bodies(bucket)
+    die_at(start, "outcomes-committed", "before", 1, "--set", "convert.quality=50")
+    assert bodies(bucket) != first
+    assert start().wait().exit_code == 0
+    assert bodies(bucket) == first

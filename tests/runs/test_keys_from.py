@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.runs.test_resume import until_next_second
+from tests.runs.test_resume import killed_when_paid, until_next_second
 from tests.standins.conversion_api import ConversionApi, Fault, Request
 from tests.standins.converters import marking
 from tests.standins.key_files import DATE, write
 from tests.standins.program import script_with
-from tests.standins.promises import fill
+from tests.standins.promises import PNG, fill
 from tests.standins.relay import Asked, Relay
 from tests.standins.samples import photo
 
@@ -262,3 +262,37 @@ def test_a_key_that_is_named_again_is_paid_once_though_its_url_is_another_by_the
     assert (run.exit_code, run.summary["possible_double_charges"]) == (0, 0), run.out
     assert (len(strict_api.paid), run.rows("in_flight")) == (1, [])
     assert {key: bucket.read(key) for key in bucket.keys("converted/")} == expected
+
+
+def test_a_named_object_has_the_version_that_a_listing_shows_where_looks_show_none(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay, tmp_path: Path
+) -> None:
+    api.behaviour.convert = marking
+    bucket.put("a.png", PNG)
+    relay.hidden = {"etag"}
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    for named in ((), ("--keys-from", str(write(tmp_path / "keys", "a.png"))), ()):
+        assert run_cli(*named, **there).exit_code == 0
+    assert len(api.paid) == 1
+
+
+def test_what_is_too_large_by_now_forgets_no_request_that_was_paid(
+    start: Cli, bucket: Any, strict_api: ConversionApi, tmp_path: Path
+) -> None:
+    strict_api.behaviour.convert = marking
+    fill(bucket, 1)
+    killed_when_paid(start, strict_api)
+    named = str(write(tmp_path / "keys", "\n".join(bucket.keys(""))))
+    run = start("--set", "api.max_size=1", "--keys-from", named).wait()
+    assert run.summary["failed"] == {"too_large": 1}
+    until_next_second()
+    assert start("--retry-failed").wait().exit_code == 0
+    assert len(strict_api.paid) == 1
+
+
+def test_a_list_in_s3_for_which_the_disk_has_no_room_is_not_blamed(run_cli: Cli, bucket: Any) -> None:
+    bucket.put("list.txt", b"a.png\n" * 40_000)
+    small = script_with("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))")
+    run = run_cli("--keys-from", f"s3://{bucket.name}/list.txt", command=small)
+    assert run.exit_code == 3
+    assert "hint: free some space, or set TMPDIR" in run.out + run.err

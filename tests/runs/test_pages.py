@@ -371,3 +371,35 @@ def test_an_archive_between_the_sources_is_foreseen_to_be_no_source(
     verified = run_cli(*AMONG_SOURCES, "--verify").out
     assert ("not_converted 0" in verified, verified.splitlines()[-1]) == (True, "verified 1 of 1")
     assert (run_cli(*AMONG_SOURCES).summary["skipped"], len(api.paid)) == ({"own_output": 1}, 1)
+
+
+@pytest.mark.parametrize("status", [403, 500])
+def test_a_page_s_place_is_not_written_before_s3_has_said_what_lies_there(
+    status: int, run_cli: Cli, bucket: Any, strict_api: ConversionApi, relay: Relay
+) -> None:
+    strict_api.behaviour.convert = paged
+    bucket.put("converted/x/002.jpg", PRECIOUS)
+    until_next_second()
+    bucket.put("x.pdf", PDF + b"3")
+    # As S3 has it for who may list outputs, and not read them; or where it stands still.
+    relay.refusal_status = status
+    relay.refuse = lambda method, path: method == "HEAD" and path.startswith(f"/{bucket.name}/converted/")
+    run = run_cli(*UNPACK, command=HASTY, AWS_ENDPOINT_URL_S3=relay.url)
+    assert (run.exit_code, run.summary["failed"]) == (1, {"look_failed": 1})
+    assert bodies(bucket)["converted/x/002.jpg"] == PRECIOUS
+
+
+def test_an_archive_proves_no_pages_where_those_of_another_version_came_after_it(
+    start: Cli, bucket: Any, strict_api: ConversionApi
+) -> None:
+    strict_api.behaviour.convert = paged
+    bucket.put("a.pdf", PDF + b"old 2")
+    assert start(*UNPACK).wait().exit_code == 0
+    bucket.put("converted/a/003.jpg", PRECIOUS)
+    until_next_second()
+    bucket.put("a.pdf", PDF + b"new 3")
+    assert start(*UNPACK).wait().summary["failed"] == {"output_collision": 1}
+    until_next_second()
+    bucket.put("a.pdf", PDF + b"old 2")
+    assert start(*UNPACK).wait().exit_code == 0
+    assert bodies(bucket) == stored("converted/a", PDF + b"old 2", 2) | {"converted/a/003.jpg": PRECIOUS}

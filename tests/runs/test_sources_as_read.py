@@ -1,11 +1,13 @@
 """Sources as S3 is asked for them: in the version that was listed, and for the account of whoever reads."""
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import ConversionApi
 from tests.standins.promises import PNG, fill
 from tests.standins.relay import Asked, Relay
@@ -74,3 +76,20 @@ def test_whoever_pays_for_requests_says_so_in_each_of_them(
     ]
     assert mute == []
     assert ("GET", "a.png") in {(one.method, one.key) for one in asked}
+
+
+def test_a_source_without_an_etag_that_is_overwritten_before_it_is_read_is_not_stored_as_what_was_seen(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    bucket.put("a.png", PNG + b"version 1")
+
+    def overwrite(asked: Asked) -> None:
+        if (asked.method, asked.key) == ("GET", "a.png"):
+            until_next_second()
+            bucket.put("a.png", PNG + b"version 2")
+
+    relay.hidden, relay.instead = {"etag"}, overwrite
+    relay.rewrite = lambda body: re.sub(rb"<ETag>[^<]*</ETag>", b"", body)
+    run = run_cli("--set", "api.transfer=upload", AWS_ENDPOINT_URL_S3=relay.url)
+    assert [(line["code"], line["permanent"]) for line in run.failures] == [("source_changed", False)]
+    assert (bucket.outputs(), len(api.paid)) == ({}, 1)

@@ -412,3 +412,32 @@ def test_outputs_that_were_put_in_parts_are_proved_by_the_etags_that_s3_gave_the
     assert run_cli(*copying, "--verify").exit_code == 1
     assert run_cli(*copying, "--repair", command=IN_PARTS).summary["converted"] == 1
     assert run_cli(*copying, "--verify", "-q").out == "verified 2 of 2\n"
+
+
+def test_a_repair_looks_for_an_output_that_a_listing_does_not_show(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    put_pictures(bucket, 1)
+    there = {"AWS_ENDPOINT_URL_S3": relay.url}
+    assert run_cli(**there).exit_code == 0
+    entry = re.compile(rb"<Contents>(?:(?!</Contents>).)*<Key>converted/.*?</Contents>", re.DOTALL)
+
+    def late(body: bytes) -> bytes:
+        shown, hidden = entry.subn(b"", body)
+        return re.sub(rb"(<KeyCount>)(\d+)", lambda found: b"%s%d" % (found[1], int(found[2]) - hidden), shown)
+
+    relay.rewrite = late
+    assert run_cli("--repair", **there).exit_code == 0
+    assert len(api.paid) == 1
+
+
+def test_an_output_whose_length_s3_does_not_say_is_as_it_was_stored(
+    run_cli: Cli, bucket: Any, api: ConversionApi, relay: Relay
+) -> None:
+    put_pictures(bucket, 1)
+    assert run_cli().exit_code == 0
+    relay.hidden = {"content-length"}
+    another, there = ("--set", "run.checkpoint=another.sqlite3"), {"AWS_ENDPOINT_URL_S3": relay.url}
+    assert run_cli(*another, **there).summary["already_done"] == 1
+    assert run_cli("--verify", *another, **there).exit_code == 0
+    assert len(api.paid) == 1
