@@ -21,6 +21,9 @@ FREE, FOREIGN = "may be written", "output_collision"
 class Heads(program.Bucket):
     """A bucket whose server answers each HEAD alike: with an error's code, or with metadata and a time."""
 
+    pages_asked = 0
+    listed: tuple[str, ...] | None = ()  # keys; None: the listing is refused
+
     def __init__(self, answer: str | dict[str, str], *, written: float = 0.0, adopts: bool = True) -> None:
         self.name, self.output_name, self._payer, self._answer = "in", "out", {}, answer
         self._settings = settings(f"run.skip_existing={adopts}", *JOBS)
@@ -33,6 +36,13 @@ class Heads(program.Bucket):
             return {"Metadata": self._answer, "ETag": '"o"', "ContentLength": 3, "LastModified": self._written}
         status: Any = {"HTTPStatusCode": int(self._answer)}
         raise ClientError({"Error": {"Code": self._answer}, "ResponseMetadata": status}, "HeadObject")
+
+    def list_objects_v2(self, **asked: Any) -> dict[str, Any]:
+        """Answer a page as the program has boto3 do."""
+        if self.listed is None:
+            raise ClientError({"Error": {"Code": "AccessDenied"}}, "ListObjectsV2")
+        objects = [SourceObject(key, "o", 3) for key in self.listed if key > asked["StartAfter"]]
+        return {"Page": program.Page(objects[:1], len(objects) < 2)}
 
 
 SOURCE = SourceObject("k.png", "e", 1, "1970-01-01T00:01:40Z")
@@ -99,9 +109,18 @@ def test_a_key_that_somebody_else_holds_is_free_for_no_task_but_what_is_found_co
         Heads(OURS).look_at_output(unseen)
 
 
-@pytest.mark.parametrize("answer", ["400", "403", "500", "503"])
-def test_what_s3_does_not_say_is_never_taken_for_absent(answer: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "listed"),
+    [
+        ("400", ("a", "k.jpg", "z")),
+        ("403", ("a", "k.jpf~", "k.jpg")),  # the page ends before it
+        ("500", None),
+        ("503", ("k.jpg",)),
+    ],
+)
+def test_what_s3_does_not_say_is_never_taken_for_absent(answer: str, listed: tuple[str, ...] | None) -> None:
     bucket = Heads(answer)
+    bucket.listed = listed
     with pytest.raises(program.ObjectFailed, match=answer) as failed:
         bucket.look_at_output(TASK)
     assert (failed.value.code, failed.value.permanent) == ("look_failed", False)
@@ -109,6 +128,13 @@ def test_what_s3_does_not_say_is_never_taken_for_absent(answer: str) -> None:
         bucket.require_unchanged(SOURCE, {})
     # Neither is a key given free by it, nor is somebody warned of what may well be an output.
     assert bucket.is_no_source("k.png") is None
+
+
+@pytest.mark.parametrize("listed", [(), ("a", "k.jpeg"), ("k.jph", "z"), ("k.jpg.zip~",)])
+def test_what_a_listing_shows_to_be_absent_is_absent_though_s3_refuses_to_look(listed: tuple[str, ...]) -> None:
+    bucket = Heads("403")
+    bucket.listed = listed
+    assert look(bucket, TASK) == FREE
 
 
 @pytest.mark.parametrize(("answer", "is_no_source"), [("404", True), (OURS, True), ({}, False)])
