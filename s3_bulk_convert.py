@@ -1802,10 +1802,8 @@ class SettingsReader:
                 told = "there is a job of this name already" if name else "a job needs a name, such as [job photos]"
                 told = f"{told}; give it another"
                 self.problems.append(f"[{section}]: {told}")
-            try:
-                Read.key(name)
-            except ValueError as expected:
-                self.problems.append(f"[{section}]: {expected}")
+            if not name.isprintable():
+                self.problems.append(f"[{section}]: expected a name in UTF-8; check the terminal's locale")
             job = jobs[section] = Job(name=name, **own)
             self.require("target", section, "convert")
             if job.min_size > job.max_size:
@@ -2382,11 +2380,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         replaced, the version is none that an object has.
         """
         states: dict[str, JournalState] = self._newest("permanent, runs_failed, code, purpose", job, keys)
-        # A run that was killed may have put the result of its request in the place of what was done before.
+        # A run that was killed may have put the result of its request in the place of what was done before it.
         own, *rivals = self._job_ids[job], *self._rivals[job]
+        done_at = f"(SELECT max(time) FROM log WHERE log.job = {own} AND log.key = in_flight.key)"
         query = f"SELECT key, etag, job FROM in_flight WHERE job IN ({','.join(map(str, (own, *rivals)))})"
         limits = (min(keys, default=""), max(keys, default=""))
-        for key, version, sender in self._ask(f"{query} AND key BETWEEN ? AND ?", *limits):
+        for key, version, sender in self._ask(f"{query} AND key BETWEEN ? AND ? AND sent_at >= {done_at}", *limits):
             state = states.get(key)
             if state and state[2] in DONE_EVENTS and (sender != own or version != state[1]):
                 states[key] = JournalState(*state)._replace(version="@")
@@ -3464,11 +3463,12 @@ class Bucket:
             return None
 
     def _is_free(self, prefix: str, key: str) -> bool:
-        """Whether a listing shows that nothing lies there."""
-        with contextlib.suppress(ObjectFailed):
-            page = self.read_page(self.output_name, prefix if key.startswith(prefix) else key, key[:-1])
-            listed = [each.key for each in page.objects]
-            return key not in listed and (page.is_last or listed[-1:] > [key])
+        """Whether a listing shows that nothing lies there: the shortest that does, or that of all with a prefix."""
+        for allowed in (key, prefix if key.startswith(prefix) else key):
+            with contextlib.suppress(ObjectFailed):
+                page = self.read_page(self.output_name, allowed, key[:-1])
+                listed = [each.key for each in page.objects]
+                return key not in listed and (page.is_last or listed[-1:] > [key])
         return False
 
     def _judge(self, task: Task, key: str, head: Head) -> OutcomeKind | None:
@@ -4216,7 +4216,7 @@ class Planner:
                 yield task
             elif key == task.source.key:
                 yield replace(task, holder=f"[job {job}]")
-            elif task.pending or (task.look and not self._outputs.refusal):
+            elif task.pending or (task.output_key in there and not self._outputs.refusal):
                 # Of different sources, the one has the key whose output lies there: the look tells.
                 yield replace(task, rival=key)
             elif self._holder_looks and self.bucket.is_no_source(key):
@@ -5731,7 +5731,7 @@ class Ledger:
     def reserve(self, task: Task) -> None:
         """Take one conversion off the cap. Raises StopRequested where none is left; what has one goes on."""
         with self._lock:
-            if not task.pending or time.time() - task.pending.first_sent > IDEMPOTENCY_WINDOW_SECONDS:
+            if not task.pending:
                 self._require_month()
             if self._reserved == self._cap:
                 message = f"the cap of {pluralize(self._reserved, 'conversion')}{self._shard.named} is reached"

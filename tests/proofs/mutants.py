@@ -1427,9 +1427,21 @@ WORDS = (
 # What was found by reading.
 READ = (
     defect(
+        "what a killed run may have replaced is never done again",
+        "AND key BETWEEN ? AND ? AND sent_at >= {done_at}",
+        "AND key BETWEEN ? AND ?",
+        "test_options_that_come_back_after_a_kill_have_their_own_output",
+    ),
+    defect(
+        "what a repair has found lost lies there, if another source wants its key",
+        "elif task.pending or (task.output_key in there and not self._outputs.refusal):",
+        "elif task.pending or (task.look and not self._outputs.refusal):",
+        "test_what_a_repair_has_found_lost_is_not_bought_beside_another_source_s",
+    ),
+    defect(
         "a place that a HEAD does not show is free",
-        "            return key not in listed and (page.is_last or listed[-1:] > [key])\n        return False",
-        "            return True\n        return True",
+        "return key not in listed and (page.is_last or listed[-1:] > [key])\n        return False",
+        "return True\n        return True",
         "test_a_page_s_place_is_not_written_before_s3_has_said_what_lies_there",
     ),
     defect(
@@ -1485,12 +1497,6 @@ READ = (
         '"bad_pages", "too_large"})',
         '"bad_pages"})',
         "test_what_is_too_large_by_now_forgets_no_request_that_was_paid",
-    ),
-    defect(
-        "what is a day old is a replay, whatever is to remain",
-        "if not task.pending or time.time() - task.pending.first_sent > IDEMPOTENCY_WINDOW_SECONDS:",
-        "if not task.pending:",
-        "test_what_is_too_old_to_be_a_replay_is_asked_about_like_what_is_new",
     ),
     defect(
         "cookies are kept",

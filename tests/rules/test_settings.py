@@ -523,7 +523,7 @@ def test_no_checkpoint_is_made_of_a_file_that_is_read(ini: Path) -> None:
 
 def test_a_job_s_name_is_text(ini: Path) -> None:
     (said,) = problems(ini, COMPLETE, "--set", "job \udcff.target=jpg")
-    assert said.endswith("expected UTF-8, for S3 has no other keys; check the terminal's locale")
+    assert said.endswith("expected a name in UTF-8; check the terminal's locale")
 
 
 @pytest.mark.parametrize("option", ["run.failures", "run.summary", "run.metrics"])

@@ -264,5 +264,11 @@ def test_options_that_come_back_after_a_kill_have_their_own_output(
     first = bodies(bucket)
     die_at(start, "outcomes-committed", "before", 1, "--set", "convert.quality=50")
     assert bodies(bucket) != first
+    until_next_second()
     assert start().wait().exit_code == 0
     assert bodies(bucket) == first
+    # From then on it is done, though what was paid with the other options stays to be asked for.
+    paid = len(strict_api.paid)
+    until_next_second()
+    assert start("--set", "run.skip_existing=no").wait().summary["already_done"] == 1
+    assert len(strict_api.paid) == paid

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from tests.runs.test_jobs import make_a_day_older
 from tests.runs.test_resume import until_next_second
 from tests.standins.conversion_api import USAGE, ConversionApi, Fault, Request
 from tests.standins.program import HASTY, lose_checkpoint
@@ -262,19 +261,6 @@ def test_where_the_remainder_is_reached_the_next_runs_use_up_none_of_it(
     assert run_cli().summary["converted"] == 25
     assert not [request for request in api.requests if is_about_the_usage(request)]
     assert {key: bucket.read(key) for key in expected} == expected
-
-
-def test_what_is_too_old_to_be_a_replay_is_asked_about_like_what_is_new(
-    run_cli: Cli, bucket: Any, api: ConversionApi
-) -> None:
-    fill(bucket, 1)
-    api.faults.add(Fault.cut_after_work(times=None))
-    run = run_cli("--set", "api.retries=0")
-    api.faults.clear()
-    api.behaviour.month_quota = 96
-    make_a_day_older(run)
-    assert run_cli("--set", "api.keep_remaining=95").summary["stopped_code"] == "quota"
-    assert len(api.paid) == 1
 
 
 def test_jobs_that_are_accepted_when_the_remainder_is_reached_are_waited_for(

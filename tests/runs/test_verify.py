@@ -441,3 +441,17 @@ def test_an_output_whose_length_s3_does_not_say_is_as_it_was_stored(
     assert run_cli(*another, **there).summary["already_done"] == 1
     assert run_cli("--verify", *another, **there).exit_code == 0
     assert len(api.paid) == 1
+
+
+def test_what_a_repair_has_found_lost_is_not_bought_beside_another_source_s(
+    run_cli: Cli, bucket: Any, api: ConversionApi
+) -> None:
+    bucket.put("b.png", picture())
+    assert run_cli().exit_code == 0
+    bucket.client.delete_object(Bucket=bucket.name, Key="converted/b.jpg")
+    api.faults.add(Fault.status_reply(402, "quota_exceeded", times=None))
+    assert run_cli("--repair").exit_code == 3
+    api.faults.clear()
+    bucket.put("b.bmp", b"BM" + picture())
+    run = run_cli()
+    assert (run.summary["failed"], len(api.paid)) == ({"output_collision": 1}, 2)
