@@ -1265,7 +1265,7 @@ VERIFY = (
     ),
     defect(
         "an archive whose pages are lost is found",
-        "is_asked = is_lost and",
+        "is_asked = (self._settings.repair or is_doubtful) and",
         "is_asked = False and",
         PAGES_PROVED,
     ),
@@ -1446,8 +1446,8 @@ READ = (
     ),
     defect(
         "an archive proves the pages of another version",
-        "        return kind is OutcomeKind.FOUND\n\n    def _is_free",
-        "        return there is not None\n\n    def _is_free",
+        "        return kind is OutcomeKind.FOUND\n\n    def _look_at_place",
+        "        return there is not None\n\n    def _look_at_place",
         "test_an_archive_proves_no_pages_where_those_of_another_version_came_after_it",
     ),
     defect(
