@@ -173,6 +173,7 @@ def test_what_breaks_once_on_the_way_to_s3_costs_nothing(place: str, does: Does,
     site.assert_finished(run)
 
 
+@pytest.mark.needs("pages")
 def test_a_listing_of_many_pages_is_whole_though_each_second_one_breaks(site: Site) -> None:
     site.put(12)
     fault = Fault(Does.RESET, on=LIST, way="down", after=IN_THE_HEAD, times=3)
