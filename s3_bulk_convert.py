@@ -1399,11 +1399,8 @@ class Shard:
     def file(self, path: str) -> str:
         """The shard's own name for a file: `a.json` is `a.0-of-8.json`. A device is no file and keeps its name."""
         stem, ending = os.path.splitext(path)
-        return (
-            path
-            if self.count == 1 or path.startswith(("/dev/", "/proc/"))
-            else f"{stem}.{self.index}-of-{self.count}{ending}"
-        )
+        is_device = path.startswith(("/dev/", "/proc/"))
+        return path if self.count == 1 or is_device else f"{stem}.{self.index}-of-{self.count}{ending}"
 
 
 @dataclass(frozen=True)
@@ -2381,9 +2378,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         """
         states: dict[str, JournalState] = self._newest("permanent, runs_failed, code, purpose", job, keys)
         # A run that was killed may have put the result of its request in the place of what was done before it.
-        own, *rivals = self._job_ids[job], *self._rivals[job]
+        own = self._job_ids[job]
+        senders = ",".join(map(str, (own, *self._rivals[job])))
         done_at = f"(SELECT max(time) FROM log WHERE log.job = {own} AND log.key = in_flight.key)"
-        query = f"SELECT key, etag, job FROM in_flight WHERE job IN ({','.join(map(str, (own, *rivals)))})"
+        query = f"SELECT key, etag, job FROM in_flight WHERE job IN ({senders})"
         limits = (min(keys, default=""), max(keys, default=""))
         for key, version, sender in self._ask(f"{query} AND key BETWEEN ? AND ? AND sent_at >= {done_at}", *limits):
             state = states.get(key)
@@ -3056,10 +3054,8 @@ def s3_unreachable(error: Exception, doing: str) -> RunError:
         return usage_error(f"S3, {doing}: {wrong[0]}", "correct s3.bucket, s3.output_bucket or FILE")
     untrusted = Trouble.certificate_problem(error)
     if untrusted:
-        hint = (
-            "for a private CA, set AWS_CA_BUNDLE to its file, and to the system's if REQUESTS_CA_BUNDLE is set for the "
-        )
-        hint += "API alone; else check s3.endpoint_url and this machine's clock"
+        hint = "for a private CA, set AWS_CA_BUNDLE to its file, and to the system's if REQUESTS_CA_BUNDLE is set "
+        hint += "for the API alone; else check s3.endpoint_url and this machine's clock"
         return RunError(f"S3's certificate is not trusted: {untrusted}", hint, code="s3")
     # Of a failed connection, boto3 says where to, and keeps why to itself.
     cause = getattr(error, "kwargs", {}).get("error")
@@ -3380,8 +3376,7 @@ class Bucket:
         if listed.version and not seen.is_version_of(listed):
             raise ObjectFailed(*SOURCE_CHANGES["412"])
         # A gateway may hide the ETag that a listing has: the version keeps its name.
-        version = etag or listed.version or self._listed_version(seen)
-        seen = seen._replace(version=version)
+        seen = seen._replace(version=etag or listed.version or self._listed_version(seen))
         # Intelligent-Tiering says in a header of its own that an object cannot be read before it is restored.
         is_archived = head.get("StorageClass") in ARCHIVE_CLASSES or head.get("ArchiveStatus")
         if is_archived and 'ongoing-request="false"' not in head.get("Restore", ""):
@@ -3464,7 +3459,7 @@ class Bucket:
 
     def _is_free(self, prefix: str, key: str) -> bool:
         """Whether a listing shows that nothing lies there: the shortest that does, or that of all with a prefix."""
-        for allowed in (key, prefix if key.startswith(prefix) else key):
+        for allowed in filter(key.startswith, (key, prefix)):
             with contextlib.suppress(ObjectFailed):
                 page = self.read_page(self.output_name, allowed, key[:-1])
                 listed = [each.key for each in page.objects]

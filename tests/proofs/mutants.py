@@ -1464,8 +1464,8 @@ READ = (
     ),
     defect(
         "what a killed run may have replaced with other options is done",
-        "own, *rivals = self._job_ids[job], *self._rivals[job]",
-        "own, *rivals = [self._job_ids[job]]",
+        "map(str, (own, *self._rivals[job]))",
+        "map(str, (own,))",
         "test_options_that_come_back_after_a_kill_have_their_own_output",
     ),
     defect(

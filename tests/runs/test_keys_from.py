@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -20,9 +20,6 @@ from tests.standins.program import script_with
 from tests.standins.promises import PNG, fill
 from tests.standins.relay import Asked, Relay
 from tests.standins.samples import photo
-
-if TYPE_CHECKING:
-    pass
 
 Cli = Callable[..., Any]
 

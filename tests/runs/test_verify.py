@@ -420,13 +420,8 @@ def test_a_repair_looks_for_an_output_that_a_listing_does_not_show(
     put_pictures(bucket, 1)
     there = {"AWS_ENDPOINT_URL_S3": relay.url}
     assert run_cli(**there).exit_code == 0
-    entry = re.compile(rb"<Contents>(?:(?!</Contents>).)*<Key>converted/.*?</Contents>", re.DOTALL)
-
-    def late(body: bytes) -> bytes:
-        shown, hidden = entry.subn(b"", body)
-        return re.sub(rb"(<KeyCount>)(\d+)", lambda found: b"%s%d" % (found[1], int(found[2]) - hidden), shown)
-
-    relay.rewrite = late
+    outputs = rb"(?s)<Contents>(?:(?!</Contents>).)*<Key>converted/.*?</Contents>|<KeyCount>.*?</KeyCount>"
+    relay.rewrite = lambda body: re.sub(outputs, b"", body)
     assert run_cli("--repair", **there).exit_code == 0
     assert len(api.paid) == 1
 
